@@ -1,0 +1,1 @@
+"""Images and labels: lists, sets, augmentation, queries, and the embedded demo set."""

@@ -1,0 +1,117 @@
+"""What is known of each data set before looking at a file: class names, palette, layout."""
+
+from typing import NamedTuple
+
+from dataset import demo
+from utils.config import DatasetSection
+from utils.errors import UserError
+
+
+class Kind(NamedTuple):
+    """A data set.
+
+    Attributes:
+        classes: names by class id.
+        colours: (red, green, blue) in 0-255 by class id.
+        image_pattern, mask_pattern: where U2PL's bare ids lie below the root.
+    """
+
+    classes: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...]
+    image_pattern: str = "JPEGImages/{}.jpg"
+    mask_pattern: str = "SegmentationClass/{}.png"
+
+    def palette(self) -> bytes:
+        """768 bytes for PNGs of mode P; unused ids and 255 keep Pascal's colours, 255 is white."""
+        colours = [*self.colours, *voc_colours(256)[len(self.colours) : 255], (255, 255, 255)]
+        return bytes(channel for colour in colours for channel in colour)
+
+
+def voc_colours(count: int) -> tuple[tuple[int, int, int], ...]:
+    """Pascal VOC's colour map: the bits of the id, dealt in turn to red, green and blue."""
+
+    def colour(label: int) -> tuple[int, int, int]:
+        channels = [0, 0, 0]
+        for place in range(8):
+            for channel in range(3):
+                channels[channel] |= (label >> (3 * place + channel) & 1) << (7 - place)
+        return (channels[0], channels[1], channels[2])
+
+    return tuple(colour(label) for label in range(count))
+
+
+_PASCAL = (
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+    "motorbike person pottedplant sheep sofa train tvmonitor"
+)
+_CITYSCAPES = {
+    "road": (128, 64, 128),
+    "sidewalk": (244, 35, 232),
+    "building": (70, 70, 70),
+    "wall": (102, 102, 156),
+    "fence": (190, 153, 153),
+    "pole": (153, 153, 153),
+    "traffic light": (250, 170, 30),
+    "traffic sign": (220, 220, 0),
+    "vegetation": (107, 142, 35),
+    "terrain": (152, 251, 152),
+    "sky": (70, 130, 180),
+    "person": (220, 20, 60),
+    "rider": (255, 0, 0),
+    "car": (0, 0, 142),
+    "truck": (0, 0, 70),
+    "bus": (0, 60, 100),
+    "train": (0, 80, 100),
+    "motorcycle": (0, 0, 230),
+    "bicycle": (119, 11, 32),
+}
+_CAMVID = {
+    "sky": (128, 128, 128),
+    "building": (128, 0, 0),
+    "pole": (192, 192, 128),
+    "road": (128, 64, 128),
+    "pavement": (60, 40, 222),
+    "tree": (128, 128, 0),
+    "sign": (192, 128, 128),
+    "fence": (64, 64, 128),
+    "car": (64, 0, 128),
+    "pedestrian": (64, 64, 0),
+    "bicyclist": (0, 128, 192),
+}
+
+
+def _by_voc_colours(classes: tuple[str, ...]) -> Kind:
+    return Kind(classes, voc_colours(len(classes)))
+
+
+KINDS = {
+    "pascal": _by_voc_colours(tuple(_PASCAL.split())),
+    "cityscapes": Kind(
+        tuple(_CITYSCAPES),
+        tuple(_CITYSCAPES.values()),
+        "leftImg8bit/{}_leftImg8bit.png",
+        "gtFine/{}_gtFine_labelTrainIds.png",
+    ),
+    "camvid": Kind(tuple(_CAMVID), tuple(_CAMVID.values())),
+    "demo": _by_voc_colours(demo.CLASSES),
+}
+
+
+def describe(section: DatasetSection) -> Kind:
+    """Look up the config's data set.
+
+    Raises:
+        UserError: an unknown kind; ``classes`` missing from a custom kind, or given to another.
+    """
+    if section.kind == "custom":
+        if section.classes is None:
+            raise UserError("dataset.classes: missing; a custom kind needs its class names")
+        return _by_voc_colours(tuple(section.classes))
+    if section.kind not in KINDS:
+        known = ", ".join([*KINDS, "custom"])
+        raise UserError(f"dataset.kind: '{section.kind}' is not one of {known}")
+    if section.classes is not None:
+        raise UserError(
+            f"dataset.classes: kind '{section.kind}' has its own; remove it, or set kind: custom"
+        )
+    return KINDS[section.kind]

@@ -1,0 +1,177 @@
+"""The three lists of a run: read them, and refuse what would spoil a result."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+from dataset.catalog import Kind, describe
+from dataset.reading import read_mask, sizes_agree
+from utils import IGNORE
+from utils.config import DatasetSection
+from utils.errors import UserError
+
+
+class Sample(NamedTuple):
+    """A line of a list.
+
+    Attributes:
+        name: the image's path as the list has it, relative to the root; names the sample.
+        image: where to read it.
+        mask: where its label or pseudo label is; None where there is none.
+    """
+
+    name: str
+    image: Path
+    mask: Path | None
+
+
+class Splits(NamedTuple):
+    """The images of a run; ``unlabeled`` carries no masks, whatever its list says."""
+
+    labeled: list[Sample]
+    unlabeled: list[Sample]
+    val: list[Sample]
+
+
+def read_splits(section: DatasetSection) -> Splits:
+    """Read and check the lists of a config, before anything trains.
+
+    Raises:
+        UserError: a list is missing, empty or malformed; a path leaves the root or names no file;
+            two lists overlap; a mask is not a one-channel picture of class ids or 255, or its
+            size differs from its image's.
+    """
+    kind, root = describe(section), _root(section)
+    splits = Splits(
+        read_list(_find_list(section.labeled, root), root, kind),
+        [s._replace(mask=None) for s in read_list(_find_list(section.unlabeled, root), root, kind)],
+        read_list(_find_list(section.val, root), root, kind),
+    )
+    _refuse_overlap(splits)
+    for sample in (*splits.labeled, *splits.unlabeled, *splits.val):
+        _refuse_missing(sample.image, "image")
+    for field in ("labeled", "val"):
+        check_masks(getattr(splits, field), kind, f"dataset.{field}")
+    return splits
+
+
+def read_val(section: DatasetSection) -> list[Sample]:
+    """Read and check the validation list alone, for evaluating where only that exists.
+
+    Raises:
+        UserError: as ``read_splits``.
+    """
+    kind, root = describe(section), _root(section)
+    samples = read_list(_find_list(section.val, root), root, kind)
+    for sample in samples:
+        _refuse_missing(sample.image, "image")
+    check_masks(samples, kind, "dataset.val")
+    return samples
+
+
+def read_list(path: Path, root: Path, kind: Kind) -> list[Sample]:
+    """Read ``image [mask]`` lines, or U2PL's bare ids; blank lines do not count.
+
+    Args:
+        path: the list; a missing final newline is fine.
+        root: folder that the paths in it are relative to.
+        kind: tells where bare ids lie.
+
+    Raises:
+        UserError: no list, no lines, a malformed or repeated line, a path that leaves the root.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read this list ({error})") from error
+    samples: dict[str, Sample] = {}
+    for number, line in enumerate(lines, start=1):
+        words = line.split()
+        if not words:
+            continue
+        if len(words) > 2:
+            raise UserError(f"{path}:{number}: a line reads 'image [mask]', not {line!r}")
+        if len(words) == 1 and not PurePosixPath(words[0]).suffix:
+            words = [kind.image_pattern.format(words[0]), kind.mask_pattern.format(words[0])]
+        for word in words:
+            if PurePosixPath(word).is_absolute() or ".." in PurePosixPath(word).parts:
+                raise UserError(f"{path}:{number}: {word} leaves the data root {root}")
+        if words[0] in samples:
+            raise UserError(f"{path}:{number}: {words[0]} is listed twice; remove one line")
+        mask = root / words[1] if len(words) == 2 else None
+        samples[words[0]] = Sample(words[0], root / words[0], mask)
+    if not samples:
+        raise UserError(f"{path}: this list is empty; it needs an image a line")
+    return list(samples.values())
+
+
+def pick(samples: Sequence[Sample], names: Iterable[str]) -> list[Sample]:
+    """Return the samples of these names, in the names' order."""
+    by_name = {sample.name: sample for sample in samples}
+    return [by_name[name] for name in names]
+
+
+def mask_file(folder: Path, sample: Sample) -> Path:
+    """Tell where a folder of predicted masks keeps that of a sample."""
+    return folder / f"{sample.name}.png"
+
+
+def with_pseudo_masks(samples: Iterable[Sample], folder: Path) -> list[Sample]:
+    """Return the samples with the pseudo labels that a folder keeps for them."""
+    return [sample._replace(mask=mask_file(folder, sample)) for sample in samples]
+
+
+def check_masks(samples: Iterable[Sample], kind: Kind, key: str) -> None:
+    """Read every mask once.
+
+    Raises:
+        UserError: a sample without mask; a mask that is missing, unreadable, not one channel of
+            class ids or 255, or not of its image's size.
+    """
+    for sample in samples:
+        if sample.mask is None:
+            raise UserError(f"{key}: {sample.name} stands there without a mask; name it beside it")
+        _refuse_missing(sample.mask, "mask")
+        mask = read_mask(sample.mask)
+        sizes_agree(sample.image, sample.mask)
+        ids = np.unique(np.asarray(mask))
+        wrong = ids[(ids >= len(kind.classes)) & (ids != IGNORE)]
+        if len(wrong):
+            raise UserError(
+                f"{sample.mask}: id {wrong[0]} is no class: ids go from 0 to "
+                f"{len(kind.classes) - 1}, and {IGNORE} is ignored"
+            )
+
+
+def _root(section: DatasetSection) -> Path:
+    root = Path(section.root)
+    if not root.is_dir():
+        raise UserError(
+            f"dataset.root: {root} is no folder; put the data there or set dataset.root=PATH"
+        )
+    return root
+
+
+def _find_list(name: str, root: Path) -> Path:
+    for candidate in (Path(name), root / name):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"{name}: no such list in the working folder or in {root}")
+
+
+def _refuse_missing(path: Path, what: str) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: no such {what}; correct the list or the data root")
+
+
+def _refuse_overlap(splits: Splits) -> None:
+    names = {field: {s.name for s in getattr(splits, field)} for field in Splits._fields}
+    for one, other in (("labeled", "unlabeled"), ("labeled", "val"), ("unlabeled", "val")):
+        shared = sorted(names[one] & names[other])
+        if shared:
+            raise UserError(
+                f"dataset.{one} and dataset.{other} share {len(shared)} images, {shared[0]} "
+                "among them; an image may stand in one list only"
+            )

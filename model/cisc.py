@@ -1,0 +1,242 @@
+"""Cross-image semantic consistency: METHOD pieces 1 to 4, 7 and 8, as pure functions of tensors.
+
+Notation: B images of H x W pixels; ``features`` (B, D, h, w) of a network; a prototype (B, D) is
+the mean feature of a region; 255 marks pixels that count nowhere. Everything is computed in
+float32 (float64 stays float64) whatever autocast says: cosines leave [0, 1] by rounding, and
+binary cross entropy in half precision is not safe.
+
+Source: Wu et al., TPAMI 2023, doi 10.1109/TPAMI.2022.3233584.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils import IGNORE
+
+_AREA_EPS = 0.0005  # METHOD piece 1: an empty region has a zero prototype
+_NORM_EPS = 1e-8
+_PROBABILITY_EPS = 1e-6  # bounds the slope of binary cross entropy where a cosine is 0 or 1
+
+
+def masked_average_pooling(features: Tensor, mask: Tensor) -> Tensor:
+    """Average the features of a region: its prototype (METHOD piece 1).
+
+    The definition resizes the features bilinearly to (H, W) and averages them over the region.
+    Resizing is linear: pulling the mask back to (h, w) by the adjoint of the resize gives the same
+    sums without ever building D channels at full size.
+
+    Args:
+        features: (B, D, h, w) float.
+        mask: (B, H, W) bool or float in [0, 1], the region.
+
+    Returns:
+        (B, D) float32: zeros for an empty region. Differentiable in the features.
+    """
+    mask = mask.to(_at_least_float32(features))
+    pulled = _pull_back(mask, features.shape[-2:])
+    with _full_precision(features):
+        total = torch.einsum("bdhw,bhw->bd", features.to(mask.dtype), pulled)
+    return total / (mask.sum(dim=(1, 2)) + _AREA_EPS).unsqueeze(1)
+
+
+def similarity_map(features: Tensor, prototype: Tensor, size: tuple[int, int]) -> Tensor:
+    """Show where an image looks like a prototype (METHOD piece 2).
+
+    It is the CISC map of the image when the prototype comes from another image that shares
+    the class.
+
+    Args:
+        features: (B, D, h, w) float.
+        prototype: (B, D) float; a zero prototype gives a zero map.
+        size: (H, W) of the result.
+
+    Returns:
+        (B, H, W) float32 in [0, 1]: the clamped cosine, resized bilinearly as one channel.
+    """
+    return class_similarity_maps(features, prototype.unsqueeze(1), size).squeeze(1)
+
+
+def class_similarity_maps(features: Tensor, prototypes: Tensor, size: tuple[int, int]) -> Tensor:
+    """``similarity_map`` for C prototypes an image, by one matrix product.
+
+    Args:
+        features: (B, D, h, w) float.
+        prototypes: (B, C, D) float.
+        size: (H, W) of the result.
+
+    Returns:
+        (B, C, H, W) float32 in [0, 1].
+    """
+    dtype = _at_least_float32(features)
+    with _full_precision(features):
+        features = features.to(dtype)
+        directions = F.normalize(prototypes.to(dtype), dim=2, eps=_NORM_EPS)
+        along = torch.einsum("bdhw,bcd->bchw", features, directions)
+        lengths = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+        cosine = (along / lengths.clamp_min(_NORM_EPS)).clamp(0.0, 1.0)
+        return F.interpolate(cosine, size, mode="bilinear", align_corners=False)
+
+
+def consistency_loss(
+    features: Tensor,
+    query_features: Tensor,
+    label: Tensor,
+    query_label: Tensor,
+    shared_class: Tensor,
+) -> Tensor:
+    """Ask that pairs of labeled images find their shared class in each other (METHOD piece 3).
+
+    Args:
+        features: (B, D, h, w) float, of the images.
+        query_features: (B, D, h, w) float, of their partners.
+        label: (B, H, W) long, of the images, 255 = ignored.
+        query_label: (B, H, W) long, of their partners, 255 = ignored.
+        shared_class: (B,) long, the class id that a pair shares, 255 if none.
+
+    Returns:
+        Scalar float32 >= 0: binary cross entropy between each image's CISC map and its region of
+        the class, averaged over valid pixels, both directions added, averaged over the pairs
+        that share a class; 0 if none does. A pair whose crop lost the class must say 255.
+    """
+    region, query_region = _regions(label, shared_class), _regions(query_label, shared_class)
+    prototype = masked_average_pooling(features, region)
+    query_prototype = masked_average_pooling(query_features, query_region)
+    forward = similarity_map(features, query_prototype, label.shape[-2:])
+    backward = similarity_map(query_features, prototype, label.shape[-2:])
+    loss = _mean_entropy(forward, region, label) + _mean_entropy(
+        backward, query_region, query_label
+    )
+    shares = shared_class != IGNORE
+    return (loss * shares).sum() / shares.sum().clamp_min(1)
+
+
+def rectification_weight(region: Tensor, cisc_map: Tensor) -> Tensor:
+    """Weigh each pixel by how far pseudo label and cross-image similarity agree.
+
+    Args:
+        region: (B, H, W) bool, where the pseudo label is the queried class.
+        cisc_map: (B, H, W) in [0, 1], similarity to the queried labeled image.
+
+    Returns:
+        (B, H, W) in [0, 1]: 1 agrees, 0 clashes. Carries no gradient.
+
+    Source: the paper's rectified loss; METHOD piece 4.
+    """
+    return 1.0 - (region.float() - cisc_map.detach()).abs()
+
+
+def cross_image_weight(
+    features: Tensor,
+    query_features: Tensor,
+    pseudo_label: Tensor,
+    query_label: Tensor,
+    shared_class: Tensor,
+) -> Tensor:
+    """Weigh the pixels of unlabeled images by the labeled images queried for them.
+
+    Args:
+        features: (B, D, h, w) float, the frozen teacher's, of the images.
+        query_features: (B, D, h, w) float, the frozen teacher's, of their partners.
+        pseudo_label: (B, H, W) long, of the images, 255 = ignored.
+        query_label: (B, H, W) long, of their partners, 255 = ignored.
+        shared_class: (B,) long, the class id a pair shares, 255 if none.
+
+    Returns:
+        (B, H, W) float in [0, 1], 1 everywhere in images that share no class. No gradient.
+
+    Source: METHOD pieces 2 and 4.
+    """
+    prototype = masked_average_pooling(query_features, _regions(query_label, shared_class))
+    cisc_map = similarity_map(features, prototype, pseudo_label.shape[-2:])
+    weight = rectification_weight(_regions(pseudo_label, shared_class), cisc_map)
+    return torch.where((shared_class != IGNORE)[:, None, None], weight, torch.ones_like(weight))
+
+
+def class_prototypes(features: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Average the features of every class of every image (METHOD piece 7, before its mean).
+
+    Args:
+        features: (B, D, h, w) float.
+        label: (B, H, W) long in [0, C), or 255 = ignored.
+        num_classes: C.
+
+    Returns:
+        (B, C, D) float32 prototypes, zeros where the class is absent; (B, C) bool, class present.
+    """
+    regions = _class_regions(label, num_classes).to(_at_least_float32(features))
+    area = regions.sum(dim=(2, 3))
+    pulled = _pull_back(regions.flatten(0, 1), features.shape[-2:]).unflatten(0, area.shape)
+    with _full_precision(features):
+        total = torch.einsum("bdhw,bchw->bcd", features.to(pulled.dtype), pulled)
+    return total / (area + _AREA_EPS).unsqueeze(2), area > 0
+
+
+def reliability(features: Tensor, label: Tensor, anchors: Tensor) -> Tensor:
+    """Score how well an image's classes agree with the class anchors (METHOD piece 8).
+
+    Args:
+        features: (B, D, h, w) float.
+        label: (B, H, W) long, true or pseudo, 255 = ignored.
+        anchors: (C, D) float, the mean prototype of each class; NaN for a class that has none.
+
+    Returns:
+        (B, C) float32 <= 0, higher is more reliable: minus the binary cross entropy between the
+        similarity map to the anchor and the class region, averaged over valid pixels. NaN where
+        the image does not show the class or the class has no anchor.
+
+    Source: the paper's image-level selection; deviates in sign, so that higher is better.
+    """
+    regions = _class_regions(label, len(anchors))
+    maps = class_similarity_maps(
+        features, anchors.nan_to_num().expand(len(features), -1, -1), label.shape[-2:]
+    )
+    entropy = _mean_entropy(maps, regions, label.unsqueeze(1))
+    scored = regions.any(dim=3).any(dim=2) & ~anchors.isnan().any(dim=1)
+    return torch.where(scored, -entropy, torch.full_like(entropy, torch.nan))
+
+
+def _regions(label: Tensor, shared_class: Tensor) -> Tensor:
+    """(B, H, W) bool, where each image shows its class; empty where that is 255."""
+    return (label == shared_class[:, None, None]) & (label != IGNORE)
+
+
+def _class_regions(label: Tensor, num_classes: int) -> Tensor:
+    """(B, C, H, W) bool, one region a class."""
+    return label.unsqueeze(1) == torch.arange(num_classes, device=label.device)[:, None, None]
+
+
+def _mean_entropy(probability: Tensor, region: Tensor, label: Tensor) -> Tensor:
+    """Binary cross entropy averaged over the valid pixels of each map: (..., H, W) to (...)."""
+    bounded = probability.clamp(_PROBABILITY_EPS, 1.0 - _PROBABILITY_EPS)
+    with _full_precision(probability):
+        loss = F.binary_cross_entropy(bounded, region.to(bounded.dtype), reduction="none")
+    valid = (label != IGNORE).to(loss.dtype)
+    return (loss * valid).sum(dim=(-2, -1)) / valid.sum(dim=(-2, -1)).clamp_min(1)
+
+
+def _pull_back(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Apply the adjoint of the bilinear resize ``size`` -> (H, W) to (N, H, W) masks.
+
+    The resize is separable, U(F) = R F S', so its adjoint is R' M S: two small matrix products,
+    deterministic on every device, which the backward of ``interpolate`` is not.
+    """
+    (height, width), (small_height, small_width) = masks.shape[-2:], size
+    with _full_precision(masks):
+        rows = _resize_matrix(small_height, height, masks)
+        columns = _resize_matrix(small_width, width, masks)
+        return rows.T @ masks @ columns
+
+
+def _resize_matrix(small: int, large: int, like: Tensor) -> Tensor:
+    """(large, small): the matrix by which ``interpolate`` resizes a line, read off its columns."""
+    unit = torch.eye(small, dtype=like.dtype, device=like.device).unsqueeze(0)
+    return F.interpolate(unit, large, mode="linear", align_corners=False)[0].T
+
+
+def _at_least_float32(features: Tensor) -> torch.dtype:
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    return torch.autocast(tensor.device.type, enabled=False)

@@ -1,0 +1,93 @@
+"""DeepLabv3+ (Chen et al., ECCV 2018), with the state-dict keys of ST++, CISC-R and UniMatch."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SegmentationOutput(NamedTuple):
+    """What every network of this project returns.
+
+    Attributes:
+        logits: (B, C, H, W) float at the size of the input images.
+        features: (B, D, h, w) float, the last map before the classifier.
+    """
+
+    logits: Tensor
+    features: Tensor
+
+
+class DeepLabV3Plus(nn.Module):
+    """Atrous spatial pyramid on the last map, a decoder at stride 4, a 1 x 1 classifier.
+
+    Args:
+        backbone: returns a stride-4 map and a last map, and tells their ``channels``.
+        num_classes: C.
+        output_stride: 8, 16 or 32; the pyramid's rates are 96 / output_stride times 1, 2, 3.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int, output_stride: int) -> None:
+        super().__init__()
+        low_channels, channels = backbone.channels
+        rate = 96 // output_stride
+        self.backbone = backbone
+        self.head = AtrousSpatialPyramid(channels, 256, (rate, 2 * rate, 3 * rate))
+        self.reduce = _conv(low_channels, 48, 1)
+        self.fuse = nn.Sequential(*_conv(304, 256, 3), *_conv(256, 256, 3), nn.Dropout(0.1))
+        self.classifier = nn.Conv2d(256, num_classes, 1)
+
+    def forward(self, images: Tensor) -> SegmentationOutput:
+        """Segment (B, 3, H, W) normalised images of any H and W; D = 256 at (H/4, W/4)."""
+        features = self.extract(images)
+        return SegmentationOutput(_resize(self.classifier(features), images.shape[-2:]), features)
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Return the features alone, for callers that need no logits."""
+        low_level, last = self.backbone(images)
+        pyramid = _resize(self.head(last), low_level.shape[-2:])
+        return self.fuse(torch.cat([self.reduce(low_level), pyramid], dim=1))
+
+
+class AtrousSpatialPyramid(nn.Module):
+    """A 1 x 1 and three dilated 3 x 3 convolutions and the image mean, projected to one map."""
+
+    def __init__(self, in_channels: int, channels: int, rates: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.b0 = _conv(in_channels, channels, 1)
+        self.b1, self.b2, self.b3 = (_conv(in_channels, channels, 3, rate) for rate in rates)
+        self.b4 = ImageMean(in_channels, channels)
+        self.project = nn.Sequential(*_conv(5 * channels, channels, 1), nn.Dropout2d(0.5))
+
+    def forward(self, last: Tensor) -> Tensor:
+        """Map (B, in_channels, h, w) to (B, channels, h, w)."""
+        branches = (self.b0, self.b1, self.b2, self.b3, self.b4)
+        return self.project(torch.cat([branch(last) for branch in branches], dim=1))
+
+
+class ImageMean(nn.Module):
+    """The pyramid's global branch: the mean over the image, spread over the map again."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.gap = nn.Sequential(nn.AdaptiveAvgPool2d(1), *_conv(in_channels, channels, 1))
+
+    def forward(self, last: Tensor) -> Tensor:
+        """Map (B, in_channels, h, w) to (B, channels, h, w), constant over h and w."""
+        return self.gap(last).expand(-1, -1, *last.shape[-2:])
+
+
+def _conv(in_channels: int, channels: int, size: int, rate: int = 1) -> nn.Sequential:
+    """A convolution that keeps height and width, batch norm, ReLU."""
+    padding = rate * (size // 2)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, channels, size, padding=padding, dilation=rate, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+def _resize(maps: Tensor, size: torch.Size) -> Tensor:
+    """Resize as the published networks do: corners aligned."""
+    return F.interpolate(maps, size, mode="bilinear", align_corners=True)

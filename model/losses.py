@@ -1,0 +1,69 @@
+"""Cross entropies: plain, rectified by cross-image consistency, and of hard pixels only."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils import IGNORE
+
+
+def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Cross entropy in float32, averaged over pixels that are not ignored; 0 if there are none.
+
+    Args:
+        logits: (B, C, H, W) float.
+        label: (B, H, W) long in [0, C), or 255 = ignored.
+    """
+    return _mean_over_valid(_pixel_loss(logits, label), label)
+
+
+def rectified_cross_entropy(logits: Tensor, pseudo_label: Tensor, weight: Tensor) -> Tensor:
+    """Weighted cross entropy, averaged over pixels that are not ignored; 0 if there are none.
+
+    Args:
+        logits: (B, C, H, W) float.
+        pseudo_label: (B, H, W) long in [0, C), or 255 = ignored.
+        weight: (B, H, W) float in [0, 1], from ``rectification_weight``.
+
+    Returns:
+        Scalar float32. The divisor counts pixels, not weights: a batch that clashes everywhere
+        has a small loss.
+
+    Source: the paper's rectified loss; METHOD piece 4. Deviates from the published code, where
+    ignored and padded pixels count in the mean.
+    """
+    return _mean_over_valid(weight * _pixel_loss(logits, pseudo_label), pseudo_label)
+
+
+def ohem_cross_entropy(
+    logits: Tensor, label: Tensor, threshold: float = 0.7, min_kept: int = 100_000
+) -> Tensor:
+    """Cross entropy of the hard pixels: true-class probability under a threshold.
+
+    Args:
+        logits: (B, C, H, W) float.
+        label: (B, H, W) long in [0, C), or 255 = ignored.
+        threshold: pixels whose probability of the true class is at least this are left out ...
+        min_kept: ... unless fewer than so many remain: then the hardest ``min_kept`` are kept.
+
+    Returns:
+        Scalar float32, the mean over kept pixels; 0 if every pixel is ignored.
+
+    Source: online hard example mining (Shrivastava et al., CVPR 2016) as ST++ and U2PL use it.
+    """
+    loss = _pixel_loss(logits, label)[label != IGNORE]
+    if loss.numel() == 0:
+        return logits.sum() * 0.0
+    hardest = loss.topk(min(min_kept, loss.numel())).values
+    # -log(threshold) is the loss at the threshold: ranking by loss is ranking by probability.
+    limit = torch.minimum(hardest[-1], loss.new_tensor(threshold).log().neg())
+    kept = loss >= limit
+    return (loss * kept).sum() / kept.sum()
+
+
+def _pixel_loss(logits: Tensor, label: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
+
+
+def _mean_over_valid(loss: Tensor, label: Tensor) -> Tensor:
+    return loss.sum() / (label != IGNORE).sum().clamp_min(1)

@@ -1,0 +1,312 @@
+"""Train a segmentation network on few labels and many images: the six stages of CISC-R.
+
+python train.py --config pascal.yaml [section.key=value ...] [--from-stage N]
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from dataset.catalog import describe
+from dataset.loader import Chance, training_batches
+from dataset.query import Querier, QueryIndex, QueryRule, build_query_index
+from dataset.segmentation import (
+    LabeledPairs,
+    QueryPair,
+    RetrainSample,
+    RetrainSamples,
+    WholeImage,
+    whole_images,
+)
+from dataset.selection import read_selection, write_csv, write_selection
+from dataset.splits import Sample, Splits, mask_file, read_splits, with_pseudo_masks
+from eval import build_network, draw_examples, report, validate
+from model.cisc import class_prototypes, consistency_loss, cross_image_weight, reliability
+from model.losses import cross_entropy, ohem_cross_entropy, rectified_cross_entropy
+from utils import IGNORE, checkpoint
+from utils.config import Config, TrainingSection
+from utils.errors import exit_with_one_line
+from utils.inference import Predictor
+from utils.optimization import Optimization
+from utils.panels import save_mask
+from utils.progress import EpochBar
+from utils.read_config import read_config
+from utils.run import Run
+
+Report = dict[str, Any]  # what results.json says of a stage
+LabeledLoss = Callable[[Tensor, Tensor], Tensor]  # of logits and true labels
+
+
+class Loss(NamedTuple):
+    """A scalar to go down, and the scalars to show: its terms, and what else tells how it goes."""
+
+    total: Tensor
+    shown: dict[str, Tensor]
+
+
+def train(config: Config, from_stage: int | None = None) -> None:
+    """Run the six stages, or those that are left of them."""
+    kind, splits = describe(config.dataset), read_splits(config.dataset)
+    index = build_query_index(splits.labeled, QueryRule.of(config.query, kind))
+    with Run(config, from_stage) as run:
+        first = run.stage("1_supervised", train_supervised, splits, index)
+        masks = run.stage("2_pseudo_label", write_pseudo_labels, first, splits.unlabeled)
+        chosen = run.stage("3_select", select, first, splits, masks, index)
+        reliable, unreliable, index = read_selection(chosen, splits.unlabeled, kind.classes)
+        pseudo_labeled = with_pseudo_masks(reliable, masks / "masks")
+        second = run.stage("4_retrain", retrain, splits, pseudo_labeled, first, index)
+        masks = run.stage("5_relabel", write_pseudo_labels, second, unreliable)
+        pseudo_labeled += with_pseudo_masks(unreliable, masks / "masks")
+        final = run.stage("6_retrain", retrain, splits, pseudo_labeled, second, index)
+        run.finish()
+        draw_examples(run.folder / "examples.png", splits.val, config, run.device, first, final)
+
+
+def train_supervised(run: Run, folder: Path, splits: Splits, index: QueryIndex) -> Report:
+    """Stage 1: labeled pairs, cross entropy on both images and the consistency loss."""
+    config, chance = run.config, Chance(run.config.seed, folder.name)
+    repeat = 2 if len(splits.labeled) < config.supervised.repeat_below else 1
+    querier = _querier(config, splits, index)
+    pairs = LabeledPairs(splits.labeled, querier, config.augment, chance, repeat)
+    net = _new_network(run, chance)
+    loss = partial(supervised_loss, net, _labeled_loss(config), config.supervised.consistency)
+    return fit(run, folder, net, loss, pairs, config.supervised, splits.val)
+
+
+def supervised_loss(
+    net: nn.Module, labeled_loss: LabeledLoss, consistency: float, pair: QueryPair
+) -> Loss:
+    """Cross entropy of both images of each pair, and how well they find each other's class."""
+    output = net(torch.cat([pair.image, pair.query_image]))
+    logits, query_logits = output.logits.chunk(2)
+    features, query_features = output.features.chunk(2)
+    entropy = labeled_loss(logits, pair.label) + labeled_loss(query_logits, pair.query_label)
+    if consistency == 0:
+        return Loss(entropy, {"ce": entropy})
+    consistent = consistency_loss(
+        features, query_features, pair.label, pair.query_label, pair.shared_class
+    )
+    total = entropy + consistency * consistent
+    return Loss(total, {"ce": entropy, "consistency": consistent})
+
+
+@torch.inference_mode()
+def write_pseudo_labels(
+    run: Run, folder: Path, teacher: Path, unlabeled: Sequence[Sample]
+) -> Report:
+    """Stages 2 and 5: the teacher's most probable class of every pixel, as palette PNGs."""
+    config, palette = run.config.pseudo_label, describe(run.config.dataset).palette()
+    predictor = Predictor(_teacher(run, teacher), run.device, config.scales, config.flip)
+    confidences: dict[str, float] = {}
+    for sample, item in _whole_images(run, unlabeled, folder.name):
+        confidence, ids = predictor(item.image, tuple(item.label.shape[-2:]))[0].max(dim=0)
+        save_mask(mask_file(folder / "masks", sample), ids.byte().cpu().numpy(), palette)
+        confidences[sample.name] = confidence.mean().item()
+    write_csv(folder / "confidence.csv", ("image", "confidence"), confidences.items())
+    mean = sum(confidences.values()) / max(1, len(confidences))
+    return {"images": len(confidences), "confidence": mean}
+
+
+@torch.inference_mode()
+def select(
+    run: Run, folder: Path, teacher: Path, splits: Splits, masks: Path, index: QueryIndex
+) -> Report:
+    """Stage 3: which pseudo labels, and which labeled images of each class, are reliable."""
+    config, classes = run.config, describe(run.config.dataset).classes
+    net = _teacher(run, teacher)
+
+    def passed(samples: Sequence[Sample], title: str) -> Iterator[tuple[Sample, Tensor, Tensor]]:
+        """Yield each sample with its features and its label."""
+        for sample, item in _whole_images(run, samples, f"{folder.name} {title}"):
+            with run.device.autocast():
+                features = net.extract(item.image)
+            yield sample, features, item.label
+
+    total, count = 0.0, 0
+    for _, features, label in passed(splits.labeled, "anchors"):
+        prototypes, present = class_prototypes(features, label, len(classes))
+        total, count = total + prototypes[0], count + present[0].unsqueeze(1)
+    anchors = total / count  # NaN, 0 / 0, for a class that no label shows
+
+    guides: dict[tuple[int, str], float] = {}
+    for sample, features, label in passed(splits.labeled, "guides"):
+        scores = reliability(features, label, anchors)[0]
+        for class_id in scores.isfinite().nonzero().flatten().tolist():
+            guides[class_id, sample.name] = scores[class_id].item()
+    images: dict[str, float] = {}
+    for sample, features, label in passed(
+        with_pseudo_masks(splits.unlabeled, masks / "masks"), "images"
+    ):
+        scores = reliability(features, label, anchors)[0]
+        scores = scores[scores.isfinite()]
+        score = scores.mean() if config.select.score == "mean" else scores.sum()
+        images[sample.name] = score.item() if len(scores) else -math.inf
+    kept = write_selection(folder, images, guides, index, config.select.keep, classes)
+    return {"images": kept, "coverage": kept / len(images)}
+
+
+def retrain(
+    run: Run,
+    folder: Path,
+    splits: Splits,
+    pseudo_labeled: Sequence[Sample],
+    teacher: Path,
+    index: QueryIndex,
+) -> Report:
+    """Stages 4 and 6: a new network on labeled and pseudo-labeled images."""
+    config, chance = run.config, Chance(run.config.seed, folder.name)
+    samples = RetrainSamples(
+        pseudo_labeled,
+        splits.labeled,
+        _querier(config, splits, index),
+        config.augment,
+        chance,
+        strong_teacher=config.retrain.teacher_view == "strong",
+    )
+    guide = _teacher(run, teacher) if config.retrain.rectify else None
+    net = _new_network(run, chance)
+    loss = partial(retrain_loss, net, guide, _labeled_loss(config))
+    coverage = len(samples) / len(splits.unlabeled)
+    outcome = fit(run, folder, net, loss, samples, config.retrain, splits.val)
+    return {"images": len(samples), "coverage": coverage, **outcome}
+
+
+def retrain_loss(
+    net: nn.Module, teacher: nn.Module | None, labeled_loss: LabeledLoss, batch: RetrainSample
+) -> Loss:
+    """Rectified cross entropy of unlabeled images, and cross entropy of labeled ones."""
+    pair = batch.pair
+    weight = torch.ones(pair.label.shape, device=pair.label.device)
+    if teacher is not None:
+        with torch.no_grad():
+            features = teacher.extract(torch.cat([pair.image, pair.query_image]))
+        weight = cross_image_weight(
+            *features.chunk(2), pair.label, pair.query_label, pair.shared_class
+        )
+    logits = net(torch.cat([batch.student_image, batch.labeled_image])).logits
+    student_logits, labeled_logits = logits.chunk(2)
+    unlabeled = rectified_cross_entropy(student_logits, pair.label, weight)
+    labeled = labeled_loss(labeled_logits, batch.labeled_label)
+    valid = pair.label != IGNORE
+    shown = {
+        "unlabeled": unlabeled,
+        "labeled": labeled,
+        "weight": weight[valid].mean(),
+        "queried": (pair.shared_class != IGNORE).float().mean(),
+    }
+    return Loss(unlabeled + labeled, shown)
+
+
+def fit(
+    run: Run,
+    folder: Path,
+    net: nn.Module,
+    loss: Callable[[Any], Loss],
+    dataset: Dataset,
+    settings: TrainingSection,
+    val: Sequence[Sample],
+) -> Report:
+    """The one training loop; writes ``checkpoint.pth``, and goes on after the last whole epoch."""
+    config, device, stage = run.config, run.device, folder.name
+    chance, steps = Chance(config.seed, stage), len(dataset) // settings.batch_size
+    optimization = Optimization(net, config.optimizer, steps * settings.epochs, device.scaler())
+    first, outcome = _resume(folder, net, optimization)
+    epochs = range(first, settings.epochs)
+    batches = training_batches(dataset, settings.batch_size, epochs, chance, config.workers)
+    for epoch in epochs:
+        net.train()
+        torch.manual_seed(chance.torch_seed(epoch))  # dropout
+        title = f"{stage} {epoch + 1}/{settings.epochs}"
+        with EpochBar(title, steps, 2 * settings.batch_size) as bar:
+            for batch in islice(batches, steps):
+                with device.autocast():
+                    step = loss(device.move(batch))
+                optimization.step(step.total)
+                bar.update(step.shown, optimization.lr)
+        numbers, last = bar.means(), epoch + 1 == settings.epochs
+        if last or (epoch + 1) % config.evaluate.every == 0:
+            matrix = validate(net, val, config, device)
+            numbers["miou"] = matrix.mean_iou()
+            best = config.evaluate.checkpoint == "best"
+            if numbers["miou"] > outcome.get("miou", -1.0) if best else last:
+                outcome = {**numbers, **report(matrix, config), "epoch": epoch + 1}
+                _save(folder / "checkpoint.pth", net, config, stage, epoch + 1)
+        run.record(stage, epoch + 1, numbers)
+        state = {"net": net.state_dict(), "optimization": optimization.state_dict()}
+        checkpoint.save(folder / "resume.pth", {**state, "epoch": epoch + 1, "outcome": outcome})
+    (folder / "resume.pth").unlink(missing_ok=True)
+    return outcome
+
+
+def _resume(folder: Path, net: nn.Module, optimization: Optimization) -> tuple[int, Report]:
+    """Take up an interrupted stage; return how many epochs are done, and what they came to."""
+    if not (folder / "resume.pth").is_file():
+        return 0, {}
+    state = checkpoint.load(folder / "resume.pth")
+    net.load_state_dict(state["net"])
+    optimization.load_state_dict(state["optimization"])
+    return state["epoch"], state["outcome"]
+
+
+def _new_network(run: Run, chance: Chance) -> nn.Module:
+    """Build a network from the backbone's weights and the stage's random numbers."""
+    torch.manual_seed(chance.torch_seed())
+    return run.device.place(build_network(run.config, run.config.model.pretrained))
+
+
+def _teacher(run: Run, folder: Path) -> nn.Module:
+    """Load the network of a finished stage, frozen."""
+    net = build_network(run.config, pretrained=None)
+    checkpoint.load_weights(net, folder / "checkpoint.pth")
+    return run.device.place(net).eval().requires_grad_(False)
+
+
+def _save(path: Path, net: nn.Module, config: Config, stage: str, epoch: int) -> None:
+    weights = {"model": net.state_dict(), "config": config.model_dump(mode="json")}
+    checkpoint.save(path, {**weights, "stage": stage, "epoch": epoch})
+
+
+def _querier(config: Config, splits: Splits, index: QueryIndex) -> Querier:
+    rule = QueryRule.of(config.query, describe(config.dataset))
+    return Querier(splits.labeled, index, rule, config.augment)
+
+
+def _labeled_loss(config: Config) -> LabeledLoss:
+    if config.ohem is None:
+        return cross_entropy
+    return partial(ohem_cross_entropy, **config.ohem.model_dump())
+
+
+def _whole_images(
+    run: Run, samples: Sequence[Sample], title: str
+) -> Iterator[tuple[Sample, WholeImage]]:
+    """Pass over whole images with a progress bar; batches of one, on the device."""
+    loader = whole_images(samples, run.config.inference.long_side, run.config.workers)
+    bar = tqdm(loader, title, disable=None, leave=False, unit="image")
+    for sample, item in zip(samples, bar, strict=True):
+        yield sample, run.device.move(item)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", required=True, help="a YAML file, here or in configs/")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="such as retrain.epochs=40"
+    )
+    parser.add_argument("--from-stage", type=int, choices=range(1, 7), help="do it and later again")
+    arguments = parser.parse_args()
+    train(read_config(arguments.config, arguments.settings), arguments.from_stage)
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)

@@ -1,0 +1,140 @@
+"""A run's settings: typed, explained, read from YAML, checked before anything starts."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Settings that belong together; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DatasetSection(Section):
+    """The images. A list is looked for in the working folder, then in the root."""
+
+    kind: str  # a name of dataset.catalog, or 'custom' with classes
+    root: str  # folder that the lists' paths are relative to
+    labeled: str = "labeled.txt"  # image and mask a line
+    unlabeled: str = "unlabeled.txt"  # image a line; a mask beside it is never opened
+    val: str = "val.txt"  # image and mask a line
+    classes: list[str] | None = Field(None, min_length=2, max_length=255)  # names of a custom kind
+
+
+class AugmentSection(Section):
+    """Weak augmentation: scale, random crop, mirror with probability 0.5."""
+
+    base_size: int = Field(gt=0)  # pixels, the long side at scale 1
+    scale: tuple[float, float] = (0.5, 2.0)  # the long side is base_size times a number in here
+    crop_size: int = Field(gt=0)  # pixels, square; a smaller image is padded
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "AugmentSection":
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError("scale needs two positive numbers, the smaller first")
+        return self
+
+
+class ModelSection(Section):
+    """The network, the same in every stage."""
+
+    name: str = "deeplabv3plus"
+    backbone: str = "resnet101"
+    output_stride: Literal[8, 16, 32] = 8
+    pretrained: str | None = "auto"  # 'auto': pretrained/<backbone>.pth; a file; null: random
+
+
+class OptimizerSection(Section):
+    """SGD with a polynomial decay to zero over all iterations of a stage."""
+
+    lr: float = Field(0.001, gt=0)  # of the backbone
+    head_multiple: float = Field(10.0, gt=0)  # everything else learns so much faster
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
+    power: float = Field(0.9, gt=0)
+
+
+class OhemSection(Section):
+    """Learn from the hard pixels of labeled images only."""
+
+    threshold: float = Field(0.7, gt=0, le=1)  # probability of the true class that makes easy
+    min_kept: int = Field(100_000, gt=0)  # pixels of a batch that are kept however easy
+
+
+class TrainingSection(Section):
+    """What training stages share."""
+
+    epochs: int = Field(80, gt=0)
+    batch_size: int = Field(32, gt=1)  # over all devices; batch norm needs two
+
+
+class SupervisedSection(TrainingSection):
+    """Stage 1. A batch holds pairs: twice batch_size images."""
+
+    consistency: float = Field(1.0, ge=0)  # weight of the consistency loss; 0 is SupOnly
+    repeat_below: int = Field(200, ge=0)  # a shorter labeled list counts twice an epoch
+
+
+class RetrainSection(TrainingSection):
+    """Stages 4 and 6. A batch holds batch_size unlabeled and as many labeled images."""
+
+    rectify: bool = True  # weigh pixels by cross-image consistency; false is plain self-training
+    teacher_view: Literal["weak", "strong"] = "weak"  # strong reproduces the published code
+
+
+class PseudoLabelSection(Section):
+    """Stages 2 and 5: test-time augmentation."""
+
+    scales: list[float] = Field([0.5, 0.75, 1.0, 1.5, 2.0], min_length=1)
+    flip: bool = True
+
+
+class QuerySection(Section):
+    """Which classes can be queried: one criterion for the index and for crops."""
+
+    min_area: float = Field(0.03, gt=0, lt=1)  # share of the valid pixels
+    exclude: list[str] = []  # class names that never count
+
+
+class SelectSection(Section):
+    """Stage 3."""
+
+    keep: float = Field(0.5, gt=0, le=1)  # share called reliable, rounded up
+    score: Literal["sum", "mean"] = "sum"  # over an image's classes; sum favours few classes
+
+
+class InferenceSection(Section):
+    """How whole images pass a network: validation, labeling, selection, eval.py."""
+
+    long_side: int | None = Field(None, gt=0)  # pixels, larger images are shrunk; null: own size
+
+
+class EvaluateSection(Section):
+    """Validation during training. The last epoch of a stage is always validated."""
+
+    every: int = Field(1, gt=0)  # epochs
+    checkpoint: Literal["last", "best"] = "last"  # 'best' picks by val: its mIoU is optimistic
+
+
+class Config(Section):
+    """One run of the six stages."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")  # run folder: <outdir>/<name>
+    outdir: str = "outdir"
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    workers: int = Field(4, ge=0)  # processes that read images
+    dataset: DatasetSection
+    augment: AugmentSection
+    model: ModelSection = ModelSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    ohem: OhemSection | None = None  # null: plain cross entropy
+    supervised: SupervisedSection = SupervisedSection()
+    pseudo_label: PseudoLabelSection = PseudoLabelSection()
+    query: QuerySection = QuerySection()
+    select: SelectSection = SelectSection()
+    retrain: RetrainSection = RetrainSection()
+    inference: InferenceSection = InferenceSection()
+    evaluate: EvaluateSection = EvaluateSection()

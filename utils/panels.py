@@ -1,0 +1,91 @@
+"""Pictures for people: masks in colour, and what each stage made of the same images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from utils.files import write_atomically
+
+_MARGIN, _LINE = 6, 18  # pixels
+
+
+def save_mask(path: Path, ids: np.ndarray, palette: bytes, format: str = "PNG") -> None:
+    """Write class ids as a palette PNG, atomically.
+
+    Args:
+        path: where.
+        ids: (H, W) uint8 class ids, or 255.
+        palette: 768 bytes, the colours of the ids.
+        format: Pillow's name of the file format.
+    """
+    picture = in_colour(ids, palette)
+    write_atomically(path, lambda partial: picture.save(partial, format))
+
+
+def in_colour(ids: np.ndarray, palette: bytes) -> Image.Image:
+    """Return (H, W) uint8 ids as a picture of mode P."""
+    picture = Image.fromarray(ids)
+    picture.putpalette(palette)
+    return picture
+
+
+def save_panel(
+    path: Path,
+    titles: Sequence[str],
+    rows: Sequence[Sequence[Image.Image]],
+    legend: Sequence[tuple[str, tuple[int, int, int]]],
+    height: int = 144,
+) -> None:
+    """Write rows of pictures under column titles, over a legend of class colours.
+
+    Args:
+        path: where to write a PNG.
+        titles: one a column.
+        rows: pictures of one row show the same image.
+        legend: class names and colours.
+        height: of a row, in pixels.
+    """
+    shown = [[_to_height(picture, height) for picture in row] for row in rows]
+    width = max(picture.width for row in shown for picture in row) + _MARGIN
+    names = _legend(legend, width * len(titles))
+    top = _MARGIN + _LINE
+    panel = Image.new(
+        "RGB",
+        (width * len(titles) + _MARGIN, top + len(rows) * (height + _MARGIN) + names.height),
+        "white",
+    )
+    draw, font = ImageDraw.Draw(panel), ImageFont.load_default()
+    for column, title in enumerate(titles):
+        draw.text((column * width + _MARGIN, _MARGIN), title, "black", font)
+    for number, row in enumerate(shown):
+        for column, picture in enumerate(row):
+            panel.paste(picture, (column * width + _MARGIN, top + number * (height + _MARGIN)))
+    panel.paste(names, (_MARGIN, panel.height - names.height))
+    write_atomically(path, lambda partial: panel.save(partial, "PNG"))
+
+
+def _to_height(picture: Image.Image, height: int) -> Image.Image:
+    width = round(picture.width * height / picture.height)
+    smooth = picture.mode == "RGB"
+    resample = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    return picture.resize((width, height), resample).convert("RGB")
+
+
+def _legend(entries: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> Image.Image:
+    """Swatches with names, as many in a line as fit."""
+    font = ImageFont.load_default()
+    places, x, y = [], 0, 0
+    for name, _ in entries:
+        needed = round(font.getlength(name)) + 2 * _LINE + _MARGIN
+        if x and x + needed > width:
+            x, y = 0, y + _LINE
+        places.append((x, y))
+        x += needed
+    picture = Image.new("RGB", (width, y + _LINE + _MARGIN), "white")
+    draw = ImageDraw.Draw(picture)
+    for (name, colour), (left, top) in zip(entries, places, strict=True):
+        draw.rectangle((left, top + 2, left + 12, top + 14), fill=colour, outline="black")
+        draw.text((left + _LINE, top + 2), name, "black", font)
+    return picture

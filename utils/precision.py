@@ -1,0 +1,75 @@
+"""Where networks run and in which precision."""
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Batch = TypeVar("Batch", Tensor, tuple)
+
+
+class Device:
+    """A device with its precision: moves batches and networks there, opens autocast.
+
+    Args:
+        device: ``auto`` (the first accelerator, else the CPU), or a torch device: ``cpu``,
+            ``cuda:1``, ``mps``.
+        precision: ``fp32``; ``bf16`` or ``fp16`` autocast; ``auto`` is bf16 where the hardware
+            multiplies it natively (a CPU: AMX), fp16 on older CUDA devices, else fp32.
+
+    Raises:
+        UserError: the device does not exist here, or does not know the precision.
+    """
+
+    def __init__(self, device: str, precision: str) -> None:
+        self.device = _find_device(device)
+        self.precision = _best_precision(self.device) if precision == "auto" else precision
+        if self.precision == "fp16" and self.device.type == "cpu":
+            raise UserError("precision: 'fp16' needs an accelerator; a CPU takes fp32 or bf16")
+
+    def __str__(self) -> str:
+        return f"{self.device}, {self.precision}"
+
+    def autocast(self) -> torch.autocast:
+        """Run convolutions in the precision; sums that need float32 say so themselves."""
+        dtype = _DTYPES[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Scale gradients in fp16; hands them through otherwise."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def place(self, net: nn.Module) -> nn.Module:
+        """Move a network here, its convolutions channels-last."""
+        return net.to(self.device, memory_format=torch.channels_last)
+
+    def move(self, batch: Batch) -> Batch:
+        """Move a tensor, or a record of tensors and records, here; images channels-last."""
+        if not isinstance(batch, Tensor):
+            return type(batch)._make(self.move(part) for part in batch)
+        layout = torch.channels_last if batch.dim() == 4 else torch.preserve_format
+        return batch.to(self.device, non_blocking=True, memory_format=layout)
+
+
+def _find_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device: '{name}' is not on this machine; take auto, cpu, cuda, cuda:N or mps"
+        ) from error
+    return device
+
+
+def _best_precision(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16"):
+        return "bf16"
+    return "fp32"

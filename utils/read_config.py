@@ -1,0 +1,145 @@
+"""Read a config: YAML files by ``base:``, then ``key=value`` from the command line."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from utils.config import Config
+from utils.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+class Layer(dict):
+    """Settings from one place, and the place's name for error messages."""
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        super().__init__(values)
+        self.source = source
+
+
+def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Read and check a config.
+
+    Args:
+        path: a YAML file, looked for in the working folder, then in ``configs/``.
+        overrides: ``section.key=value`` with the value in YAML; the last one counts.
+
+    Raises:
+        UserError: no such file, no YAML, an unknown key (the nearest is named), a wrong value.
+    """
+    return _checked(_file_layers(_find(path), seen=()), overrides)
+
+
+def config_from(values: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
+    """Check settings that a checkpoint carries, with overrides as in ``read_config``.
+
+    Raises:
+        UserError: an unknown key or a wrong value, with the source.
+    """
+    return _checked([Layer(values, source)], overrides)
+
+
+def _checked(layers: list[Layer], overrides: Sequence[str]) -> Config:
+    """Merge layers, later over earlier, key by key, and check the result."""
+    layers = [*layers, *(_override_layer(text) for text in overrides)]
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _merge(merged, layer)
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(_explain(error, layers)) from None
+
+
+def _find(path: str) -> Path:
+    for candidate in (Path(path), CONFIGS / path):
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(file.name for file in CONFIGS.glob("*.yaml")))
+    raise UserError(f"{path}: no such config here or in configs/, which has {known}")
+
+
+def _file_layers(path: Path, seen: tuple[Path, ...]) -> list[Layer]:
+    """Return the layers of a file and its bases, deepest base first."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: 'base' leads back to this file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no 'key: value' lines")
+    base = content.pop("base", None)
+    layers = []
+    if base is not None:
+        beside = path.parent / str(base)
+        found = beside if beside.is_file() else _find(str(base))
+        layers = _file_layers(found, (*seen, path.resolve()))
+    return [*layers, Layer(content, str(path))]
+
+
+def _override_layer(text: str) -> Layer:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"'{text}': settings on the command line read key=value")
+    try:
+        parsed: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"'{text}': the value is not YAML") from error
+    for part in reversed(key.split(".")):
+        parsed = {part: parsed}
+    return Layer(parsed, "command line")
+
+
+def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = _copy(value)
+
+
+def _copy(value: Any) -> Any:
+    return {key: _copy(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+
+def _explain(error: ValidationError, layers: Sequence[Layer]) -> str:
+    """Say in one line what the first error is: file, key, value, what is allowed."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    source = next((layer.source for layer in reversed(layers) if _has(layer, path)), None)
+    source = source or layers[0].source
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, list(_keys(Config)), n=1, cutoff=0.0)
+        return f"{source}: unknown key '{key}'; the nearest known key is '{near[0]}'"
+    if first["type"] == "missing":
+        return f"{source}: key '{key}' is missing; add it"
+    wanted = first["msg"].removeprefix("Value error, ")
+    return f"{source}: {key}: {first['input']!r} is not allowed: {wanted}"
+
+
+def _has(layer: Any, path: Sequence[str]) -> bool:
+    """Whether a layer sets a key, or a part of it."""
+    for part in path:
+        if not isinstance(layer, dict):
+            return True
+        if part not in layer:
+            return False
+        layer = layer[part]
+    return True
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key of a section."""
+    for name, field in section.model_fields.items():
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        yield prefix + name
+        for kind in inner:
+            yield from _keys(kind, f"{prefix}{name}.")
