@@ -34,11 +34,11 @@ from model.cisc import class_prototypes, consistency_loss, cross_image_weight, r
 from model.losses import cross_entropy, ohem_cross_entropy, rectified_cross_entropy
 from utils import IGNORE, checkpoint
 from utils.config import Config, TrainingSection
-from utils.errors import exit_with_one_line
+from utils.errors import UserError, exit_with_one_line
 from utils.inference import Predictor
 from utils.optimization import Optimization
 from utils.panels import save_mask
-from utils.progress import EpochBar
+from utils.progress import StageBar
 from utils.read_config import read_config
 from utils.run import Run
 
@@ -56,6 +56,7 @@ class Loss(NamedTuple):
 def train(config: Config, from_stage: int | None = None) -> None:
     """Run the six stages, or those that are left of them."""
     kind, splits = describe(config.dataset), read_splits(config.dataset)
+    _refuse_large_batches(config, splits)
     index = build_query_index(splits.labeled, QueryRule.of(config.query, kind))
     with Run(config, from_stage) as run:
         first = run.stage("1_supervised", train_supervised, splits, index)
@@ -74,8 +75,7 @@ def train(config: Config, from_stage: int | None = None) -> None:
 def train_supervised(run: Run, folder: Path, splits: Splits, index: QueryIndex) -> Report:
     """Stage 1: labeled pairs, cross entropy on both images and the consistency loss."""
     config, chance = run.config, Chance(run.config.seed, folder.name)
-    repeat = 2 if len(splits.labeled) < config.supervised.repeat_below else 1
-    querier = _querier(config, splits, index)
+    querier, repeat = _querier(config, splits, index), _repeat(config, splits)
     pairs = LabeledPairs(splits.labeled, querier, config.augment, chance, repeat)
     net = _new_network(run, chance)
     loss = partial(supervised_loss, net, _labeled_loss(config), config.supervised.consistency)
@@ -222,29 +222,36 @@ def fit(
     first, outcome = _resume(folder, net, optimization)
     epochs = range(first, settings.epochs)
     batches = training_batches(dataset, settings.batch_size, epochs, chance, config.workers)
-    for epoch in epochs:
-        net.train()
-        torch.manual_seed(chance.torch_seed(epoch))  # dropout
-        title = f"{stage} {epoch + 1}/{settings.epochs}"
-        with EpochBar(title, steps, 2 * settings.batch_size) as bar:
+    best = config.evaluate.checkpoint == "best"
+    with StageBar(stage, epochs, steps, images=2 * settings.batch_size) as bar:
+        for epoch in epochs:
+            net.train()
+            torch.manual_seed(chance.torch_seed(epoch))  # dropout
+            bar.start(epoch)
             for batch in islice(batches, steps):
                 with device.autocast():
                     step = loss(device.move(batch))
-                optimization.step(step.total)
                 bar.update(step.shown, optimization.lr)
-        numbers, last = bar.means(), epoch + 1 == settings.epochs
-        if last or (epoch + 1) % config.evaluate.every == 0:
-            matrix = validate(net, val, config, device)
-            numbers["miou"] = matrix.mean_iou()
-            best = config.evaluate.checkpoint == "best"
-            if numbers["miou"] > outcome.get("miou", -1.0) if best else last:
-                outcome = {**numbers, **report(matrix, config), "epoch": epoch + 1}
-                _save(folder / "checkpoint.pth", net, config, stage, epoch + 1)
-        run.record(stage, epoch + 1, numbers)
-        state = {"net": net.state_dict(), "optimization": optimization.state_dict()}
-        checkpoint.save(folder / "resume.pth", {**state, "epoch": epoch + 1, "outcome": outcome})
+                optimization.step(step.total, f"{stage}, epoch {epoch + 1}")
+            numbers, last = bar.means(), epoch + 1 == settings.epochs
+            if last or (epoch + 1) % config.evaluate.every == 0:
+                matrix = validate(net, val, config, device)
+                numbers["miou"] = matrix.mean_iou()
+                if numbers["miou"] > outcome.get("miou", -1.0) if best else last:
+                    outcome = {**numbers, **report(matrix, config), "epoch": epoch + 1}
+                    _save(folder / "checkpoint.pth", net, config, stage, epoch + 1)
+            run.record(stage, epoch + 1, numbers)
+            _suspend(folder, net, optimization, epoch + 1, outcome)
     (folder / "resume.pth").unlink(missing_ok=True)
     return outcome
+
+
+def _suspend(
+    folder: Path, net: nn.Module, optimization: Optimization, epoch: int, outcome: Report
+) -> None:
+    """Keep what going on after this epoch needs."""
+    state = {"net": net.state_dict(), "optimization": optimization.state_dict()}
+    checkpoint.save(folder / "resume.pth", {**state, "epoch": epoch, "outcome": outcome})
 
 
 def _resume(folder: Path, net: nn.Module, optimization: Optimization) -> tuple[int, Report]:
@@ -273,6 +280,25 @@ def _teacher(run: Run, folder: Path) -> nn.Module:
 def _save(path: Path, net: nn.Module, config: Config, stage: str, epoch: int) -> None:
     weights = {"model": net.state_dict(), "config": config.model_dump(mode="json")}
     checkpoint.save(path, {**weights, "stage": stage, "epoch": epoch})
+
+
+def _repeat(config: Config, splits: Splits) -> int:
+    """How often stage 1 passes the labeled list an epoch."""
+    return 2 if len(splits.labeled) < config.supervised.repeat_below else 1
+
+
+def _refuse_large_batches(config: Config, splits: Splits) -> None:
+    labeled = len(splits.labeled) * _repeat(config, splits)
+    reliable = math.ceil(len(splits.unlabeled) * config.select.keep)
+    for key, size, samples in (
+        ("supervised", config.supervised.batch_size, labeled),
+        ("retrain", config.retrain.batch_size, reliable),
+    ):
+        if size > samples:
+            raise UserError(
+                f"{key}.batch_size: {size} is larger than the {samples} samples of an epoch; "
+                "lower it"
+            )
 
 
 def _querier(config: Config, splits: Splits, index: QueryIndex) -> Querier:
@@ -304,7 +330,7 @@ def main() -> None:
         "settings", nargs="*", metavar="key=value", help="such as retrain.epochs=40"
     )
     parser.add_argument("--from-stage", type=int, choices=range(1, 7), help="do it and later again")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     train(read_config(arguments.config, arguments.settings), arguments.from_stage)
 
 

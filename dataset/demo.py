@@ -19,15 +19,18 @@ from dataset.demo_objects import OBJECTS, Array, Light
 VOID = 255
 VERSION = 1  # of the drawing: raise it when the same seed draws something else
 SUPERSAMPLE = 2
+HUE_SPREAD = 0.06  # standard deviation about a class's hue, in turns of the colour circle
 SPLIT_IDS = {"train": 0, "val": 1}
 
 
 CLASSES: tuple[str, ...] = ("background", *OBJECTS)
 
 
-def _colour(rng: np.random.Generator, hue: float, spread: float) -> Array:
+def _colour(
+    rng: np.random.Generator, hue: float, spread: float, saturations: tuple[float, float]
+) -> Array:
     """An RGB colour, (3, 1, 1) in [0, 1], whose hue lies about the given one."""
-    saturation, value = rng.uniform(0.1, 0.75), rng.uniform(0.4, 0.95)
+    saturation, value = rng.uniform(*saturations), rng.uniform(0.4, 0.95)
     rgb = colorsys.hsv_to_rgb((hue + spread * rng.normal()) % 1, saturation, value)
     return np.array(rgb, dtype=np.float32).reshape(3, 1, 1)
 
@@ -42,7 +45,8 @@ def _background(rng: np.random.Generator, x: Array, y: Array) -> Array:
     """A (3, H, W) gradient under noise, with soft blobs, striped patches and lines on it."""
     angle = rng.uniform(0, 2 * math.pi)
     ramp = 0.5 + 0.5 * (math.cos(angle) * x + math.sin(angle) * y)
-    canvas = _colour(rng, rng.random(), 0) * ramp + _colour(rng, rng.random(), 0) * (1 - ramp)
+    near, far = (_colour(rng, rng.random(), 0, (0.0, 0.25)) for _ in range(2))
+    canvas = near * ramp + far * (1 - ramp)
     for cells, strength in ((4, 0.2), (14, 0.2), (40, 0.25)):
         canvas *= 1 + rng.uniform(0.05, strength) * _noise(rng, x.shape, cells)
     for _ in range(int(rng.integers(5, 10))):
@@ -58,7 +62,7 @@ def _background(rng: np.random.Generator, x: Array, y: Array) -> Array:
         if what == 2:
             cover = cover * (np.sin(rng.uniform(30, 90) * a) > 0)
         alpha = rng.uniform(0.3, 0.9) * cover.astype(np.float32)
-        canvas += alpha * (_colour(rng, rng.random(), 0) - canvas)
+        canvas += alpha * (_colour(rng, rng.random(), 0, (0.0, 0.6)) - canvas)
     return canvas
 
 
@@ -101,8 +105,8 @@ def _paint(
 
     u, v = own_frame((x - placed.x) / scale, (y - placed.y) / scale)
     mask, tone, shade = kind.draw(u, v, own_frame(*light), rng)
-    first = _colour(rng, kind.hue, 0.22)
-    second = np.clip(0.6 * first * rng.uniform(0.4, 1.5) + 0.4 * _colour(rng, kind.hue, 0.3), 0, 1)
+    first, other = (_colour(rng, kind.hue, HUE_SPREAD, (0.3, 0.85)) for _ in range(2))
+    second = np.clip(0.6 * first * rng.uniform(0.4, 1.5) + 0.4 * other, 0, 1)
     wear = 1 + rng.uniform(0.03, 0.2) * _noise(rng, x.shape, 24)
     blurred = Image.fromarray(mask).convert("L").filter(ImageFilter.GaussianBlur(len(x) / 50))
     shift = (1, 0, 0.05 * len(x) * light[0], 0, 1, 0.05 * len(x) * light[1])

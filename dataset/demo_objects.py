@@ -130,10 +130,10 @@ def _mug(u: Array, v: Array, light: Light, rng: np.random.Generator) -> Surface:
 
 
 OBJECTS = {
-    "ball": ObjectKind(_ball, hue=0.0, stretch=1.0, tilt=3.1),
+    "ball": ObjectKind(_ball, hue=0.62, stretch=1.0, tilt=3.1),
     "crate": ObjectKind(_crate, hue=0.1, stretch=1.05, tilt=0.4),
     "bricks": ObjectKind(_bricks, hue=0.03, stretch=1.05, tilt=0.4),
-    "leaf": ObjectKind(_leaf, hue=0.3, stretch=1.6, tilt=3.1),
-    "fish": ObjectKind(_fish, hue=0.6, stretch=1.5, tilt=0.8),
+    "leaf": ObjectKind(_leaf, hue=0.32, stretch=1.6, tilt=3.1),
+    "fish": ObjectKind(_fish, hue=0.45, stretch=1.5, tilt=0.8),
     "mug": ObjectKind(_mug, hue=0.75, stretch=1.15, tilt=0.35),
 }

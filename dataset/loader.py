@@ -7,8 +7,6 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils.errors import UserError
-
 Record = TypeVar("Record", bound=tuple)
 
 
@@ -27,7 +25,9 @@ class Chance(NamedTuple):
 
     def of(self, *place: int) -> np.random.Generator:
         """Return the random numbers of a place, such as (epoch, index), the same every time."""
-        return np.random.default_rng([self.seed, zlib.crc32(self.stage.encode()), *place])
+        # A spawn key of another length is another stream; plain entropy would pad with zeros.
+        key = (zlib.crc32(self.stage.encode()), *place)
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
 
     def torch_seed(self, *place: int) -> int:
         """Return a seed for torch's generator at a place."""
@@ -68,14 +68,6 @@ def training_batches(
         epochs: which epochs; a run that goes on starts later.
         chance: orders each epoch.
         workers: processes that read; the batches do not depend on it.
-
-    Raises:
-        UserError: the set does not fill one batch.
     """
-    if len(dataset) < batch_size:
-        raise UserError(
-            f"{chance.stage}: a batch of {batch_size} is larger than the {len(dataset)} samples "
-            "of an epoch; lower batch_size"
-        )
     sampler = EpochBatches(len(dataset), batch_size, epochs, chance)
     return iter(DataLoader(dataset, batch_sampler=sampler, num_workers=workers))

@@ -1,10 +1,12 @@
 """Images and masks from files, by Pillow."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tf
 
@@ -19,8 +21,10 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         UserError: no such file, no picture, or a truncated one.
     """
-    with _opened(path) as image:
-        return image.convert("RGB")
+    image = _decoded(path)
+    if image.mode.startswith("I"):  # convert() would clip 16 bits to white
+        image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def read_mask(path: Path) -> Image.Image:
@@ -29,34 +33,24 @@ def read_mask(path: Path) -> Image.Image:
     Raises:
         UserError: as ``read_image``, or more than one channel.
     """
-    with _opened(path) as mask:
-        if mask.mode not in ("L", "P"):
-            raise UserError(
-                f"{path}: a mask has one 8-bit channel of class ids, this one is {mask.mode}; "
-                "convert its colours to ids"
-            )
-        # convert() would turn palette entries into grey; the entries' numbers are the ids.
-        return Image.fromarray(np.asarray(mask))
+    mask = _decoded(path)
+    if mask.mode not in ("L", "P"):
+        raise UserError(
+            f"{path}: a mask has one 8-bit channel of class ids, this one is {mask.mode}; "
+            "convert its colours to ids"
+        )
+    # convert() would turn palette entries into grey; the entries' numbers are the ids.
+    return Image.fromarray(np.asarray(mask))
 
 
-def sizes_agree(image: Path, mask: Path) -> None:
-    """Compare the sizes in two files' headers.
+def picture_size(path: Path) -> tuple[int, int]:
+    """Read (height, width) off a file's header.
 
     Raises:
-        UserError: they differ, or a header cannot be read.
+        UserError: no such file, or no picture.
     """
-    sizes = []
-    for path in (image, mask):
-        try:
-            with Image.open(path) as picture:
-                sizes.append(f"{picture.height} x {picture.width}")
-        except (OSError, UnidentifiedImageError) as error:
-            raise UserError(f"{path}: cannot read this picture ({error})") from error
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"{mask}: this mask is {sizes[1]} and its image {image} is {sizes[0]} (height x "
-            "width); they must agree"
-        )
+    with _readable(path), Image.open(path) as picture:
+        return picture.height, picture.width
 
 
 def to_input(image: Image.Image) -> Tensor:
@@ -69,14 +63,22 @@ def to_label(mask: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(mask).astype(np.int64))
 
 
-def _opened(path: Path) -> Image.Image:
+def _decoded(path: Path) -> Image.Image:
     """Open and decode, so that a truncated file shows here."""
-    try:
-        image = Image.open(path)
+    with _readable(path), Image.open(path) as image:
         image.load()
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(str(path), "file").split("\n")[0]
+        return image
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn whatever Pillow raises into an error for people."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; correct the list or dataset.root")
+    try:
+        yield
+    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and their own
+        reason = str(error).replace(repr(str(path)), "the file")
         raise UserError(
             f"{path}: cannot read this picture ({reason}); replace it or take it off the list"
         ) from error
-    return image

@@ -94,7 +94,7 @@ class RetrainSamples(Dataset[RetrainSample]):
         unlabeled: their masks are pseudo labels.
         labeled: the labeled images.
         querier: draws partners for the unlabeled images.
-        augment: the weak augmentation of all three.
+        augment: the weak augmentation of all three, and the strong one of the first.
         chance: of the stage.
         strong_teacher: show the teacher the strong colours too, as the published code does.
     """
@@ -110,7 +110,7 @@ class RetrainSamples(Dataset[RetrainSample]):
     ) -> None:
         self._unlabeled, self._labeled, self._querier = unlabeled, labeled, querier
         self._augment, self._chance, self._strong_teacher = augment, chance, strong_teacher
-        self._colours = StrongColours()
+        self._colours = StrongColours(augment.strong)
 
     def __len__(self) -> int:
         """Return the number of unlabeled images."""

@@ -33,7 +33,7 @@ def split_by_reliability(scores: Mapping[str, float], keep: float) -> tuple[list
         keep: share that is reliable, rounded up.
     """
     ranked = sorted(scores, key=lambda name: (-scores[name], name))
-    cut = math.ceil(len(ranked) * keep)
+    cut = math.ceil(round(len(ranked) * keep, 9))  # 100 * 0.07 is a little more than 7
     return ranked[:cut], ranked[cut:]
 
 

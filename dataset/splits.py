@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dataset.catalog import Kind, describe
-from dataset.reading import read_mask, sizes_agree
+from dataset.reading import picture_size, read_mask
 from utils import IGNORE
 from utils.config import DatasetSection
 from utils.errors import UserError
@@ -44,16 +44,15 @@ def read_splits(section: DatasetSection) -> Splits:
             size differs from its image's.
     """
     kind, root = describe(section), _root(section)
-    splits = Splits(
-        read_list(_find_list(section.labeled, root), root, kind),
-        [s._replace(mask=None) for s in read_list(_find_list(section.unlabeled, root), root, kind)],
-        read_list(_find_list(section.val, root), root, kind),
+    labeled, unlabeled, val = (
+        read_list(_find_list(section, field, root), root, kind) for field in Splits._fields
     )
+    splits = Splits(labeled, [sample._replace(mask=None) for sample in unlabeled], val)
     _refuse_overlap(splits)
-    for sample in (*splits.labeled, *splits.unlabeled, *splits.val):
-        _refuse_missing(sample.image, "image")
-    for field in ("labeled", "val"):
-        check_masks(getattr(splits, field), kind, f"dataset.{field}")
+    for sample in splits.unlabeled:
+        picture_size(sample.image)
+    check_masks(splits.labeled, kind, "dataset.labeled")
+    check_masks(splits.val, kind, "dataset.val")
     return splits
 
 
@@ -64,9 +63,7 @@ def read_val(section: DatasetSection) -> list[Sample]:
         UserError: as ``read_splits``.
     """
     kind, root = describe(section), _root(section)
-    samples = read_list(_find_list(section.val, root), root, kind)
-    for sample in samples:
-        _refuse_missing(sample.image, "image")
+    samples = read_list(_find_list(section, "val", root), root, kind)
     check_masks(samples, kind, "dataset.val")
     return samples
 
@@ -86,25 +83,36 @@ def read_list(path: Path, root: Path, kind: Kind) -> list[Sample]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read this list ({error})") from error
-    samples: dict[str, Sample] = {}
+    samples: dict[PurePosixPath, Sample] = {}
     for number, line in enumerate(lines, start=1):
-        words = line.split()
-        if not words:
+        if not line.strip():
             continue
-        if len(words) > 2:
-            raise UserError(f"{path}:{number}: a line reads 'image [mask]', not {line!r}")
-        if len(words) == 1 and not PurePosixPath(words[0]).suffix:
-            words = [kind.image_pattern.format(words[0]), kind.mask_pattern.format(words[0])]
-        for word in words:
-            if PurePosixPath(word).is_absolute() or ".." in PurePosixPath(word).parts:
-                raise UserError(f"{path}:{number}: {word} leaves the data root {root}")
-        if words[0] in samples:
-            raise UserError(f"{path}:{number}: {words[0]} is listed twice; remove one line")
-        mask = root / words[1] if len(words) == 2 else None
-        samples[words[0]] = Sample(words[0], root / words[0], mask)
+        sample = _read_line(line, f"{path}:{number}", root, kind)
+        key = PurePosixPath(sample.name).with_suffix("")
+        if key in samples:
+            raise UserError(
+                f"{path}:{number}: {sample.name} stands above as {samples[key].name}, and both "
+                "would share one predicted mask; remove one line or rename one image"
+            )
+        samples[key] = sample
     if not samples:
         raise UserError(f"{path}: this list is empty; it needs an image a line")
     return list(samples.values())
+
+
+def _read_line(line: str, place: str, root: Path, kind: Kind) -> Sample:
+    words = line.split()
+    if len(words) > 2:
+        raise UserError(f"{place}: a line reads 'image [mask]', not {line!r}")
+    if len(words) == 1 and not PurePosixPath(words[0]).suffix:
+        words = [kind.image_pattern.format(words[0]), kind.mask_pattern.format(words[0])]
+    for word in words:
+        if PurePosixPath(word).is_absolute() or ".." in PurePosixPath(word).parts:
+            raise UserError(
+                f"{place}: {word} leaves the data root {root}; paths are relative to it"
+            )
+    name = str(PurePosixPath(words[0]))  # one spelling: a//b and a/./b are a/b
+    return Sample(name, root / name, root / words[1] if len(words) == 2 else None)
 
 
 def pick(samples: Sequence[Sample], names: Iterable[str]) -> list[Sample]:
@@ -115,7 +123,7 @@ def pick(samples: Sequence[Sample], names: Iterable[str]) -> list[Sample]:
 
 def mask_file(folder: Path, sample: Sample) -> Path:
     """Tell where a folder of predicted masks keeps that of a sample."""
-    return folder / f"{sample.name}.png"
+    return folder / PurePosixPath(sample.name).with_suffix(".png")
 
 
 def with_pseudo_masks(samples: Iterable[Sample], folder: Path) -> list[Sample]:
@@ -133,10 +141,13 @@ def check_masks(samples: Iterable[Sample], kind: Kind, key: str) -> None:
     for sample in samples:
         if sample.mask is None:
             raise UserError(f"{key}: {sample.name} stands there without a mask; name it beside it")
-        _refuse_missing(sample.mask, "mask")
-        mask = read_mask(sample.mask)
-        sizes_agree(sample.image, sample.mask)
-        ids = np.unique(np.asarray(mask))
+        size, ids = picture_size(sample.image), np.asarray(read_mask(sample.mask))
+        if ids.shape != size:
+            raise UserError(
+                f"{sample.mask}: this mask is {ids.shape[0]} x {ids.shape[1]} and its image "
+                f"{sample.image} is {size[0]} x {size[1]} (height x width); they must agree"
+            )
+        ids = np.unique(ids)
         wrong = ids[(ids >= len(kind.classes)) & (ids != IGNORE)]
         if len(wrong):
             raise UserError(
@@ -146,24 +157,24 @@ def check_masks(samples: Iterable[Sample], kind: Kind, key: str) -> None:
 
 
 def _root(section: DatasetSection) -> Path:
-    root = Path(section.root)
+    root = Path(section.root).expanduser()
     if not root.is_dir():
+        drawn = f" (python -m dataset.demo {root} draws it)" if section.kind == "demo" else ""
         raise UserError(
-            f"dataset.root: {root} is no folder; put the data there or set dataset.root=PATH"
+            f"dataset.root: {root} is no folder; put the data there{drawn} or set dataset.root=PATH"
         )
     return root
 
 
-def _find_list(name: str, root: Path) -> Path:
+def _find_list(section: DatasetSection, field: str, root: Path) -> Path:
+    name = getattr(section, field)
     for candidate in (Path(name), root / name):
         if candidate.is_file():
             return candidate
-    raise UserError(f"{name}: no such list in the working folder or in {root}")
-
-
-def _refuse_missing(path: Path, what: str) -> None:
-    if not path.is_file():
-        raise UserError(f"{path}: no such {what}; correct the list or the data root")
+    raise UserError(
+        f"dataset.{field}: {name} is neither in the working folder nor in {root}; "
+        f"set dataset.{field}=PATH"
+    )
 
 
 def _refuse_overlap(splits: Splits) -> None:

@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import v2
 
 from utils import IGNORE
-from utils.config import AugmentSection
+from utils.config import AugmentSection, StrongSection
 
 
 class View(NamedTuple):
@@ -85,21 +85,22 @@ def random_view(
 class StrongColours:
     """Colour jitter, grey, blur: the strong augmentation of unlabeled images.
 
-    Source: METHOD's published settings, those of ST++.
+    Source: METHOD's published settings, those of ST++, are the section's defaults.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, settings: StrongSection) -> None:
+        self._blur, self._blur_chance = settings.blur, settings.blur_chance
         self._colours = v2.Compose(
             [
-                v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5, 0.25)], p=0.8),
-                v2.RandomGrayscale(p=0.2),
+                v2.RandomApply([v2.ColorJitter(*settings.jitter)], p=settings.jitter_chance),
+                v2.RandomGrayscale(p=settings.grey_chance),
             ]
         )
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """Recolour an RGB picture; torch's own random numbers stay as they were."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(rng.integers(2**63)))
+            torch.default_generator.manual_seed(int(rng.integers(2**63)))  # not an accelerator's
             image = self._colours(image)
-        sigma, blurs = rng.uniform(0.1, 2.0), rng.random() < 0.5
+        sigma, blurs = rng.uniform(*self._blur), rng.random() < self._blur_chance
         return image.filter(ImageFilter.GaussianBlur(sigma)) if blurs else image

@@ -22,7 +22,7 @@ def load(path: Path) -> dict[str, Any]:
         UserError: no such file; or one that is truncated, no checkpoint, or holds pickled code.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
+        raise UserError(f"{path}: no such checkpoint; name a checkpoint.pth of a run")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load documents no list of what a broken file raises
@@ -31,7 +31,9 @@ def load(path: Path) -> dict[str, Any]:
             "copy or download it again"
         ) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
+        raise UserError(
+            f"{path}: holds a {type(content).__name__}, not a dict of weights; take another file"
+        )
     return content
 
 
@@ -48,6 +50,8 @@ def load_weights(net: nn.Module, path: Path) -> None:
     """
     content = load(path)
     weights = content.get("model", content)
+    if not isinstance(weights, dict):
+        raise UserError(f"{path}: its 'model' holds no weights; take a checkpoint of a network")
     weights = {
         key.removeprefix("module."): value
         for key, value in weights.items()

@@ -1,14 +1,32 @@
 """A run's settings: typed, explained, read from YAML, checked before anything starts."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+def _ordered(numbers: tuple[float, float]) -> tuple[float, float]:
+    if numbers[0] > numbers[1]:
+        raise ValueError("the smaller number comes first")
+    return numbers
+
+
+def _distinct(names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        raise ValueError("two classes have one name")
+    return names
+
+
+Range = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
 
 
 class Section(BaseModel):
     """Settings that belong together; an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DatasetSection(Section):
@@ -19,21 +37,35 @@ class DatasetSection(Section):
     labeled: str = "labeled.txt"  # image and mask a line
     unlabeled: str = "unlabeled.txt"  # image a line; a mask beside it is never opened
     val: str = "val.txt"  # image and mask a line
-    classes: list[str] | None = Field(None, min_length=2, max_length=255)  # names of a custom kind
+    # Names of a custom kind, by class id.
+    classes: Annotated[list[str], AfterValidator(_distinct)] | None = Field(
+        None, min_length=2, max_length=255
+    )
+
+
+class StrongSection(Section):
+    """What the student sees of unlabeled images, on top of the weak augmentation."""
+
+    # Largest change of brightness, contrast, saturation (shares) and hue (turns of the circle).
+    jitter: tuple[Share, Share, Share, Annotated[float, Field(ge=0, le=0.5)]] = (
+        0.5,
+        0.5,
+        0.5,
+        0.25,
+    )
+    jitter_chance: Share = 0.8
+    grey_chance: Share = 0.2
+    blur: Range = (0.1, 2.0)  # range of the Gaussian's sigma, pixels
+    blur_chance: Share = 0.5
 
 
 class AugmentSection(Section):
     """Weak augmentation: scale, random crop, mirror with probability 0.5."""
 
     base_size: int = Field(gt=0)  # pixels, the long side at scale 1
-    scale: tuple[float, float] = (0.5, 2.0)  # the long side is base_size times a number in here
+    scale: Range = (0.5, 2.0)  # the long side is base_size times a number in here
     crop_size: int = Field(gt=0)  # pixels, square; a smaller image is padded
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "AugmentSection":
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError("scale needs two positive numbers, the smaller first")
-        return self
+    strong: StrongSection = StrongSection()
 
 
 class ModelSection(Section):
@@ -86,7 +118,7 @@ class RetrainSection(TrainingSection):
 class PseudoLabelSection(Section):
     """Stages 2 and 5: test-time augmentation."""
 
-    scales: list[float] = Field([0.5, 0.75, 1.0, 1.5, 2.0], min_length=1)
+    scales: list[Positive] = Field([0.5, 0.75, 1.0, 1.5, 2.0], min_length=1)
     flip: bool = True
 
 
@@ -120,7 +152,7 @@ class EvaluateSection(Section):
 class Config(Section):
     """One run of the six stages."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")  # run folder: <outdir>/<name>
+    name: str = Field(pattern=r"^\w[\w.-]*$")  # run folder: <outdir>/<name>
     outdir: str = "outdir"
     seed: int = Field(0, ge=0)
     device: str = "auto"

@@ -9,7 +9,7 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         # A DataLoader worker hands its error over as the text of a traceback that ends in ours.
-        super().__init__(message.rsplit("UserError: ", 1)[-1].strip())
+        super().__init__(" ".join(message.rsplit("UserError: ", 1)[-1].split()))
 
 
 def exit_with_one_line(program: Callable[[], None]) -> None:

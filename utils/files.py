@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from utils.errors import UserError
+
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Write beside ``path``, then rename: a killed run leaves the old file or the new one.
@@ -12,11 +14,19 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     Args:
         path: where the file goes; its folder is made.
         write: writes the file it is handed.
+
+    Raises:
+        UserError: the disk is full, or the place is not to be written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write this file ({error.strerror or error}); name another place"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -42,16 +42,20 @@ class Optimization:
         """The backbone's learning rate now."""
         return self._sgd.param_groups[0]["lr"]
 
-    def step(self, loss: Tensor) -> None:
+    def step(self, loss: Tensor, place: str) -> None:
         """Go one step down the gradient of a scalar loss.
+
+        Args:
+            loss: scalar.
+            place: stage and epoch, for the error.
 
         Raises:
             UserError: the loss is not finite; no weight has changed by it.
         """
         if not torch.isfinite(loss):
             raise UserError(
-                f"the loss is {loss.item()}; lower optimizer.lr, or set precision=fp32, and start "
-                "the stage over"
+                f"{place}: the loss is {loss.item()}; lower optimizer.lr or set precision=fp32, "
+                "and start the stage over with --from-stage"
             )
         self._sgd.zero_grad()
         self._scaler.scale(loss).backward()

@@ -1,4 +1,4 @@
-"""Progress bars: where an epoch stands, and what it came to."""
+"""The progress bar of a training stage, and what its epochs came to."""
 
 import time
 from types import TracebackType
@@ -8,23 +8,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 
-class EpochBar:
-    """The bar of a training epoch; averages the terms of the loss. Use it in a ``with`` block.
+class StageBar:
+    """A bar over all epochs of a stage: epoch, loss terms, rate, images a second, time left.
+
+    Use it in a ``with`` block. Where stderr is no terminal nothing is drawn.
 
     Args:
-        title: stage and epoch.
-        steps: iterations.
+        stage: name of the stage.
+        epochs: those still to do.
+        steps: iterations an epoch.
         images: labeled and unlabeled images that the student sees an iteration.
     """
 
-    def __init__(self, title: str, steps: int, images: int) -> None:
-        self._bar = tqdm(total=steps, desc=title, disable=None, leave=False, unit="it")
-        self._steps, self._images = 0, images
-        self._sums: dict[str, Tensor] = {}
-        self._start = time.monotonic()
-        self._lr = 0.0
+    def __init__(self, stage: str, epochs: range, steps: int, images: int) -> None:
+        self._stage, self._epochs, self._images = stage, epochs, images
+        self._bar = tqdm(
+            total=epochs.stop * steps * images,
+            initial=epochs.start * steps * images,
+            unit="img",
+            unit_scale=True,
+            disable=None,
+            leave=False,
+        )
 
-    def __enter__(self) -> "EpochBar":
+    def __enter__(self) -> "StageBar":
         """Open the bar."""
         return self
 
@@ -37,19 +44,27 @@ class EpochBar:
         """Clear the bar."""
         self._bar.close()
 
-    def update(self, terms: dict[str, Tensor], lr: float) -> None:
-        """Count an iteration with its scalar loss terms, which stay on their device."""
+    def start(self, epoch: int) -> None:
+        """Begin the means of an epoch, counted from 0."""
+        self._bar.set_description(f"{self._stage} epoch {epoch + 1}/{self._epochs.stop}")
+        self._sums: dict[str, Tensor] = {}
+        self._steps, self._lr, self._started = 0, 0.0, time.monotonic()
+
+    def update(self, shown: dict[str, Tensor], lr: float) -> None:
+        """Count an iteration with its scalars, which stay on their device."""
         self._steps, self._lr = self._steps + 1, lr
-        for name, term in terms.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(term)) + term.detach()
+        for name, value in shown.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
         if not self._bar.disable:
-            shown = {name: f"{value:.3g}" for name, value in self.means().items()}
-            self._bar.set_postfix(shown, refresh=False)
-        self._bar.update()
+            means = {name: f"{value:.3g}" for name, value in self._term_means().items()}
+            self._bar.set_postfix({**means, "lr": f"{lr:.2g}"}, refresh=False)
+        self._bar.update(self._images)
 
     def means(self) -> dict[str, float]:
-        """Return the mean of each term so far, the learning rate, and images a second."""
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        means = {name: total.item() / self._steps for name, total in self._sums.items()}
+        """Return the epoch's mean of each scalar, its last learning rate, and images a second."""
+        seconds = max(time.monotonic() - self._started, 1e-9)
         speed = self._images * self._steps / seconds
-        return {**means, "lr": self._lr, "images_per_second": speed}
+        return {**self._term_means(), "lr": self._lr, "images_per_second": speed}
+
+    def _term_means(self) -> dict[str, float]:
+        return {name: total.item() / self._steps for name, total in self._sums.items()}

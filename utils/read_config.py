@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from utils.config import Config
 from utils.errors import UserError
 
+_COMMAND_LINE = "command line"
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -48,8 +49,11 @@ def _checked(layers: list[Layer], overrides: Sequence[str]) -> Config:
     """Merge layers, later over earlier, key by key, and check the result."""
     layers = [*layers, *(_override_layer(text) for text in overrides)]
     merged: dict[str, Any] = {}
-    for layer in layers:
-        _merge(merged, layer)
+    try:
+        for layer in layers:
+            _merge(merged, layer)
+    except RecursionError:
+        raise UserError(f"{layer.source}: a value holds itself; remove the YAML alias") from None
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
@@ -70,8 +74,8 @@ def _file_layers(path: Path, seen: tuple[Path, ...]) -> list[Layer]:
         raise UserError(f"{path}: 'base' leads back to this file")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, no such date
+        raise UserError(f"{path}: not YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no 'key: value' lines")
     base = content.pop("base", None)
@@ -89,11 +93,11 @@ def _override_layer(text: str) -> Layer:
         raise UserError(f"'{text}': settings on the command line read key=value")
     try:
         parsed: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"'{text}': the value is not YAML") from error
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
-    return Layer(parsed, "command line")
+    return Layer(parsed, _COMMAND_LINE)
 
 
 def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
@@ -109,19 +113,35 @@ def _copy(value: Any) -> Any:
 
 
 def _explain(error: ValidationError, layers: Sequence[Layer]) -> str:
-    """Say in one line what the first error is: file, key, value, what is allowed."""
-    first = error.errors()[0]
+    """Say in one line what is wrong: file, key, value, what is allowed."""
+    errors = error.errors()
+    unknown = ("extra_forbidden", "invalid_key")
+    # A misspelled section is unknown and missing at once; the spelling is the cause.
+    first = next((each for each in errors if each["type"] in unknown), errors[0])
     path = [str(part) for part in first["loc"]]
-    source = next((layer.source for layer in reversed(layers) if _has(layer, path)), None)
-    source = source or layers[0].source
     key = ".".join(path)
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, list(_keys(Config)), n=1, cutoff=0.0)
-        return f"{source}: unknown key '{key}'; the nearest known key is '{near[0]}'"
-    if first["type"] == "missing":
-        return f"{source}: key '{key}' is missing; add it"
-    wanted = first["msg"].removeprefix("Value error, ")
-    return f"{source}: {key}: {first['input']!r} is not allowed: {wanted}"
+    sources = [layer.source for layer in layers if _has(layer, path)]
+    if first["type"] in unknown:
+        return f"{sources[-1]}: unknown key '{key}'; the nearest known key is '{_nearest(key)}'"
+    if first["type"] == "missing" and not isinstance(first["loc"][-1], int):
+        files = [layer.source for layer in layers if layer.source != _COMMAND_LINE]
+        return f"{files[-1]}: key '{key}' is missing; add it"
+    wanted = {
+        "model_type": "a section holds 'key: value' lines",
+        "missing": "more values are wanted",
+    }.get(first["type"], first["msg"].removeprefix("Value error, "))
+    return f"{sources[-1]}: {key}: {first['input']!r} is not allowed: {wanted}"
+
+
+def _nearest(key: str) -> str:
+    """Find the known key whose last part is most like the given one's, then the whole key."""
+
+    def likeness(known: str) -> tuple[float, float]:
+        pairs = (known.rpartition(".")[2], key.rpartition(".")[2]), (known, key)
+        last, whole = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        return last, whole
+
+    return max(_keys(Config), key=likeness)
 
 
 def _has(layer: Any, path: Sequence[str]) -> bool:

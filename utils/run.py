@@ -47,16 +47,12 @@ class Run:
         self.device = Device(config.device, config.precision)
         self.folder = Path(config.outdir) / config.name
         self.stages: dict[str, dict[str, Any]] = {}
-        if from_stage is not None:
-            self._remove_stages(from_stage)
         if from_stage != 1:
             self._refuse_other_config()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json")))
-            write_json(self.folder / "environment.json", self._environment())
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot write here ({error.strerror})") from error
+        if from_stage is not None:
+            self._remove_stages(from_stage)
+        write_text(self.folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json")))
+        write_json(self.folder / "environment.json", self._environment())
         self._board = SummaryWriter(str(self.folder / "tensorboard"))
 
     def __enter__(self) -> "Run":

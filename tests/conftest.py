@@ -1,0 +1,80 @@
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from dataset.catalog import KINDS
+from dataset.demo import write_demo
+from utils.config import AugmentSection
+from utils.errors import exit_with_one_line
+
+# The same examples every time: a failure here is the change's, not the day's.
+settings.register_profile("project", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("project")
+
+
+@pytest.fixture(scope="session")
+def demo_root(tmp_path_factory) -> Path:
+    """A small demo set: 6 labeled of 16, 4 for validation. Read it, don't spoil it."""
+    root = tmp_path_factory.mktemp("demo")
+    palette = KINDS["demo"].palette()
+    write_demo(root, palette, train=16, labeled=6, val=4, size=(48, 64))
+    return root
+
+
+@pytest.fixture
+def demo_copy(demo_root, tmp_path) -> Path:
+    """A copy of the demo set that a test may spoil."""
+    return Path(shutil.copytree(demo_root, tmp_path / "data"))
+
+
+@pytest.fixture(scope="session")
+def tiny_settings() -> Callable[[Path, Path], list[str]]:
+    """Make settings that turn configs/demo.yaml into seconds of work; what is appended wins."""
+
+    def settings_for(root: Path, outdir: Path) -> list[str]:
+        return [
+            f"dataset.root={root}",
+            f"outdir={outdir}",
+            "workers=0",
+            "device=cpu",
+            "precision=fp32",
+            "augment.base_size=64",
+            "augment.crop_size=48",
+            "supervised.epochs=1",
+            "supervised.batch_size=4",
+            "retrain.epochs=1",
+            "retrain.batch_size=4",
+            "pseudo_label.scales=[1.0]",
+        ]
+
+    return settings_for
+
+
+@pytest.fixture
+def demo_overrides(demo_root, tmp_path, tiny_settings) -> list[str]:
+    return tiny_settings(demo_root, tmp_path / "outdir")
+
+
+@pytest.fixture
+def augment() -> AugmentSection:
+    return AugmentSection(base_size=64, crop_size=48)
+
+
+@pytest.fixture
+def complaint(monkeypatch, capsys):
+    """Type a command; return the one line that the program answers with exit code 2."""
+
+    def typed(program, *words) -> str:
+        monkeypatch.setattr(sys, "argv", [program.__file__, *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            exit_with_one_line(program.main)
+        assert ended.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        return line
+
+    return typed

@@ -1,0 +1,123 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import eval as eval_program
+from eval import build_network
+from utils import checkpoint
+from utils.errors import exit_with_one_line
+from utils.read_config import read_config
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def trained(demo_root, tmp_path_factory) -> Path:
+    """A checkpoint as ``train.py`` writes it, of random weights."""
+    settings = [f"dataset.root={demo_root}", "workers=0", "device=cpu", "precision=fp32"]
+    config, path = read_config("demo.yaml", settings), tmp_path_factory.mktemp("run") / "c.pth"
+    torch.manual_seed(0)
+    content = {"model": build_network(config, None).state_dict(), "config": config.model_dump()}
+    checkpoint.save(path, {**content, "stage": "1_supervised", "epoch": 1})
+    return path
+
+
+def no_file(path):
+    path.unlink()
+
+
+def half_a_file(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def text_file(path):
+    path.write_text("not a checkpoint")
+
+
+def bare_weights(path):
+    checkpoint.save(path, {"conv1.weight": torch.zeros(1)})
+
+
+def pickled_code(path):
+    torch.save({"model": Path}, path)
+
+
+def no_mapping(path):
+    torch.save([torch.zeros(1)], path)
+
+
+def weights_that_are_none(path):
+    content = checkpoint.load(path)
+    checkpoint.save(path, {**content, "model": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (no_file, ["no such checkpoint"]),
+        (half_a_file, ["not a whole checkpoint", "again"]),
+        (text_file, ["not a whole checkpoint", "again"]),
+        (bare_weights, ["holds no config", "--config"]),
+        (pickled_code, ["not a whole checkpoint"]),
+        (no_mapping, ["holds a list"]),
+        (weights_that_are_none, ["weights"]),
+    ],
+)
+def test_bad_checkpoint(complaint, trained, tmp_path, spoil, told):
+    path = tmp_path / "c.pth"
+    path.write_bytes(trained.read_bytes())
+    spoil(path)
+    line = complaint(eval_program, path)
+    assert [part for part in [str(path), *told] if part not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("model.backbone=resnet34", ["weights of another network", "missing", "check model.name"]),
+        ("dataset.kind=pascal", ["classifier.bias is (7,), not (21,)", "number of classes"]),
+        ("dataset.root=nowhere", ["dataset.root", "nowhere is no folder"]),
+        ("dataset.val=nowhere.txt", ["dataset.val", "nowhere.txt", "no such list"]),
+        ("inference.long_sid=3", ["unknown key", "'inference.long_side'"]),
+    ],
+)
+def test_bad_settings_of_eval(complaint, trained, setting, told):
+    line = complaint(eval_program, trained, setting)
+    assert [part for part in told if part not in line] == []
+
+
+@pytest.mark.parametrize("option", ["--json", "--save-masks"])
+def test_place_that_eval_cannot_write(complaint, trained, tmp_path, option):
+    (tmp_path / "file").write_text("")
+    line = complaint(eval_program, trained, option, tmp_path / "file" / "x")
+    assert str(tmp_path / "file") in line
+
+
+def test_images_of_every_mode_are_converted(trained, demo_copy, tmp_path, monkeypatch):
+    mask, lines = (demo_copy / "val.txt").read_text().split()[1], []
+    picture = Image.open(demo_copy / "JPEGImages" / "1000.jpg")
+    for mode in ("L", "CMYK", "RGBA", "P"):
+        own = picture.convert(mode)
+        for name, content in ((f"{mode}_own", own), (f"{mode}_rgb", own.convert("RGB"))):
+            content.save(demo_copy / "JPEGImages" / f"{name}.tif")
+            lines.append(f"JPEGImages/{name}.tif {mask}")
+    (demo_copy / "val.txt").write_text("\n".join(lines))
+    words = [trained, f"dataset.root={demo_copy}", "--save-masks", tmp_path / "masks"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
+    exit_with_one_line(eval_program.main)
+    for mode in ("L", "CMYK", "RGBA", "P"):
+        own, rgb = (tmp_path / "masks/JPEGImages" / f"{mode}_{end}.png" for end in ("own", "rgb"))
+        assert own.read_bytes() == rgb.read_bytes()
+
+
+def test_program_as_typed(trained, tmp_path):
+    (tmp_path / "c.pth").write_bytes(trained.read_bytes()[:5000])
+    command = [sys.executable, ROOT / "eval.py", "c.pth"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: c.pth: not a whole checkpoint")

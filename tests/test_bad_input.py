@@ -1,0 +1,218 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train as train_program
+from utils import checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def train(complaint, demo_overrides, demo_copy):
+    """``train.py --config demo.yaml`` on the copy of the demo set, with more settings."""
+    settings = [*demo_overrides, f"dataset.root={demo_copy}"]
+    return lambda *more: complaint(train_program, "--config", "demo.yaml", *settings, *more)
+
+
+def line_of(root, file, number=0):
+    return (root / file).read_text().splitlines()[number]
+
+
+def append(root, file, line):
+    with (root / file).open("a") as lines:
+        lines.write(f"{line}\n")
+
+
+def without_root(root):
+    return f"dataset.root={root}_gone"
+
+
+def without_list(root):
+    (root / "unlabeled.txt").unlink()
+
+
+def empty_list(root):
+    (root / "val.txt").write_text("\n")
+
+
+def list_without_masks(root):
+    (root / "labeled.txt").write_text("JPEGImages/0000.jpg")
+
+
+def line_that_leaves_the_root(root):
+    append(root, "unlabeled.txt", "../elsewhere/x.jpg")
+
+
+def without_image(root):
+    (root / "JPEGImages/0009.jpg").unlink()
+
+
+def without_mask(root):
+    (root / "SegmentationClass/0001.png").unlink()
+
+
+def text_for_an_image(root):
+    (root / "JPEGImages/0001.jpg").write_text("not a picture")
+
+
+def truncated_images(root):
+    for image in (root / "JPEGImages").glob("00*.jpg"):
+        image.write_bytes(image.read_bytes()[:700])
+
+
+def truncated_mask(root):
+    mask = root / "SegmentationClass/1002.png"
+    mask.write_bytes(mask.read_bytes()[:-200])
+
+
+def mask_with_a_wrong_id(root):
+    ids = np.zeros((48, 64), np.uint8)
+    ids[3, 4] = 9
+    Image.fromarray(ids).save(root / "SegmentationClass/0002.png")
+
+
+def mask_of_another_size(root):
+    Image.new("L", (64, 47)).save(root / "SegmentationClass/1001.png")
+
+
+def mask_in_colour(root):
+    Image.new("RGB", (64, 48)).save(root / "SegmentationClass/0003.png")
+
+
+def labeled_in_val(root):
+    append(root, "val.txt", line_of(root, "labeled.txt"))
+
+
+def labeled_in_unlabeled(root):
+    append(root, "unlabeled.txt", line_of(root, "labeled.txt", 2).split()[0])
+
+
+def unlabeled_in_val(root):
+    append(root, "val.txt", line_of(root, "unlabeled.txt") + " SegmentationClass/1000.png")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (without_root, ["dataset.root", "data_gone is no folder", "put the data there or set"]),
+        (without_list, ["dataset.unlabeled", "unlabeled.txt", "no such list"]),
+        (empty_list, ["val.txt", "empty", "needs an image a line"]),
+        (list_without_masks, ["dataset.labeled", "JPEGImages/0000.jpg", "without a mask", "name"]),
+        (line_that_leaves_the_root, ["unlabeled.txt:11", "../elsewhere/x.jpg", "leaves the data"]),
+        (without_image, ["0009.jpg", "no such image", "correct the list or the data root"]),
+        (without_mask, ["0001.png", "no such mask", "correct the list or the data root"]),
+        (text_for_an_image, ["0001.jpg", "cannot read this picture", "replace it or take it off"]),
+        (truncated_images, [".jpg", "cannot read this picture (", "truncated", "replace it"]),
+        (truncated_mask, ["1002.png", "cannot read this picture (", "truncated", "replace it"]),
+        (mask_with_a_wrong_id, ["0002.png", "id 9 is no class", "0 to 6", "255 is ignored"]),
+        (mask_of_another_size, ["1001.png", "47 x 64", "1001.jpg", "48 x 64", "must agree"]),
+        (mask_in_colour, ["0003.png", "one 8-bit channel", "RGB", "convert its colours to ids"]),
+        (labeled_in_val, ["dataset.labeled and dataset.val share 1", "0000.jpg", "one list only"]),
+        (labeled_in_unlabeled, ["dataset.labeled and dataset.unlabeled share 1", "0002.jpg"]),
+        (unlabeled_in_val, ["dataset.unlabeled and dataset.val share 1", "0006.jpg"]),
+    ],
+)
+def test_bad_data(train, demo_copy, spoil, told):
+    line = train(*filter(None, [spoil(demo_copy)]))
+    assert [part for part in told if part not in line] == []
+
+
+def test_unlabeled_image_that_cannot_be_read_is_found_before_anything_trains(
+    train, demo_copy, monkeypatch
+):
+    def trained(*_):
+        raise AssertionError("stage 1 trained for hours before stage 2 opened this image")
+
+    monkeypatch.setattr(train_program, "fit", trained)
+    (demo_copy / "JPEGImages/0009.jpg").write_text("not a picture")
+    assert "0009.jpg: cannot read this picture" in train()
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("retrain.epoch=3", ["command line", "'retrain.epoch'", "'retrain.epochs'"]),
+        ("retrain.epochs=many", ["command line", "retrain.epochs", "'many'", "integer"]),
+        ("retrain.epochs", ["'retrain.epochs'", "key=value"]),
+        ("dataset.kind=demos", ["dataset.kind", "'demos'", "demo", "custom"]),
+        ("dataset.labeled=nowhere.txt", ["dataset.labeled", "nowhere.txt", "no such list"]),
+        ("model.name=unet", ["model.name", "'unet'", "deeplabv3plus"]),
+        ("model.backbone=vgg", ["model.backbone", "'vgg'", "resnet18"]),
+        ("query.exclude=[sky]", ["query.exclude", "'sky'", "background"]),
+        ("supervised.batch_size=13", ["supervised.batch_size", "13", "12", "lower"]),
+        ("retrain.batch_size=6", ["retrain.batch_size", "6", "5", "lower"]),
+        ("model.pretrained=x.pth", ["x.pth", "no weights for resnet18", "model.pretrained=null"]),
+        ("device=cuda:99", ["device", "'cuda:99'", "auto, cpu"]),
+        ("precision=fp16", ["precision", "'fp16'", "fp32 or bf16"]),
+    ],
+)
+def test_bad_settings(train, monkeypatch, setting, told):
+    def trained(*_):
+        raise AssertionError("trained before it looked")
+
+    if "batch_size" not in setting:
+        monkeypatch.setattr(train_program, "fit", trained)
+    monkeypatch.setattr(train_program.Optimization, "step", trained)
+    line = train(setting)
+    assert [part for part in told if part not in line] == []
+
+
+def test_auto_weights_that_are_missing(train, monkeypatch, tmp_path):
+    monkeypatch.setattr("model.PRETRAINED", tmp_path)
+    line = train("model.pretrained=auto")
+    assert f"{tmp_path / 'resnet18.pth'}: no weights for resnet18" in line
+    assert "pretrained/README.md" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(b"PK\3\4 half of it", "not a whole checkpoint"), (None, "weights of another network")],
+)
+def test_backbone_weights_that_do_not_fit(train, tmp_path, content, told):
+    path = tmp_path / "weights.pth"
+    if content is None:
+        checkpoint.save(path, {"conv1.weight": torch.zeros(64, 3, 7, 7)})
+    else:
+        path.write_bytes(content)
+    assert f"{path}: {told}" in train(f"model.pretrained={path}")
+
+
+def test_run_folder_that_cannot_be_made(train, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert f"{tmp_path / 'file' / 'demo'}: cannot write here" in train(
+        f"outdir={tmp_path / 'file'}"
+    )
+
+
+def test_config_that_is_not_there(complaint):
+    line = complaint(train_program, "--config", "nowhere.yaml")
+    assert "nowhere.yaml: no such config here or in configs/" in line
+    assert "demo.yaml" in line
+
+
+def test_unknown_key_in_a_file_names_the_file(complaint, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: demo.yaml\nmodel: {backbon: resnet50}\n")
+    line = complaint(train_program, "--config", path)
+    assert f"{path}: unknown key 'model.backbon'; the nearest known key is 'model.backbone'" in line
+
+
+def test_settings_may_stand_on_both_sides_of_an_option(complaint):
+    line = complaint(train_program, "seed=1", "--config", "demo.yaml", "sead=2")
+    assert "unknown key 'sead'" in line
+
+
+def test_program_as_typed(demo_copy, tmp_path):
+    truncated_images(demo_copy)  # met in a worker
+    settings = [f"dataset.root={demo_copy}", "workers=1", "device=cpu", "outdir=out"]
+    command = [sys.executable, ROOT / "train.py", "--config", "demo.yaml", *settings]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {demo_copy}/JPEGImages/")

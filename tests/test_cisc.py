@@ -1,0 +1,214 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.cisc import (
+    class_prototypes,
+    class_similarity_maps,
+    consistency_loss,
+    cross_image_weight,
+    masked_average_pooling,
+    rectification_weight,
+    reliability,
+    similarity_map,
+)
+from utils import IGNORE
+
+
+def naive_pooling(features, mask):
+    """METHOD piece 1 as it is written: resize the features, average them over the region."""
+    resized = F.interpolate(features, mask.shape[-2:], mode="bilinear", align_corners=False)
+    mask = mask.to(features.dtype).unsqueeze(1)
+    return (resized * mask).sum(dim=(2, 3)) / (mask.sum(dim=(2, 3)) + 0.0005)
+
+
+def naive_map(features, prototype, size):
+    """METHOD piece 2 as it is written."""
+    cosine = F.cosine_similarity(features, prototype[:, :, None, None], dim=1).clamp(0, 1)
+    return F.interpolate(cosine.unsqueeze(1), size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def naive_entropy(probability, region, label):
+    """Binary cross entropy over the valid pixels of one image, by the definition."""
+    total, count = 0.0, 0
+    for p, m, y in zip(probability.flatten(), region.flatten(), label.flatten(), strict=True):
+        if y != IGNORE:
+            total -= math.log(p) if m else math.log(1 - p)
+            count += 1
+    return total / count
+
+
+@pytest.fixture
+def pair():
+    generator = torch.Generator().manual_seed(3)
+    features = torch.rand(2, 8, 5, 7, generator=generator, dtype=torch.float64)
+    query = torch.rand(2, 8, 5, 7, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 3, (2, 2, 17, 26), generator=generator)
+    labels[:, :, :2] = IGNORE
+    return features, query, labels[0], labels[1], torch.tensor([1, 2])
+
+
+def test_pooling_matches_hand_count():
+    features = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
+    mask = torch.tensor([[[True, False], [True, False]]])
+    assert masked_average_pooling(features, mask).item() == pytest.approx(4 / 2.0005, abs=1e-6)
+
+
+def test_pooling_of_a_resized_map_matches_hand_count():
+    # A line of two, resized to four: 1, 1.5, 2.5, 3 (weights 1, 3/4, 1/4, 0); the last two count.
+    features = torch.tensor([[[[1.0, 3.0]]]])
+    mask = torch.tensor([[[False, False, True, True]]])
+    assert masked_average_pooling(features, mask).item() == pytest.approx(5.5 / 2.0005, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [(17, 26), (5, 7), (4, 3), (81, 81)])
+def test_adjoint_pooling_equals_pooling_of_resized_features(size):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(3, 16, 5, 7, generator=generator)
+    mask = torch.rand(3, *size, generator=generator) < 0.3
+    expected = naive_pooling(features.double(), mask).float()
+    torch.testing.assert_close(masked_average_pooling(features, mask), expected, rtol=0, atol=1e-5)
+
+
+def test_adjoint_pooling_has_the_same_gradient():
+    features = torch.randn(1, 4, 5, 7, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(1, 17, 26) < 0.5
+    (ours,) = torch.autograd.grad(masked_average_pooling(features, mask).square().sum(), features)
+    (naive,) = torch.autograd.grad(naive_pooling(features, mask).square().sum(), features)
+    torch.testing.assert_close(ours, naive)
+
+
+def test_prototype_of_an_empty_region_is_zero_and_its_map_too():
+    features = torch.rand(1, 4, 3, 3)
+    prototype = masked_average_pooling(features, torch.zeros(1, 6, 6, dtype=torch.bool))
+    assert prototype.abs().max() == 0
+    assert similarity_map(features, prototype, (6, 6)).abs().max() == 0
+
+
+def test_similarity_matches_hand_count():
+    features = torch.tensor([[[[3.0, -1.0, 0.0]], [[4.0, 0.0, 2.0]]]])  # (3, 4), (-1, 0), (0, 2)
+    shown = similarity_map(features, torch.tensor([[5.0, 0.0]]), (1, 3))
+    torch.testing.assert_close(shown, torch.tensor([[[0.6, 0.0, 0.0]]]))
+
+
+def test_similarity_equals_the_definition(pair):
+    features, query, *_ = pair
+    expected = naive_map(features, query[:, :, 0, 0], (17, 26))
+    torch.testing.assert_close(similarity_map(features, query[:, :, 0, 0], (17, 26)), expected)
+
+
+def test_similarity_ignores_lengths(pair):
+    features, query, *_ = pair
+    plain = class_similarity_maps(features, query[:, :, 0].mT, (9, 9))
+    scaled = class_similarity_maps(7 * features, 0.1 * query[:, :, 0].mT, (9, 9))
+    torch.testing.assert_close(plain, scaled)
+
+
+def test_similarity_is_float32_and_bounded_under_autocast():
+    features = torch.randn(2, 64, 9, 9).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        shown = similarity_map(features, features[:, :, 4, 4], (33, 33))
+    assert shown.dtype == torch.float32
+    assert 0 <= shown.min() <= shown.max() <= 1
+
+
+def test_consistency_equals_the_definition(pair):
+    features, query, label, query_label, shared = pair
+    expected = 0.0
+    for i in range(2):
+        one, other = slice(i, i + 1), shared[i]
+        region, query_region = label[one] == other, query_label[one] == other
+        maps = naive_map(features[one], naive_pooling(query[one], query_region), (17, 26))
+        back = naive_map(query[one], naive_pooling(features[one], region), (17, 26))
+        expected += naive_entropy(maps, region, label[one]) / 2
+        expected += naive_entropy(back, query_region, query_label[one]) / 2
+    ours = consistency_loss(features, query, label, query_label, shared)
+    assert ours.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_consistency_is_symmetric(pair):
+    features, query, label, query_label, shared = pair
+    forward = consistency_loss(features, query, label, query_label, shared)
+    backward = consistency_loss(query, features, query_label, label, shared)
+    torch.testing.assert_close(forward, backward)
+
+
+def test_pairs_that_share_nothing_do_not_count(pair):
+    features, query, label, query_label, shared = pair
+    alone = consistency_loss(features[:1], query[:1], label[:1], query_label[:1], shared[:1])
+    beside = consistency_loss(features, query, label, query_label, torch.tensor([1, IGNORE]))
+    torch.testing.assert_close(alone, beside)
+    nothing = torch.tensor([IGNORE, IGNORE])
+    assert consistency_loss(features, query, label, query_label, nothing) == 0
+
+
+def test_ignored_pixels_do_not_change_the_consistency(pair):
+    features, _, label, query_label, shared = pair
+    flat = torch.full_like(features, 0.3)  # every pixel looks alike, so the region's place is moot
+    small = consistency_loss(flat, flat, label, query_label, shared)
+    wider = F.pad(label, (0, 26), value=IGNORE), F.pad(query_label, (0, 26), value=IGNORE)
+    torch.testing.assert_close(consistency_loss(flat, flat, *wider, shared), small)
+
+
+def test_consistency_gradient_is_finite_where_a_cosine_is_zero_or_one():
+    features = torch.zeros(1, 2, 2, 2)
+    features[:, 0, 0] = 1.0  # the upper half along one axis, the lower along the other
+    features[:, 1, 1] = 1.0
+    features.requires_grad_()
+    label = torch.tensor([[[0, 0], [1, 1]]])
+    loss = consistency_loss(features, features, label, 1 - label, torch.tensor([0]))
+    (gradient,) = torch.autograd.grad(loss, features)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(gradient).all()
+
+
+def test_rectification_weight_matches_hand_count():
+    region = torch.tensor([[[True, True, False, False]]])
+    cisc_map = torch.tensor([[[1.0, 0.25, 0.25, 1.0]]], requires_grad=True)
+    weight = rectification_weight(region, cisc_map)
+    torch.testing.assert_close(weight, torch.tensor([[[1.0, 0.25, 0.75, 0.0]]]))
+    assert not weight.requires_grad
+
+
+def test_cross_image_weight_equals_the_definition_and_is_one_without_a_query(pair):
+    features, query, label, query_label, _ = pair
+    shared = torch.tensor([IGNORE, 2])
+    weight = cross_image_weight(features, query, label, query_label, shared)
+    assert (weight[0] == 1).all()
+    region = label[1:] == 2
+    prototype = naive_pooling(query[1:], query_label[1:] == 2)
+    cisc_map = naive_map(features[1:], prototype, (17, 26))
+    torch.testing.assert_close(weight[1:], 1 - (region.double() - cisc_map).abs())
+
+
+def test_class_prototypes_are_pooling_class_by_class(pair):
+    features, _, label, *_ = pair
+    prototypes, present = class_prototypes(features, label, 4)
+    for class_id in range(3):
+        expected = naive_pooling(features, label == class_id)
+        torch.testing.assert_close(prototypes[:, class_id], expected)
+    assert present.tolist() == [[True, True, True, False]] * 2
+    assert prototypes[:, 3].abs().max() == 0
+
+
+def test_reliability_equals_the_definition(pair):
+    features, query, label, *_ = pair
+    anchors = query[0, :, 0, :4].T.clone()
+    anchors[1] = torch.nan  # a class that no labeled image shows
+    scores = reliability(features, label, anchors)
+    for i in range(2):
+        for class_id in (0, 2):
+            shown = naive_map(features[i : i + 1], anchors[class_id][None], (17, 26))
+            expected = naive_entropy(shown, label[i] == class_id, label[i])
+            assert scores[i, class_id].item() == pytest.approx(-expected, rel=1e-9)
+    assert scores[:, [1, 3]].isnan().all()  # no anchor; class absent
+
+
+def test_reliability_prefers_the_image_that_agrees():
+    anchors = torch.eye(2)
+    features = torch.stack([torch.tensor([[[1.0, 0.1]], [[0.1, 1.0]]])] * 2)  # left 0, right 1
+    label = torch.tensor([[[0, 1]], [[1, 0]]])  # the second image's label is swapped
+    agrees, clashes = reliability(features, label, anchors).sum(dim=1).tolist()
+    assert clashes < agrees < 0

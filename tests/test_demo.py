@@ -1,0 +1,78 @@
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset.catalog import KINDS
+from dataset.demo import CLASSES, draw_scene, write_demo
+from dataset.query import QueryRule
+from dataset.splits import read_splits
+from utils.config import DatasetSection, QuerySection
+
+PALETTE = KINDS["demo"].palette()
+SMALL = {"train": 4, "labeled": 2, "val": 2, "size": (48, 64)}
+
+
+def digest(root: Path) -> dict[str, str]:
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def test_same_seed_same_bytes_and_other_seed_other_images(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_demo(tmp_path / name, PALETTE, **SMALL, seed=seed)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    changed = {k for k, v in digest(tmp_path / "a").items() if digest(tmp_path / "c")[k] != v}
+    assert {f"JPEGImages/0{i:03}.jpg" for i in range(4)} <= changed
+
+
+def test_more_images_leave_the_others_as_they_are(tmp_path):
+    write_demo(tmp_path / "few", PALETTE, **SMALL)
+    write_demo(tmp_path / "more", PALETTE, **{**SMALL, "train": 6, "val": 3})
+    few, more = digest(tmp_path / "few"), digest(tmp_path / "more")
+    pictures = [name for name in few if "/" in name]
+    assert pictures
+    assert all(few[name] == more[name] for name in pictures)
+
+
+def test_unlabeled_images_have_no_mask_file_even_after_redrawing(tmp_path):
+    write_demo(tmp_path, PALETTE, **SMALL)
+    write_demo(tmp_path, PALETTE, **{**SMALL, "labeled": 1})
+    masks = sorted(path.name for path in (tmp_path / "SegmentationClass").iterdir())
+    assert masks == ["0000.png", "1000.png", "1001.png"]
+    assert (tmp_path / "unlabeled.txt").read_text().split()[0] == "JPEGImages/0001.jpg"
+    assert len((tmp_path / "unlabeled.txt").read_text().splitlines()) == 3
+
+
+def test_finished_set_is_left_alone_and_a_killed_one_drawn_again(tmp_path):
+    write_demo(tmp_path, PALETTE, **SMALL)
+    whole, picture = digest(tmp_path), tmp_path / "JPEGImages" / "0001.jpg"
+    picture.write_bytes(b"touched")
+    write_demo(tmp_path, PALETTE, **SMALL)
+    assert picture.read_bytes() == b"touched"
+    (tmp_path / "demo.json").unlink()
+    write_demo(tmp_path, PALETTE, **SMALL)
+    assert digest(tmp_path) == whole
+
+
+def test_set_passes_the_checks_of_a_run(demo_root):
+    splits = read_splits(DatasetSection(kind="demo", root=str(demo_root)))
+    assert [len(part) for part in splits] == [6, 10, 4]
+    with Image.open(splits.labeled[0].mask) as mask:
+        assert mask.mode == "P"
+
+
+@pytest.mark.parametrize("label", range(1, len(CLASSES)))
+def test_first_class_is_drawn_and_usually_large_enough_to_be_queried(label):
+    rule = QueryRule.of(QuerySection(), KINDS["demo"])
+    shown = 0
+    for number in range(12):
+        image, ids = draw_scene(np.random.default_rng(number), first=label)
+        assert image.shape == (96, 128, 3)
+        assert image.dtype == ids.dtype == np.uint8
+        assert set(np.unique(ids)) <= {*range(len(CLASSES)), 255}
+        assert (ids == 0).mean() < 0.8
+        shown += label in rule.classes_in(Image.fromarray(ids))
+    assert shown >= 9

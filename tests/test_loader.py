@@ -1,0 +1,183 @@
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dataset.catalog import KINDS
+from dataset.loader import Chance, EpochBatches, SampleKey, training_batches
+from dataset.query import Querier, QueryRule, build_query_index
+from dataset.segmentation import LabeledPairs, RetrainSamples, whole_images
+from dataset.splits import read_splits
+from utils.config import AugmentSection, DatasetSection, QuerySection
+from utils.errors import UserError
+
+CHANCE = Chance(0, "4_retrain")
+
+
+@pytest.fixture
+def parts(demo_root, augment):
+    splits = read_splits(DatasetSection(kind="demo", root=str(demo_root)))
+    rule = QueryRule.of(QuerySection(), KINDS["demo"])
+    querier = Querier(splits.labeled, build_query_index(splits.labeled, rule), rule, augment)
+    return splits, querier
+
+
+@pytest.fixture
+def pairs(parts, augment):
+    splits, querier = parts
+    return LabeledPairs(splits.labeled, querier, augment, CHANCE, repeat=2)
+
+
+@pytest.fixture
+def retrain(parts, augment):
+    splits, querier = parts
+    # The true masks of val stand for pseudo labels.
+    return RetrainSamples(splits.val, splits.labeled, querier, augment, CHANCE)
+
+
+def flat(record) -> list[torch.Tensor]:
+    if isinstance(record, tuple):
+        return [tensor for part in record for tensor in flat(part)]
+    return [torch.as_tensor(record)]
+
+
+def same(one, other) -> bool:
+    pairs = zip(flat(one), flat(other), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@given(st.integers(0, 2**40), st.lists(st.integers(0, 9), max_size=2), st.data())
+def test_chance_is_the_same_at_a_place_and_different_elsewhere(seed, place, data):
+    chance = Chance(seed, "1_supervised")
+    assert chance.torch_seed(*place) == Chance(seed, "1_supervised").torch_seed(*place)
+    elsewhere = data.draw(st.lists(st.integers(0, 9), max_size=2).filter(lambda p: p != place))
+    assert chance.torch_seed(*place) != chance.torch_seed(*elsewhere)
+
+
+def test_seeds_and_stages_have_their_own_chance():
+    seeds = [Chance(s, n).torch_seed(1) for s in (0, 1) for n in ("1_supervised", "4_retrain")]
+    assert len(set(seeds)) == 4
+
+
+@pytest.mark.parametrize(("length", "batch_size"), [(7, 3), (6, 3), (5, 5)])
+def test_epoch_passes_every_sample_at_most_once(length, batch_size):
+    batches = list(EpochBatches(length, batch_size, range(3), CHANCE))
+    steps = length // batch_size
+    assert [len(batch) for batch in batches] == [batch_size] * (3 * steps)
+    epochs = [
+        [key for batch in batches[e * steps : (e + 1) * steps] for key in batch] for e in range(3)
+    ]
+    for epoch, keys in enumerate(epochs):
+        assert {key.epoch for key in keys} == {epoch}
+        assert len({key.index for key in keys}) == len(keys)
+    orders = {tuple(key.index for key in keys) for keys in epochs}
+    assert len(orders) == 3
+
+
+def test_run_that_goes_on_sees_what_the_whole_run_saw(pairs):
+    whole = list(training_batches(pairs, 5, range(3), CHANCE, workers=0))
+    rest = list(training_batches(pairs, 5, range(1, 3), CHANCE, workers=0))
+    assert len(whole) == 6
+    assert len(rest) == 4
+    assert all(same(a, b) for a, b in zip(whole[2:], rest, strict=True))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("name", ["pairs", "retrain"])
+def test_batches_do_not_depend_on_the_workers(name, workers, request):
+    dataset = request.getfixturevalue(name)
+    torch.manual_seed(1)
+    alone = list(training_batches(dataset, 4, range(2), CHANCE, workers=0))
+    torch.manual_seed(2)
+    shared = list(training_batches(dataset, 4, range(2), CHANCE, workers=workers))
+    assert len(alone) == 2 * (len(dataset) // 4)
+    assert all(same(a, b) for a, b in zip(alone, shared, strict=True))
+
+
+@pytest.mark.parametrize("name", ["pairs", "retrain"])
+def test_sample_is_its_keys_and_leaves_all_generators_alone(name, request):
+    dataset = request.getfixturevalue(name)
+    torch.manual_seed(3)
+    before = torch.get_rng_state(), str(np.random.get_state())  # noqa: NPY002
+    first = dataset[SampleKey(0, 1)]
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert str(np.random.get_state()) == before[1]  # noqa: NPY002
+    assert same(dataset[SampleKey(0, 1)], first)
+    assert not same(dataset[SampleKey(1, 1)], first)
+    assert not same(dataset[SampleKey(0, 2)], first)
+
+
+def test_repeated_image_is_augmented_anew(pairs):
+    assert len(pairs) == 12
+    assert not torch.equal(pairs[SampleKey(0, 1)].image, pairs[SampleKey(0, 7)].image)
+
+
+def test_student_sees_the_teachers_crop_in_other_colours(parts, augment):
+    splits, querier = parts
+    weak, strong = (
+        RetrainSamples(splits.val, splits.labeled, querier, augment, CHANCE, strong_teacher=s)
+        for s in (False, True)
+    )
+    recoloured = 0
+    for index in range(4):
+        one, other = weak[SampleKey(0, index)], strong[SampleKey(0, index)]
+        assert same(one[1:], other[1:])  # the student's part
+        assert same(one.pair[1:], other.pair[1:])
+        assert torch.equal(other.pair.image, other.student_image)
+        recoloured += not torch.equal(one.pair.image, one.student_image)
+    assert recoloured >= 3
+
+
+def test_every_unlabeled_image_meets_every_labeled_one(parts):
+    splits, querier = parts
+    whole = AugmentSection(base_size=64, scale=(1.0, 1.0), crop_size=64)
+    retrain = RetrainSamples(splits.val, splits.labeled, querier, whole, CHANCE)
+    met = {
+        retrain[SampleKey(epoch, 0)].labeled_label.unique(return_counts=True)[1].numpy().tobytes()
+        for epoch in range(6)
+    }
+    assert len(met) == 6  # the histogram of ids, which mirroring does not change, tells images
+
+
+def test_crop_larger_than_the_image_is_padded(parts):
+    splits, querier = parts
+    augment = AugmentSection(base_size=64, scale=(1.0, 1.0), crop_size=80)
+    pair = LabeledPairs(splits.labeled, querier, augment, CHANCE)[SampleKey(0, 0)]
+    assert pair.image.shape == (3, 80, 80)
+    assert (pair.label[48:] == 255).all()
+    assert (pair.label[:, 64:] == 255).all()
+    assert (pair.label[:48, :64] != 255).float().mean() > 0.8
+
+
+def test_whole_images_keep_the_lists_order_and_the_labels_size(parts):
+    samples = parts[0].val
+    for workers in (0, 2):
+        items = list(whole_images(samples, long_side=32, workers=workers))
+        assert [item.index.item() for item in items] == [0, 1, 2, 3]
+        assert {item.image.shape for item in items} == {(1, 3, 24, 32)}
+        assert {item.label.shape for item in items} == {(1, 48, 64)}
+    (item,) = whole_images(parts[0].unlabeled[:1], long_side=1000, workers=0)
+    assert item.image.shape == (1, 3, 48, 64)  # never enlarged
+    assert (item.label == 255).all()
+
+
+def test_batch_larger_than_the_data_is_refused(pairs):
+    with pytest.raises(UserError, match=r"4_retrain: a batch of 13 is larger than the 12 samples"):
+        training_batches(pairs, 13, range(1), CHANCE, workers=0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_workers_error_is_the_same_one_line(demo_copy, augment, workers):
+    splits = read_splits(DatasetSection(kind="demo", root=str(demo_copy)))
+    rule = QueryRule.of(QuerySection(), KINDS["demo"])
+    querier = Querier(splits.labeled, build_query_index(splits.labeled, rule), rule, augment)
+    for sample in splits.labeled:
+        sample.image.write_bytes(sample.image.read_bytes()[:600])
+    pairs = LabeledPairs(splits.labeled, querier, augment, CHANCE)
+    with pytest.raises(UserError) as caught:
+        list(islice(training_batches(pairs, 4, range(1), CHANCE, workers), 1))
+    assert str(caught.value).startswith(str(demo_copy))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,69 @@
+import pytest
+import torch
+from torch import nn
+
+from utils.config import OptimizerSection
+from utils.errors import UserError
+from utils.optimization import Optimization
+from utils.precision import Device
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        nn.init.ones_(self.backbone.weight)
+        nn.init.ones_(self.head.weight)
+
+    def loss(self):
+        return self.backbone.weight.sum() + self.head.weight.sum()
+
+
+def optimization(net, steps=4, **settings):
+    plain = {"lr": 0.1, "head_multiple": 2, "momentum": 0, "weight_decay": 0, "power": 1}
+    section = OptimizerSection(**{**plain, **settings})
+    return Optimization(net, section, steps, Device("cpu", "fp32").scaler())
+
+
+def test_steps_match_hand_count():
+    net = Net()
+    sgd = optimization(net)  # rates 0.1, 0.075, 0.05, 0.025: a quarter of 0.1 less every step
+    for _ in range(4):
+        sgd.step(net.loss(), "here")
+    assert net.backbone.weight.item() == pytest.approx(1 - 0.25)
+    assert net.head.weight.item() == pytest.approx(1 - 0.5)
+    assert sgd.lr == 0
+
+
+def test_polynomial_decay():
+    net = Net()
+    sgd = optimization(net, steps=10, power=0.9)
+    for _ in range(5):
+        sgd.step(net.loss(), "here")
+    assert sgd.lr == pytest.approx(0.1 * 0.5**0.9)
+
+
+def test_going_on_from_a_saved_state_is_exact():
+    whole, first, second = Net(), Net(), Net()
+    settings = {"momentum": 0.9, "weight_decay": 0.01, "power": 0.9}
+    reference = optimization(whole, **settings)
+    for _ in range(4):
+        reference.step(whole.loss().square(), "here")
+    before = optimization(first, **settings)
+    for _ in range(2):
+        before.step(first.loss().square(), "here")
+    after = optimization(second, **settings)
+    second.load_state_dict(first.state_dict())
+    after.load_state_dict(before.state_dict())
+    for _ in range(2):
+        after.step(second.loss().square(), "here")
+    assert torch.equal(second.head.weight, whole.head.weight)
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight():
+    net = Net()
+    with pytest.raises(
+        UserError, match=r"4_retrain, epoch 3: the loss is nan; lower optimizer\.lr"
+    ):
+        optimization(net).step(net.loss() * torch.nan, "4_retrain, epoch 3")
+    assert net.head.weight.item() == 1

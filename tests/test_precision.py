@@ -1,0 +1,55 @@
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from utils.errors import UserError
+from utils.precision import Device
+
+
+class Inner(NamedTuple):
+    image: torch.Tensor
+
+
+class Record(NamedTuple):
+    inner: Inner
+    label: torch.Tensor
+
+
+def test_records_move_with_images_channels_last():
+    record = Record(Inner(torch.randn(2, 3, 4, 5)), torch.zeros(2, 4, 5, dtype=torch.long))
+    moved = Device("cpu", "fp32").move(record)
+    assert isinstance(moved, Record)
+    assert moved.inner.image.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(moved.inner.image, record.inner.image)
+
+
+def test_bf16_convolves_in_bf16_with_float32_weights():
+    device = Device("cpu", "bf16")
+    net = device.place(nn.Conv2d(3, 4, 3))
+    with device.autocast():
+        assert net(torch.randn(1, 3, 8, 8)).dtype == torch.bfloat16
+    assert net.weight.dtype == torch.float32
+
+
+def test_fp32_does_not_autocast():
+    with Device("cpu", "fp32").autocast():
+        assert nn.Conv2d(3, 4, 3)(torch.randn(1, 3, 8, 8)).dtype == torch.float32
+
+
+def test_auto_finds_a_device_and_a_precision():
+    device = Device("auto", "auto")
+    assert device.precision in ("fp32", "bf16", "fp16")
+    assert str(device) == f"{device.device}, {device.precision}"
+
+
+@pytest.mark.parametrize("name", ["cuda:63", "tpu", "cpu:x", ""])
+def test_an_absent_device_is_named(name):
+    with pytest.raises(UserError, match=f"device: '{name}' is not on this machine"):
+        Device(name, "fp32")
+
+
+def test_fp16_needs_an_accelerator():
+    with pytest.raises(UserError, match="precision: 'fp16' needs an accelerator"):
+        Device("cpu", "fp16")

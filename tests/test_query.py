@@ -1,0 +1,171 @@
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from dataset.catalog import KINDS
+from dataset.query import Querier, QueryRule, build_query_index
+from dataset.splits import Sample, read_splits
+from utils.config import AugmentSection, DatasetSection, QuerySection
+from utils.errors import UserError
+
+WIDE = AugmentSection(base_size=60, scale=(1.0, 1.0), crop_size=60)  # keeps all of the image
+RULE = QueryRule(num_classes=5, min_area=0.03, excluded=frozenset({0}))
+
+
+def ids(*rows):
+    return Image.fromarray(np.array(rows, dtype=np.uint8))
+
+
+def stripes(*classes):
+    """A 20 x 60 mask whose columns belong to these classes, in equal parts."""
+    return ids(*[np.repeat(classes, 60 // len(classes))] * 20)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Write labeled samples from masks; the image is as red as its number says."""
+
+    def write(**masks: Image.Image) -> list[Sample]:
+        samples = []
+        for number, (name, mask) in enumerate(masks.items()):
+            image, path = tmp_path / f"{name}.png", tmp_path / f"{name}_ids.png"
+            Image.new("RGB", mask.size, (10 * number, 99, 99)).save(image)
+            mask.save(path)
+            samples.append(Sample(name, image, path))
+        return samples
+
+    return write
+
+
+def querier_of(samples, rule=RULE, augment=WIDE):
+    return Querier(samples, build_query_index(samples, rule), rule, augment)
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ([1] * 97 + [2] * 3, [1, 2]),  # exactly min_area
+        ([1] * 98 + [2] * 2, [1]),
+        ([1] * 32 + [2] * 1 + [255] * 67, [1, 2]),  # 1 of 33 valid pixels, of 100 in all
+        ([0] * 50 + [4] * 50, [4]),
+        ([0] * 100, []),
+        ([255] * 100, []),
+    ],
+)
+def test_rule_counts_the_share_of_valid_pixels(columns, expected):
+    assert RULE.classes_in(ids(columns)) == expected
+
+
+def test_rule_is_read_off_the_config():
+    kind = KINDS["demo"]
+    rule = QueryRule.of(QuerySection(min_area=0.1, exclude=["background", "fish"]), kind)
+    assert rule == (7, 0.1, frozenset({0, kind.classes.index("fish")}))
+    with pytest.raises(UserError, match=r"query\.exclude: 'cat' is no class; there are background"):
+        QueryRule.of(QuerySection(exclude=["cat"]), kind)
+
+
+def test_index_lists_labeled_images_by_class(folder):
+    samples = folder(a=stripes(0, 3), b=stripes(1, 3), c=stripes(0, 255))
+    assert build_query_index(samples, RULE) == {1: ["b"], 3: ["a", "b"]}
+
+
+def test_index_of_a_set_names_labeled_images_only(demo_root):
+    splits = read_splits(DatasetSection(kind="demo", root=str(demo_root)))
+    index = build_query_index(splits.labeled, QueryRule.of(QuerySection(), KINDS["demo"]))
+    names = {name for names in index.values() for name in names}
+    assert names
+    assert names <= {sample.name for sample in splits.labeled}
+
+
+@given(seed=st.integers(0, 2**32))
+def test_partner_shows_the_class_in_its_crop(seed, demo_root):
+    splits = read_splits(DatasetSection(kind="demo", root=str(demo_root)))
+    rule = QueryRule.of(QuerySection(exclude=["background"]), KINDS["demo"])
+    augment = AugmentSection(base_size=64, crop_size=20)  # a tenth of the image
+    querier, rng = querier_of(splits.labeled, rule, augment), np.random.default_rng(seed)
+    mask = ids(*rng.integers(0, 7, (10, 10)))
+    query = querier.draw(splits.unlabeled[0].name, mask, rng)
+    assert query.image.size == query.mask.size == (20, 20)
+    assert query.shared_class != 0
+    if query.shared_class != 255:
+        assert query.shared_class in rule.classes_in(mask)
+        assert (np.asarray(query.mask) == query.shared_class).any()
+
+
+def test_crops_aimed_at_a_small_object_find_it(folder):
+    mask = np.zeros((60, 60), np.uint8)
+    mask[50:, :12] = 3  # 3.3 % of the image
+    samples = folder(small=Image.fromarray(mask))
+    querier = querier_of(samples, augment=AugmentSection(base_size=60, crop_size=20))
+    rng = np.random.default_rng(0)
+    assert {querier.draw("other", stripes(3), rng).shared_class for _ in range(50)} == {3}
+
+
+def test_image_is_never_its_own_partner(folder):
+    samples = folder(a=stripes(1), b=stripes(1, 2), c=stripes(2))
+    querier, rng = querier_of(samples), np.random.default_rng(0)
+    reds = [querier.draw("b", stripes(1, 2), rng).image.getpixel((0, 0))[0] for _ in range(60)]
+    assert set(reds) == {0, 20}
+
+
+def test_class_that_no_other_image_shows_is_not_queried(folder):
+    samples = folder(a=stripes(1), b=stripes(2), c=stripes(3))
+    querier, rng = querier_of(samples), np.random.default_rng(0)
+    queries = [querier.draw("a", stripes(1, 2), rng) for _ in range(40)]
+    assert {query.shared_class for query in queries} == {2}
+    alone = [querier.draw("a", stripes(1), rng) for _ in range(40)]
+    assert {query.shared_class for query in alone} == {255}
+    assert {query.image.getpixel((0, 0))[0] for query in alone} == {10, 20}  # never a itself
+
+
+def test_only_labeled_image_meets_itself_and_shares_nothing(folder):
+    query = querier_of(folder(a=stripes(1))).draw("a", stripes(1), np.random.default_rng(0))
+    assert query.shared_class == 255
+    assert query.image.size == (60, 60)
+
+
+def test_class_that_scaling_drops_from_the_crop_is_not_called_shared(folder):
+    # At a third of the size nearest neighbour reads columns 1, 4, 7, ...: never the class's.
+    querier = querier_of(folder(a=stripes(*[3, 0, 0] * 20)), augment=WIDE)
+    small = AugmentSection(base_size=20, scale=(1.0, 1.0), crop_size=20)
+    shrunk = querier_of(folder(a=stripes(*[3, 0, 0] * 20)), augment=small)
+    rng = np.random.default_rng(0)
+    assert querier.draw("x", stripes(3), rng).shared_class == 3
+    assert shrunk.draw("x", stripes(3), rng).shared_class == 255
+
+
+@pytest.mark.parametrize("mask", [stripes(0), stripes(255), stripes(0, 255)])
+def test_nothing_to_share_gives_255(folder, mask):
+    querier, rng = querier_of(folder(a=stripes(0, 1), b=stripes(0))), np.random.default_rng(0)
+    assert {querier.draw("x", mask, rng).shared_class for _ in range(20)} == {255}
+
+
+def test_classes_and_partners_are_drawn_evenly(folder):
+    samples = folder(a=stripes(1), b=stripes(1), c=stripes(1), d=stripes(2))
+    querier, rng = querier_of(samples), np.random.default_rng(0)
+    queries = [querier.draw("x", stripes(1, 1, 1, 1, 1, 2), rng) for _ in range(1200)]
+    classes = Counter(query.shared_class for query in queries)
+    assert classes[2] == pytest.approx(600, abs=80)  # by class, not by area
+    partners = Counter(query.image.getpixel((0, 0))[0] for query in queries)
+    assert [partners[red] for red in (0, 10, 20)] == pytest.approx([200] * 3, abs=60)
+
+
+def test_same_numbers_same_partner(folder):
+    querier = querier_of(folder(a=stripes(1), b=stripes(1), c=stripes(1, 2)))
+    one, other = (querier.draw("x", stripes(1, 2), np.random.default_rng(7)) for _ in range(2))
+    assert one.shared_class == other.shared_class
+    assert np.array_equal(one.image, other.image)
+    assert np.array_equal(one.mask, other.mask)
+
+
+def test_unreadable_partner_is_named(folder):
+    samples = folder(a=stripes(1))
+    querier = querier_of(samples)
+    Path(samples[0].image).write_text("not a picture")
+    with pytest.raises(UserError, match=r"a\.png: cannot read this picture"):
+        querier.draw("x", stripes(1), np.random.default_rng(0))

@@ -1,0 +1,164 @@
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from utils.config import Config
+from utils.errors import UserError
+from utils.read_config import config_from, read_config
+
+SMALL = {
+    "name": "small",
+    "dataset": {"kind": "demo", "root": "data"},
+    "augment": {"base_size": 64, "crop_size": 48},
+}
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write a YAML file into the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(file, /, **values):
+        (tmp_path / file).write_text(yaml.safe_dump(values))
+
+    write("small.yaml", **SMALL)
+    return write
+
+
+def test_working_folder_comes_before_configs(write):
+    write("demo.yaml", **{**SMALL, "name": "mine"})
+    assert read_config("demo.yaml").name == "mine"
+
+
+def test_bases_are_overridden_key_by_key(write):
+    write("middle.yaml", base="small.yaml", seed=3, augment={"crop_size": 32})
+    write("top.yaml", base="middle.yaml", name="top", augment={"scale": [1, 2]})
+    config = read_config("top.yaml", ["augment.crop_size=16", "seed=4", "seed=5"])
+    assert config.name == "top"
+    assert config.seed == 5
+    augment = config.augment
+    assert (augment.base_size, augment.scale, augment.crop_size) == (64, (1.0, 2.0), 16)
+
+
+def test_base_is_looked_for_beside_its_file_first(write, tmp_path):
+    (tmp_path / "sub").mkdir()
+    write("sub/base.yaml", **{**SMALL, "seed": 1})
+    write("base.yaml", **{**SMALL, "seed": 2})
+    write("sub/top.yaml", base="base.yaml")
+    assert read_config("sub/top.yaml").seed == 1
+
+
+def test_lists_and_null_replace_rather_than_merge(write):
+    write("top.yaml", base="small.yaml", ohem={"threshold": 0.5}, query={"exclude": ["fish"]})
+    config = read_config("top.yaml", ["ohem=null", "query.exclude=[mug]"])
+    assert config.ohem is None
+    assert config.query.exclude == ["mug"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("optimizer.lr=1e-4", 1e-4),  # which YAML 1.1 takes for text
+        ("model.pretrained=null", None),
+        ("model.pretrained=weights.pth", "weights.pth"),
+        ("pseudo_label.scales=[1, 0.5]", [1.0, 0.5]),
+        ("pseudo_label.flip=false", False),
+        ("dataset.root=/data=1/x", "/data=1/x"),
+        ("ohem.threshold=0.6", 0.6),
+    ],
+)
+def test_settings_on_the_command_line(write, setting, expected):
+    value = read_config("small.yaml", [setting])
+    for key in setting.partition("=")[0].split("."):
+        value = getattr(value, key)
+    assert value == expected
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("model.backbon", "model.backbone"),
+        ("sead", "seed"),
+        ("retrain.epoch", "retrain.epochs"),
+        ("augment.cropsize", "augment.crop_size"),
+        ("ohem.min_keep", "ohem.min_kept"),
+        ("batch_size", "retrain.batch_size"),  # a section forgotten
+        ("lr", "optimizer.lr"),
+        ("crop", "augment.crop_size"),
+    ],
+)
+def test_unknown_key_names_the_nearest(write, wrong, nearest):
+    with pytest.raises(UserError) as caught:
+        read_config("small.yaml", [f"{wrong}=1"])
+    assert str(caught.value) == (
+        f"command line: unknown key '{wrong}'; the nearest known key is '{nearest}'"
+    )
+
+
+def test_error_names_the_file_that_is_wrong(write):
+    write("middle.yaml", base="small.yaml", supervised={"epochs": "many"})
+    write("top.yaml", base="middle.yaml", supervised={"batch_size": 4})
+    with pytest.raises(UserError, match=r"^middle\.yaml: supervised\.epochs: 'many' is not allow"):
+        read_config("top.yaml")
+    assert read_config("top.yaml", ["supervised.epochs=2"]).supervised.epochs == 2
+
+
+@pytest.mark.parametrize("setting", ["", "=", "=3", "seed", "--seed", "seed:3"])
+def test_setting_that_is_no_key_and_value(write, setting):
+    with pytest.raises(UserError, match="settings on the command line read key=value"):
+        read_config("small.yaml", [setting])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"bad\.yaml: holds no 'key: value' lines"),
+        ("- a\n- b\n", r"bad\.yaml: holds no 'key: value' lines"),
+        ("a: [1, 2\nb: 3\n", r"bad\.yaml: not YAML: .*line 2"),
+        ("name: 2001-99-99\n", r"bad\.yaml: not YAML"),
+        ("seed: 0x_\n", r"bad\.yaml: not YAML"),
+        ("base: nowhere.yaml\n", r"nowhere\.yaml: no such config here or in configs/"),
+        ("base: bad.yaml\n", r"bad\.yaml: 'base' leads back to this file"),
+        ("base: small.yaml\nseeds: 1\n", r"^bad\.yaml: unknown key 'seeds'; .* 'seed'"),
+        ("name: x\ndataset: {kind: demo, root: d}\n", r"^bad\.yaml: key 'augment' is missing"),
+        ("base: small.yaml\n1: 2\n", r"^bad\.yaml: .*1"),
+        ("base: small.yaml\naugment: null\nsead: 1\n", r"^bad\.yaml: unknown key 'sead'"),
+        ("name: x\ndatset: {kind: demo}\n", r"^bad\.yaml: unknown key 'datset'; .* 'dataset'"),
+    ],
+)
+def test_bad_file_is_named(write, tmp_path, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_config("bad.yaml")
+
+
+def test_binary_file_is_no_yaml(write, tmp_path):
+    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(UserError, match=r"bad\.yaml: not YAML"):
+        read_config("bad.yaml")
+
+
+def test_bases_that_lead_round(write):
+    write("one.yaml", base="two.yaml")
+    write("two.yaml", base="one.yaml")
+    with pytest.raises(UserError, match=r"one\.yaml: 'base' leads back to this file"):
+        read_config("one.yaml")
+
+
+KEYS = st.sampled_from(["seed", "name", "augment.scale", "ohem", "dataset.classes", "model", "x.y"])
+
+
+@given(st.one_of(st.text(), st.builds("{}={}".format, KEYS, st.text())))
+def test_any_setting_gives_a_config_or_one_line(text):
+    try:
+        answer = config_from(SMALL, "a checkpoint", [text])
+    except UserError as error:
+        answer = str(error)
+    assert isinstance(answer, Config) or len(answer.splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", ["2001-99-99", "0x_", "&a {b: *a}", "&a [*a]"])
+def test_odd_yaml_on_the_command_line_is_refused(write, value):
+    with pytest.raises(UserError, match=r"model"):
+        read_config("small.yaml", [f"model={value}"])

@@ -1,0 +1,129 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset.reading import read_image, read_mask, sizes_agree, to_input, to_label
+from utils.errors import UserError
+
+COLOUR = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+IDS = np.arange(63, dtype=np.uint8).reshape(9, 7)
+
+
+def encoded(picture: Image.Image, kind: str) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return file.getvalue()
+
+
+WHOLE = {
+    "JPEG": encoded(Image.fromarray(COLOUR), "JPEG"),
+    "PNG": encoded(Image.fromarray(IDS).convert("P"), "PNG"),
+}
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "CMYK", "P", "1", "YCbCr"])
+def test_every_mode_is_read_as_rgb(tmp_path, mode):
+    picture = Image.fromarray(COLOUR).convert(mode)
+    picture.save(tmp_path / "x.tif")
+    image = read_image(tmp_path / "x.tif")
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), np.asarray(picture.convert("RGB")))
+
+
+def test_grey_of_sixteen_bits_keeps_its_shades(tmp_path):
+    shades = np.array([[0, 257 * 50, 257 * 128, 65535]], dtype=np.uint16)
+    Image.fromarray(shades).save(tmp_path / "x.png")
+    red = np.asarray(read_image(tmp_path / "x.png"))[..., 0]
+    assert np.abs(red.astype(int) - [[0, 50, 128, 255]]).max() <= 1
+
+
+def test_mask_of_mode_p_holds_entries_not_colours(tmp_path):
+    mask = Image.fromarray(IDS)
+    mask.putpalette(bytes(reversed(range(256))) * 3)
+    mask.save(tmp_path / "p.png")
+    Image.fromarray(IDS).save(tmp_path / "l.png")
+    for name in ("p.png", "l.png"):
+        ids = read_mask(tmp_path / name)
+        assert ids.mode == "L"
+        assert np.array_equal(np.asarray(ids), IDS)
+
+
+def test_mask_of_few_colours_packs_its_ids_in_fewer_bits(tmp_path):
+    mask = Image.fromarray(IDS % 4)
+    mask.putpalette(bytes(range(12)))
+    mask.save(tmp_path / "p.png", bits=2)
+    assert np.array_equal(np.asarray(read_mask(tmp_path / "p.png")), IDS % 4)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "1", "I;16"])
+def test_mask_of_another_mode_is_refused(tmp_path, mode):
+    Image.new(mode, (7, 9)).save(tmp_path / "m.png")
+    with pytest.raises(UserError, match=rf"m\.png: a mask has one 8-bit .* this one is {mode}"):
+        read_mask(tmp_path / "m.png")
+
+
+@pytest.mark.parametrize("reader", [read_image, read_mask])
+@pytest.mark.parametrize("content", [None, b"", b"not a picture", WHOLE["JPEG"][:200]])
+def test_unreadable_picture_says_which_and_what_to_do(tmp_path, reader, content):
+    path = tmp_path / "x.jpg"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot read this picture \(.*\); replace it") as caught:
+        reader(path)
+    assert str(caught.value).count(str(path)) == 1
+
+
+@pytest.mark.parametrize(("kind", "reader"), [("JPEG", read_image), ("PNG", read_mask)])
+def test_damaged_picture_is_read_or_refused_in_one_line(tmp_path, kind, reader):
+    content, complaints = WHOLE[kind], []
+    for place, byte in enumerate(content):
+        ends = [bytes([value]) + content[place + 1 :] for value in (0, byte ^ 32)]
+        for end in (b"", *ends):
+            (tmp_path / "x").write_bytes(content[:place] + end)
+            try:
+                reader(tmp_path / "x")
+            except UserError as error:
+                complaints.append(str(error))
+    assert len(complaints) > len(content)  # at least the truncated ones
+    assert not any("\n" in complaint for complaint in complaints)
+
+
+def test_sizes_that_differ_name_both_files(tmp_path):
+    Image.new("RGB", (7, 9)).save(tmp_path / "x.png")
+    Image.new("L", (9, 7)).save(tmp_path / "m.png")
+    with pytest.raises(UserError, match=r"m\.png: .* 7 x 9 and its image .*x\.png is 9 x 7"):
+        sizes_agree(tmp_path / "x.png", tmp_path / "m.png")
+
+
+def test_size_of_no_picture_says_which_and_what_to_do(tmp_path):
+    Image.new("L", (9, 7)).save(tmp_path / "m.png")
+    (tmp_path / "x.png").write_text("not a picture")
+    with pytest.raises(UserError, match=r"cannot read this picture \(.*\); replace it") as caught:
+        sizes_agree(tmp_path / "x.png", tmp_path / "m.png")
+    assert str(caught.value).count("x.png") == 1
+
+
+def test_huge_picture_is_refused_in_one_line(tmp_path, monkeypatch):
+    Image.new("RGB", (7, 9)).save(tmp_path / "x.png")
+    Image.new("L", (7, 9)).save(tmp_path / "m.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # as 200 million pixels would be
+    for check in (read_image, lambda path: sizes_agree(path, tmp_path / "m.png")):
+        with pytest.raises(UserError, match=r"x\.png: cannot read this picture"):
+            check(tmp_path / "x.png")
+
+
+def test_input_is_normalised_by_imagenet():
+    pixel = to_input(Image.new("RGB", (1, 1), (255, 0, 51)))
+    expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
+    assert pixel.shape == (3, 1, 1)
+    assert pixel.dtype == torch.float32
+    assert pixel.flatten().tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_label_is_rows_by_columns_of_ids():
+    label = to_label(Image.fromarray(IDS))
+    assert label.dtype == torch.int64
+    assert label.tolist() == IDS.tolist()

@@ -1,0 +1,184 @@
+import builtins
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from dataset.catalog import KINDS
+from dataset.query import QueryRule, build_query_index
+from dataset.segmentation import whole_images
+from dataset.splits import pick, read_list, read_splits, read_val, with_pseudo_masks
+from utils.config import DatasetSection, QuerySection
+from utils.errors import UserError
+
+LISTS = Path(__file__).parents[2] / "shared" / "lists"
+PASCAL = KINDS["pascal"]
+
+
+def read(tmp_path, text, kind=PASCAL):
+    path = tmp_path / "list.txt"
+    path.write_text(text)
+    return read_list(path, Path("root"), kind)
+
+
+def section(root, **keys):
+    return DatasetSection(kind="demo", root=str(root), **keys)
+
+
+@pytest.mark.parametrize(
+    ("file", "count"),
+    [
+        ("st++/pascal/1_16/labeled.txt", 662),
+        ("st++/pascal/1_16/unlabeled.txt", 9920),
+        ("st++/pascal/92/labeled.txt", 92),
+        ("st++/pascal/92/unlabeled.txt", 10490),
+        ("st++/pascal/val.txt", 1449),
+        ("st++/cityscapes/1_30/labeled.txt", 100),
+        ("st++/cityscapes/1_30/unlabeled.txt", 2875),
+        ("st++/cityscapes/val.txt", 500),
+        ("u2pl/pascal/662/labeled.txt", 662),
+        ("u2pl/pascal/662/unlabeled.txt", 9920),
+        ("u2pl/pascal/val.txt", 1449),
+        ("unimatch/coco/1_512/labeled.txt", 232),
+        ("unimatch/coco/val.txt", 5000),
+    ],
+)
+def test_real_lists_read_whole(file, count):
+    if not (LISTS / file).is_file():
+        pytest.skip(f"needs the published list ../shared/lists/{file}")
+    kind = KINDS["cityscapes" if "cityscapes" in file else "pascal"]
+    samples = read_list(LISTS / file, Path("root"), kind)
+    assert len({sample.name for sample in samples}) == len(samples) == count
+    assert all(sample.mask is not None for sample in samples)
+
+
+def test_bare_ids_and_paths_name_the_same_samples(tmp_path):
+    ids = read(tmp_path, "2007_000033\n2011_003276")
+    paths = read(
+        tmp_path,
+        "JPEGImages/2007_000033.jpg SegmentationClass/2007_000033.png\n"
+        "JPEGImages/2011_003276.jpg SegmentationClass/2011_003276.png\n",
+    )
+    assert ids == paths
+    assert ids[0].image == Path("root/JPEGImages/2007_000033.jpg")
+    assert ids[0].mask == Path("root/SegmentationClass/2007_000033.png")
+
+
+def test_bare_ids_of_cityscapes(tmp_path):
+    (sample,) = read(tmp_path, "train/weimar/weimar_000085_000019", KINDS["cityscapes"])
+    city = "train/weimar/weimar_000085_000019"
+    assert sample.image == Path(f"root/leftImg8bit/{city}_leftImg8bit.png")
+    assert sample.mask == Path(f"root/gtFine/{city}_gtFine_labelTrainIds.png")
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n \t\n"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\n\n"])
+def test_line_ends_and_blank_lines_do_not_count(tmp_path, newline, end):
+    samples = read(tmp_path, f"a.jpg a.png{newline}b.jpg\tb.png{newline}c.jpg{end}")
+    assert [sample.name for sample in samples] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert samples[2].mask is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"list\.txt: this list is empty; it needs an image a line"),
+        ("\n  \n", r"list\.txt: this list is empty"),
+        ("a.jpg\n\na.jpg", r"list\.txt:3: a\.jpg is listed twice; remove one line"),
+        ("a.jpg\n./a.jpg", r"list\.txt:2: .*a\.jpg is listed twice"),
+        ("a.jpg\na.png", r"list\.txt:2: a\.png .*a\.jpg"),  # their predicted masks are one file
+        ("a.jpg a.png 3", r"list\.txt:1: a line reads 'image \[mask\]', not 'a\.jpg a\.png 3'"),
+        ("a.jpg\n/data/b.jpg", r"list\.txt:2: /data/b\.jpg leaves the data root root"),
+        ("a.jpg ../b.png", r"list\.txt:1: \.\./b\.png leaves the data root root"),
+        ("x/../../b.jpg", r"list\.txt:1: .* leaves the data root"),
+        ("../2007_000033", r"list\.txt:1: .* leaves the data root"),
+    ],
+)
+def test_bad_list_names_file_and_line(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, text)
+
+
+def test_list_that_is_no_text(tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(UserError, match=r"list\.txt: cannot read this list"):
+        read_list(tmp_path / "list.txt", Path("root"), PASCAL)
+
+
+@given(text=st.text("ab./ \n\\", max_size=30))
+def test_no_path_of_any_list_leaves_the_root(text, tmp_path_factory):
+    root = tmp_path_factory.mktemp("root")
+    (root / "list.txt").write_text(text)
+    try:
+        samples = read_list(root / "list.txt", root, PASCAL)
+    except UserError:
+        return
+    for sample in samples:
+        for path in (sample.image, sample.mask or sample.image):
+            assert path.resolve().is_relative_to(root.resolve())
+
+
+@pytest.mark.parametrize("slash", ["/", "//", "/./"])
+@pytest.mark.parametrize(
+    ("one", "other"), [("labeled", "unlabeled"), ("labeled", "val"), ("unlabeled", "val")]
+)
+def test_overlapping_lists_are_refused_however_they_spell_a_path(demo_copy, one, other, slash):
+    first = (demo_copy / f"{one}.txt").read_text().splitlines()[0]
+    with (demo_copy / f"{other}.txt").open("a") as lines:
+        lines.write(first.split()[0].replace("/", slash) + "\n")
+    with pytest.raises(UserError, match=rf"dataset\.{one} and dataset\.{other} share 1 images, "):
+        read_splits(section(demo_copy))
+
+
+@pytest.fixture
+def opened(monkeypatch) -> set[str]:
+    """Names of all files that Pillow or ``open`` open."""
+    names = set()
+    for place, real in ((Image, Image.open), (builtins, builtins.open)):
+
+        def watched(file, *args, real=real, **keys):
+            if isinstance(file, str | Path):
+                names.add(Path(file).name)
+            return real(file, *args, **keys)
+
+        monkeypatch.setattr(place, "open", watched)
+    return names
+
+
+def test_masks_that_the_unlabeled_list_names_are_never_opened(demo_copy, opened):
+    text = (demo_copy / "unlabeled.txt").read_text().replace("\n", " SegmentationClass/true.png\n")
+    (demo_copy / "unlabeled.txt").write_text(text)  # the file is not even there
+    splits = read_splits(section(demo_copy))
+    for _ in whole_images(splits.unlabeled, long_side=None, workers=0):
+        pass
+    build_query_index(splits.labeled, QueryRule.of(QuerySection(), KINDS["demo"]))
+    assert [sample.mask for sample in splits.unlabeled] == [None] * 10
+    assert {"0000.png", "0006.jpg"} <= opened  # the watch works
+    assert "true.png" not in opened
+
+
+def test_poisoned_unlabeled_masks_change_nothing(demo_copy):
+    clean = read_splits(section(demo_copy))
+    lines = (demo_copy / "unlabeled.txt").read_text().split()
+    poison = [line.replace("JPEGImages", "SegmentationClass")[:-3] + "png" for line in lines]
+    for line in poison:
+        Image.fromarray(np.full((48, 64), 200, np.uint8)).save(demo_copy / line)
+    pairs = zip(lines, poison, strict=True)
+    (demo_copy / "unlabeled.txt").write_text("\n".join(" ".join(pair) for pair in pairs))
+    assert read_splits(section(demo_copy)) == clean
+
+
+def test_val_alone_suffices_for_evaluation(demo_copy):
+    for name in ("labeled", "unlabeled"):
+        (demo_copy / f"{name}.txt").unlink()
+    assert len(read_val(section(demo_copy))) == 4
+
+
+def test_pick_keeps_the_names_order_and_pseudo_masks_lie_by_name(tmp_path):
+    samples = read(tmp_path, "x/a.jpg\nx/b.jpg\nx/c.jpg")
+    chosen = pick(samples, ["x/c.jpg", "x/a.jpg"])
+    assert [sample.name for sample in chosen] == ["x/c.jpg", "x/a.jpg"]
+    assert with_pseudo_masks(chosen, Path("m"))[0].mask == Path("m/x/c.png")

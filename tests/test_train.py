@@ -1,0 +1,224 @@
+"""Whole runs, as a user types them, on a tiny demo set."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from dataset.catalog import describe
+from dataset.query import QueryRule, build_query_index
+from dataset.splits import read_splits
+from utils.errors import UserError
+from utils.read_config import read_config
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ["1_supervised", "2_pseudo_label", "3_select", "4_retrain", "5_relabel", "6_retrain"]
+
+
+def run_program(*words):
+    return subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoint.pth", weights_only=True)["model"]
+
+
+def same_weights(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.values(), other.values(), strict=True))
+
+
+def outcome(run):
+    """All that a run computed: final weights, masks, lists, index, scores."""
+    files = sorted(run.glob("[1-6]_*/**/*.*"))
+    kept = {
+        str(file.relative_to(run)): file.read_bytes()
+        for file in files
+        if file.suffix in (".png", ".txt", ".csv") or file.name == "query_index.json"
+    }
+    return kept, weights(run / "6_retrain")
+
+
+def start(overrides, name, **settings):
+    words = [*overrides, f"name={name}", *(f"{key}={value}" for key, value in settings.items())]
+    config = read_config("demo.yaml", words)
+    train.train(config)
+    return Path(config.outdir) / name
+
+
+@pytest.fixture(scope="module")
+def finished(demo_root, tmp_path_factory, tiny_settings):
+    """A six-stage run by the command line; its folder and what it printed."""
+    outdir = tmp_path_factory.mktemp("outdir")
+    words = tiny_settings(demo_root, outdir)
+    done = run_program("train.py", "--config", "demo.yaml", *words, "name=whole")
+    assert done.returncode == 0, done.stderr
+    return outdir / "whole", done.stdout
+
+
+@pytest.mark.slow
+def test_six_stages_leave_what_the_design_names(finished, demo_root):
+    run, printed = finished
+    for name in ("config.yaml", "environment.json", "log.txt", "examples.png", "tensorboard"):
+        assert (run / name).exists()
+    results = json.loads((run / "results.json").read_text())
+    assert results["name"] == "whole"
+    assert list(results["stages"]) == STAGES
+    assert results["miou"] == results["stages"]["6_retrain"]["miou"]
+    known = [value for value in results["per_class_iou"].values() if value is not None]
+    assert results["miou"] == pytest.approx(np.mean(known))
+    assert all(report["seconds"] >= 0 for report in results["stages"].values())
+    epochs = [json.loads(line)["stage"] for line in (run / "metrics.jsonl").open()]
+    assert epochs == ["1_supervised", "4_retrain", "6_retrain"]
+    for name in STAGES:
+        assert name in printed
+    assert "mIoU (last)" in printed
+
+
+@pytest.mark.slow
+def test_halves_and_masks_fit_together(finished, demo_root):
+    run, _ = finished
+    unlabeled = (demo_root / "unlabeled.txt").read_text().split()
+    reliable = (run / "3_select" / "reliable.txt").read_text().split()
+    unreliable = (run / "3_select" / "unreliable.txt").read_text().split()
+    assert len(reliable) == 5
+    assert sorted(reliable + unreliable) == sorted(unlabeled)
+    for name, images in (("2_pseudo_label", unlabeled), ("5_relabel", unreliable)):
+        masks = [(run / name / "masks" / image).with_suffix(".png") for image in images]
+        assert sorted((run / name).rglob("*.png")) == sorted(masks)
+        for mask in masks:
+            with Image.open(mask) as picture:
+                assert picture.mode == "P"
+                assert picture.size == (64, 48)
+
+
+@pytest.mark.slow
+def test_eval_prints_what_training_printed(finished, tmp_path):
+    run, _ = finished
+    words = [run / "6_retrain" / "checkpoint.pth", "--json", tmp_path / "eval.json"]
+    done = run_program("eval.py", *words, "--save-masks", tmp_path / "masks")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((run / "results.json").read_text())
+    again = json.loads((tmp_path / "eval.json").read_text())
+    assert again["miou"] == results["miou"]
+    assert again["per_class_iou"] == results["per_class_iou"]
+    assert again["stages"]["6_retrain"]["miou"] == results["miou"]
+    assert f"{100 * results['miou']:.2f}" in done.stdout
+    assert len(list((tmp_path / "masks").rglob("*.png"))) == 4
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_done_again(finished, demo_root, tiny_settings):
+    run, _ = finished
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("checkpoint.pth")}
+    train.train(read_config("demo.yaml", [*tiny_settings(demo_root, run.parent), "name=whole"]))
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("checkpoint.pth")} == before
+
+
+@pytest.mark.slow
+def test_other_settings_are_refused_with_the_keys(finished, demo_root, tiny_settings):
+    run, _ = finished
+    words = [*tiny_settings(demo_root, run.parent), "name=whole", "select.keep=0.25"]
+    with pytest.raises(UserError, match=r"holds a run with select\.keep=0\.5; set name="):
+        train.train(read_config("demo.yaml", words))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_weights_do_not_depend_on_workers(finished, demo_root, tmp_path, workers, tiny_settings):
+    words = tiny_settings(demo_root, tmp_path)
+    again = start(words, "again", workers=workers)
+    masks, final = outcome(again)
+    expected_masks, expected = outcome(finished[0])
+    assert masks == expected_masks
+    assert same_weights(final, expected)
+
+
+@pytest.mark.slow
+def test_masks_of_unlabeled_images_are_never_opened(finished, demo_root, tmp_path, tiny_settings):
+    """The list names masks that are garbage, and one that is absent: the run comes out the same."""
+    root = tmp_path / "poisoned"
+    shutil.copytree(demo_root, root)
+    images = (root / "unlabeled.txt").read_text().split()
+    lines = [f"{image} {image.replace('JPEGImages', 'poison')}" for image in images]
+    (root / "unlabeled.txt").write_text("\n".join(lines))
+    (root / "poison").mkdir()
+    for image in images[1:]:
+        (root / image.replace("JPEGImages", "poison")).write_bytes(b"not a picture")
+    again = start(tiny_settings(root, tmp_path), "again")
+    masks, final = outcome(again)
+    expected_masks, expected = outcome(finished[0])
+    assert masks == expected_masks
+    assert same_weights(final, expected)
+
+
+@pytest.mark.slow
+def test_the_index_names_labeled_images_only(finished, demo_root, tiny_settings):
+    labeled = {line.split()[0] for line in (demo_root / "labeled.txt").read_text().splitlines()}
+    index = json.loads((finished[0] / "3_select" / "query_index.json").read_text())
+    config = read_config("demo.yaml", tiny_settings(demo_root, finished[0]))
+    rule = QueryRule.of(config.query, describe(config.dataset))
+    full = build_query_index(read_splits(config.dataset).labeled, rule)
+    classes = describe(config.dataset).classes
+    assert "background" not in index
+    for name, images in index.items():
+        everything = full[classes.index(name)]
+        assert set(images) <= set(everything) <= labeled
+        assert len(images) == -(-len(everything) // 2)
+
+
+@pytest.mark.slow
+def test_an_interrupted_stage_goes_on_to_the_same_weights(
+    demo_root, tmp_path, monkeypatch, tiny_settings
+):
+    words = [*tiny_settings(demo_root, tmp_path), "supervised.epochs=3"]
+    config = read_config("demo.yaml", [*words, "name=cut"])
+    record = train.Run.record
+
+    def interrupted(self, stage, epoch, numbers):
+        record(self, stage, epoch, numbers)
+        if stage == "1_supervised" and epoch == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Run, "record", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config)
+    train.train(config)
+    quiet = start(words, "quiet")
+    assert same_weights(outcome(tmp_path / "cut")[1], outcome(quiet)[1])
+    assert outcome(tmp_path / "cut")[0] == outcome(quiet)[0]
+
+
+@pytest.mark.slow
+def test_from_stage_does_later_stages_again(finished, demo_root, tmp_path, tiny_settings):
+    shutil.copytree(finished[0], tmp_path / "whole")
+    kept = (tmp_path / "whole" / "2_pseudo_label" / "stage.json").stat().st_mtime_ns
+    expected = outcome(finished[0])
+    config = read_config("demo.yaml", [*tiny_settings(demo_root, tmp_path), "name=whole"])
+    train.train(config, from_stage=6)
+    assert (tmp_path / "whole" / "2_pseudo_label" / "stage.json").stat().st_mtime_ns == kept
+    assert same_weights(outcome(tmp_path / "whole")[1], expected[1])
+
+
+@pytest.mark.slow
+def test_baselines_are_switches(demo_root, tmp_path, tiny_settings):
+    """Without rectification and consistency the terms are those of plain self-training."""
+    words = [
+        *tiny_settings(demo_root, tmp_path),
+        "supervised.consistency=0",
+        "retrain.rectify=false",
+    ]
+    run = start(words, "plain", **{"evaluate.checkpoint": "best", "ohem.min_kept": 500})
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    assert "consistency" not in lines[0]
+    assert lines[1]["weight"] == 1.0
+    assert "mIoU (best)" in (run / "log.txt").read_text()

@@ -1,0 +1,165 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from dataset.transforms import StrongColours, View, random_view
+from utils.config import AugmentSection, StrongSection
+
+SIDES, SCALES = st.integers(1, 60), st.floats(0.2, 3.0)
+
+
+def noise(size, channels=3):
+    picture = np.random.default_rng(size[0]).integers(0, 255, (*size, channels), dtype=np.uint8)
+    return Image.fromarray(picture.squeeze(2) if channels == 1 else picture)
+
+
+@st.composite
+def views(draw):
+    """An image size and a view that fits it."""
+    size, scale, crop = (draw(SIDES), draw(SIDES)), draw(SCALES), draw(st.integers(1, 80))
+    scaled = tuple(max(1, round(side * scale)) for side in size)
+    top, left = (draw(st.integers(0, max(0, side - crop))) for side in scaled)
+    return size, View(scaled, top, left, crop, draw(st.booleans()))
+
+
+def reference(picture, view, resample, padding):
+    """Resize all, crop, pad, mirror: what a view stands for."""
+    whole = np.asarray(picture.resize(view.scaled[::-1], resample))
+    window = whole[view.top : view.top + view.crop, view.left : view.left + view.crop]
+    window = window[:, ::-1] if view.flip else window
+    result = np.full((view.crop, view.crop, *whole.shape[2:]), padding, np.uint8)
+    result[: window.shape[0], : window.shape[1]] = window
+    return result
+
+
+@given(views())
+def test_image_is_resized_then_cropped(case):
+    size, view = case
+    image = noise(size)
+    ours = np.asarray(view.image(image), np.float64)
+    theirs = reference(image, view, Image.Resampling.BILINEAR, 0)
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() <= 2  # Pillow rounds twice: after rows, after columns
+    assert np.abs(ours - theirs).mean() <= 1
+
+
+def on_border(view, size, axis):
+    """Where a scaled pixel's centre falls between two of the image: either is the nearest."""
+    start, scaled = (view.top, view.left)[axis], view.scaled[axis]
+    centres = (np.arange(start, min(start + view.crop, scaled)) + 0.5) * size[axis] / scaled
+    return np.abs(centres - np.round(centres)) < 1e-6
+
+
+@given(views())
+def test_mask_is_resized_then_cropped(case):
+    size, view = case
+    mask = noise(size, channels=1)
+    ours = np.asarray(view.mask(mask))
+    theirs = reference(mask, view, Image.Resampling.NEAREST, 255)
+    rows, columns = on_border(view, size, 0), on_border(view, size, 1)
+    columns = columns[::-1] if view.flip else columns
+    free = np.ones(ours.shape, bool)
+    free[: len(rows), : len(columns)] &= ~rows[:, None] & ~columns[None]
+    assert np.array_equal(ours[free], theirs[free])
+
+
+@given(views())
+def test_image_and_mask_show_the_same_place(case):
+    # Encode the place in both: bilinear and nearest differ by less than a pixel of the image.
+    size, view = case
+    ramp = np.linspace(0, 240, size[1])[None].repeat(size[0], 0).astype(np.uint8)
+    image = np.asarray(view.image(Image.fromarray(ramp).convert("RGB")), int)[..., 0]
+    mask = np.asarray(view.mask(Image.fromarray(ramp)), int)
+    height, width = (min(side, view.crop) for side in view.scaled)
+    step = 240 / max(1, size[1] - 1) * max(1, size[1] / view.scaled[1])
+    difference = np.abs(image - mask)[:height, :width]
+    assert difference.max() <= step + 2
+    assert (mask[height:] == 255).all()
+    assert (mask[:, width:] == 255).all()
+    assert (image[height:] == 0).all()
+    assert (image[:, width:] == 0).all()
+
+
+@given(views())
+def test_flip_mirrors_image_and_mask_alike(case):
+    size, view = case
+    view, mirrored = view._replace(flip=False), view._replace(flip=True)
+    width = min(view.scaled[1], view.crop)
+    for cut, picture in (("image", noise(size)), ("mask", noise(size, channels=1))):
+        plain = np.asarray(getattr(view, cut)(picture))[:, :width]
+        assert np.array_equal(
+            np.asarray(getattr(mirrored, cut)(picture))[:, :width], plain[:, ::-1]
+        )
+
+
+def test_small_image_is_padded_at_bottom_and_right():
+    view = View((2, 3), 0, 0, 4, flip=False)
+    image = np.asarray(view.image(Image.new("RGB", (3, 2), (9, 9, 9))))[..., 0]
+    mask = np.asarray(view.mask(Image.new("L", (3, 2), 7)))
+    assert image.tolist() == [[9, 9, 9, 0], [9, 9, 9, 0], [0] * 4, [0] * 4]
+    assert mask.tolist() == [[7, 7, 7, 255], [7, 7, 7, 255], [255] * 4, [255] * 4]
+
+
+@given(SIDES, SIDES, st.integers(1, 80), st.integers(1, 80), st.data())
+def test_view_shows_its_target(height, width, base_size, crop, data):
+    augment = AugmentSection(base_size=base_size, crop_size=crop)
+    target = (data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1)))
+    view = random_view((height, width), augment, np.random.default_rng(crop), target)
+    for axis, start in ((0, view.top), (1, view.left)):
+        centre = (target[axis] + 0.5) * view.scaled[axis] / (height, width)[axis]
+        assert start <= centre <= start + crop
+        assert 0 <= start <= max(0, view.scaled[axis] - crop)
+    if min(view.scaled[0] / height, view.scaled[1] / width) >= 1:  # no pixel is dropped
+        mask = np.zeros((height, width), np.uint8)
+        mask[target] = 1
+        assert (np.asarray(view.mask(Image.fromarray(mask))) == 1).any()
+
+
+def test_target_leaves_the_rest_to_chance():
+    augment = AugmentSection(base_size=100, scale=(1.0, 1.0), crop_size=20)
+    rng = np.random.default_rng(0)
+    seen = [random_view((100, 100), augment, rng, target=(50, 5)) for _ in range(300)]
+    assert {view.top for view in seen} == set(range(31, 51))
+    assert {view.left for view in seen} == set(range(6))
+    assert 100 < sum(view.flip for view in seen) < 200
+
+
+def test_scale_is_of_the_long_side_and_keeps_the_shape():
+    augment = AugmentSection(base_size=100, crop_size=10)
+    rng = np.random.default_rng(0)
+    sizes = np.array([random_view((30, 60), augment, rng).scaled for _ in range(500)])
+    assert sizes[:, 1].min() >= 50
+    assert sizes[:, 1].max() <= 200
+    assert sizes[:, 1].mean() == pytest.approx(125, abs=5)  # uniform between 50 and 200
+    assert np.abs(sizes[:, 0] - sizes[:, 1] / 2).max() <= 1
+
+
+def test_colours_depend_on_the_sample_alone_and_leave_torch_alone():
+    image, colours = noise((20, 30)), StrongColours(StrongSection())
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        results.append(np.asarray(colours(image, np.random.default_rng(5))))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(*results)
+    others = [np.asarray(colours(image, np.random.default_rng(seed))) for seed in range(6)]
+    assert sum(np.array_equal(other, results[0]) for other in others) == 1
+
+
+def test_colours_leave_the_accelerators_generator_alone(monkeypatch):
+    # With workers=0 they are drawn in the training process: its dropout must not notice.
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    StrongColours(StrongSection())(noise((8, 8)), np.random.default_rng(0))
+    assert seeded == []
+
+
+def test_strong_settings_of_zero_change_nothing():
+    never = StrongSection(jitter_chance=0, grey_chance=0, blur_chance=0)
+    image, colours = noise((20, 30)), StrongColours(never)
+    for seed in range(10):
+        assert np.array_equal(colours(image, np.random.default_rng(seed)), image)
