@@ -89,10 +89,12 @@ def read_list(path: Path, root: Path, kind: Kind) -> list[Sample]:
             continue
         sample = _read_line(line, f"{path}:{number}", root, kind)
         key = PurePosixPath(sample.name).with_suffix("")
+        if key in samples and samples[key].name == sample.name:
+            raise UserError(f"{path}:{number}: {sample.name} is listed twice; remove one line")
         if key in samples:
             raise UserError(
-                f"{path}:{number}: {sample.name} stands above as {samples[key].name}, and both "
-                "would share one predicted mask; remove one line or rename one image"
+                f"{path}:{number}: {sample.name} and {samples[key].name} would share one predicted "
+                "mask; rename one"
             )
         samples[key] = sample
     if not samples:

@@ -81,7 +81,10 @@ def test_bad_checkpoint(complaint, trained, tmp_path, spoil, told):
         ("model.backbone=resnet34", ["weights of another network", "missing", "check model.name"]),
         ("dataset.kind=pascal", ["classifier.bias is (7,), not (21,)", "number of classes"]),
         ("dataset.root=nowhere", ["dataset.root", "nowhere is no folder"]),
-        ("dataset.val=nowhere.txt", ["dataset.val", "nowhere.txt", "no such list"]),
+        (
+            "dataset.val=nowhere.txt",
+            ["dataset.val", "nowhere.txt is neither in the working folder nor in"],
+        ),
         ("inference.long_sid=3", ["unknown key", "'inference.long_side'"]),
     ],
 )

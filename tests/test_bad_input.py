@@ -100,13 +100,23 @@ def unlabeled_in_val(root):
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (without_root, ["dataset.root", "data_gone is no folder", "put the data there or set"]),
-        (without_list, ["dataset.unlabeled", "unlabeled.txt", "no such list"]),
+        (
+            without_root,
+            [
+                "dataset.root",
+                "data_gone is no folder",
+                "put the data there (python -m dataset.demo",
+            ],
+        ),
+        (
+            without_list,
+            ["dataset.unlabeled", "unlabeled.txt is neither in the working folder nor in"],
+        ),
         (empty_list, ["val.txt", "empty", "needs an image a line"]),
         (list_without_masks, ["dataset.labeled", "JPEGImages/0000.jpg", "without a mask", "name"]),
         (line_that_leaves_the_root, ["unlabeled.txt:11", "../elsewhere/x.jpg", "leaves the data"]),
-        (without_image, ["0009.jpg", "no such image", "correct the list or the data root"]),
-        (without_mask, ["0001.png", "no such mask", "correct the list or the data root"]),
+        (without_image, ["0009.jpg", "no such file", "correct the list or dataset.root"]),
+        (without_mask, ["0001.png", "no such file", "correct the list or dataset.root"]),
         (text_for_an_image, ["0001.jpg", "cannot read this picture", "replace it or take it off"]),
         (truncated_images, [".jpg", "cannot read this picture (", "truncated", "replace it"]),
         (truncated_mask, ["1002.png", "cannot read this picture (", "truncated", "replace it"]),
@@ -141,7 +151,10 @@ def test_unlabeled_image_that_cannot_be_read_is_found_before_anything_trains(
         ("retrain.epochs=many", ["command line", "retrain.epochs", "'many'", "integer"]),
         ("retrain.epochs", ["'retrain.epochs'", "key=value"]),
         ("dataset.kind=demos", ["dataset.kind", "'demos'", "demo", "custom"]),
-        ("dataset.labeled=nowhere.txt", ["dataset.labeled", "nowhere.txt", "no such list"]),
+        (
+            "dataset.labeled=nowhere.txt",
+            ["dataset.labeled", "nowhere.txt is neither in the working folder nor in"],
+        ),
         ("model.name=unet", ["model.name", "'unet'", "deeplabv3plus"]),
         ("model.backbone=vgg", ["model.backbone", "'vgg'", "resnet18"]),
         ("query.exclude=[sky]", ["query.exclude", "'sky'", "background"]),
@@ -185,9 +198,8 @@ def test_backbone_weights_that_do_not_fit(train, tmp_path, content, told):
 
 def test_run_folder_that_cannot_be_made(train, tmp_path):
     (tmp_path / "file").write_text("")
-    assert f"{tmp_path / 'file' / 'demo'}: cannot write here" in train(
-        f"outdir={tmp_path / 'file'}"
-    )
+    line = train(f"outdir={tmp_path / 'file'}")
+    assert f"{tmp_path / 'file' / 'demo' / 'config.yaml'}: cannot write this file" in line
 
 
 def test_config_that_is_not_there(complaint):
@@ -211,6 +223,7 @@ def test_settings_may_stand_on_both_sides_of_an_option(complaint):
 def test_program_as_typed(demo_copy, tmp_path):
     truncated_images(demo_copy)  # met in a worker
     settings = [f"dataset.root={demo_copy}", "workers=1", "device=cpu", "outdir=out"]
+    settings += ["supervised.batch_size=4", "retrain.batch_size=4"]
     command = [sys.executable, ROOT / "train.py", "--config", "demo.yaml", *settings]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr

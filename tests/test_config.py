@@ -43,7 +43,7 @@ def test_cpu_recipe_changes_its_base_key_by_key():
         ("precision=fp8", r"precision: 'fp8' is not allowed: .*'auto', 'fp32', 'bf16' or 'fp16'"),
         ("model.output_stride=4", r"model\.output_stride: 4 is not allowed: .*8, 16 or 32"),
         ("supervised.batch_size=1", r"supervised\.batch_size: 1 is not allowed: .*greater than 1"),
-        ("augment.scale=[2, 1]", r"scale needs two positive numbers, the smaller first"),
+        ("augment.scale=[2, 1]", r"the smaller number comes first"),
         ("query.exclude=fish", r"query\.exclude: 'fish' is not allowed: .*list"),
         ("name=a/b", r"name: 'a/b' is not allowed"),
     ],

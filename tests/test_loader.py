@@ -164,11 +164,6 @@ def test_whole_images_keep_the_lists_order_and_the_labels_size(parts):
     assert (item.label == 255).all()
 
 
-def test_batch_larger_than_the_data_is_refused(pairs):
-    with pytest.raises(UserError, match=r"4_retrain: a batch of 13 is larger than the 12 samples"):
-        training_batches(pairs, 13, range(1), CHANCE, workers=0)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_workers_error_is_the_same_one_line(demo_copy, augment, workers):
     splits = read_splits(DatasetSection(kind="demo", root=str(demo_copy)))

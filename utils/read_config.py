@@ -49,11 +49,12 @@ def _checked(layers: list[Layer], overrides: Sequence[str]) -> Config:
     """Merge layers, later over earlier, key by key, and check the result."""
     layers = [*layers, *(_override_layer(text) for text in overrides)]
     merged: dict[str, Any] = {}
-    try:
-        for layer in layers:
-            _merge(merged, layer)
-    except RecursionError:
-        raise UserError(f"{layer.source}: a value holds itself; remove the YAML alias") from None
+    for layer in layers:
+        for key, value in layer.items():
+            try:
+                _merge(merged, {key: value})
+            except RecursionError:
+                raise UserError(f"{layer.source}: {key}: the value holds itself") from None
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
@@ -118,7 +119,9 @@ def _explain(error: ValidationError, layers: Sequence[Layer]) -> str:
     unknown = ("extra_forbidden", "invalid_key")
     # A misspelled section is unknown and missing at once; the spelling is the cause.
     first = next((each for each in errors if each["type"] in unknown), errors[0])
-    path = [str(part) for part in first["loc"]]
+    # A place in a list, such as the 1 of augment.scale.1, is no key of its own.
+    path = [part for part in first["loc"] if not isinstance(part, int) or first["type"] in unknown]
+    path = [str(part) for part in path]
     key = ".".join(path)
     sources = [layer.source for layer in layers if _has(layer, path)]
     if first["type"] in unknown:
@@ -149,6 +152,7 @@ def _has(layer: Any, path: Sequence[str]) -> bool:
     for part in path:
         if not isinstance(layer, dict):
             return True
+        layer = {str(key): value for key, value in layer.items()}
         if part not in layer:
             return False
         layer = layer[part]
