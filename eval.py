@@ -26,6 +26,7 @@ from utils.metrics import ConfusionMatrix
 from utils.panels import in_colour, save_mask, save_panel
 from utils.precision import Device
 from utils.read_config import config_from, read_config
+from utils.stage import checkpoint_of
 
 EXAMPLES = 4  # validation images in a run's picture
 
@@ -81,7 +82,7 @@ def draw_examples(
     ]
     for stage in stages:
         net = device.place(build_network(config, pretrained=None))
-        checkpoint.load_weights(net, stage / "checkpoint.pth")
+        checkpoint.load_weights(net, checkpoint_of(stage))
         seen = predictions(net, chosen, config, device)
         for row, (_, prediction, _) in zip(rows, seen, strict=True):
             row.append(in_colour(prediction.byte().numpy(), palette))

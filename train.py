@@ -32,7 +32,8 @@ from dataset.splits import Sample, Splits, mask_file, read_splits, with_pseudo_m
 from eval import build_network, draw_examples, report, validate
 from model.cisc import class_prototypes, consistency_loss, cross_image_weight, reliability
 from model.losses import cross_entropy, ohem_cross_entropy, rectified_cross_entropy
-from utils import IGNORE, checkpoint
+from utils import IGNORE
+from utils.checkpoint import load_weights
 from utils.config import Config, TrainingSection
 from utils.errors import UserError, exit_with_one_line
 from utils.inference import Predictor
@@ -41,8 +42,8 @@ from utils.panels import save_mask
 from utils.progress import StageBar
 from utils.read_config import read_config
 from utils.run import Run
+from utils.stage import Report, Stage, checkpoint_of
 
-Report = dict[str, Any]  # what results.json says of a stage
 LabeledLoss = Callable[[Tensor, Tensor], Tensor]  # of logits and true labels
 
 
@@ -72,14 +73,14 @@ def train(config: Config, from_stage: int | None = None) -> None:
         draw_examples(run.folder / "examples.png", splits.val, config, run.device, first, final)
 
 
-def train_supervised(run: Run, folder: Path, splits: Splits, index: QueryIndex) -> Report:
+def train_supervised(stage: Stage, splits: Splits, index: QueryIndex) -> Report:
     """Stage 1: labeled pairs, cross entropy on both images and the consistency loss."""
-    config, chance = run.config, Chance(run.config.seed, folder.name)
+    config, chance = stage.config, Chance(stage.config.seed, stage.name)
     querier, repeat = _querier(config, splits, index), _repeat(config, splits)
     pairs = LabeledPairs(splits.labeled, querier, config.augment, chance, repeat)
-    net = _new_network(run, chance)
+    net = _new_network(stage, chance)
     loss = partial(supervised_loss, net, _labeled_loss(config), config.supervised.consistency)
-    return fit(run, folder, net, loss, pairs, config.supervised, splits.val)
+    return fit(stage, net, loss, pairs, config.supervised, splits.val)
 
 
 def supervised_loss(
@@ -100,34 +101,30 @@ def supervised_loss(
 
 
 @torch.inference_mode()
-def write_pseudo_labels(
-    run: Run, folder: Path, teacher: Path, unlabeled: Sequence[Sample]
-) -> Report:
+def write_pseudo_labels(stage: Stage, teacher: Path, unlabeled: Sequence[Sample]) -> Report:
     """Stages 2 and 5: the teacher's most probable class of every pixel, as palette PNGs."""
-    config, palette = run.config.pseudo_label, describe(run.config.dataset).palette()
-    predictor = Predictor(_teacher(run, teacher), run.device, config.scales, config.flip)
+    settings, palette = stage.config.pseudo_label, describe(stage.config.dataset).palette()
+    predictor = Predictor(_teacher(stage, teacher), stage.device, settings.scales, settings.flip)
     confidences: dict[str, float] = {}
-    for sample, item in _whole_images(run, unlabeled, folder.name):
+    for sample, item in _whole_images(stage, unlabeled, stage.name):
         confidence, ids = predictor(item.image, tuple(item.label.shape[-2:]))[0].max(dim=0)
-        save_mask(mask_file(folder / "masks", sample), ids.byte().cpu().numpy(), palette)
+        save_mask(mask_file(stage.folder / "masks", sample), ids.byte().cpu().numpy(), palette)
         confidences[sample.name] = confidence.mean().item()
-    write_csv(folder / "confidence.csv", ("image", "confidence"), confidences.items())
+    write_csv(stage.folder / "confidence.csv", ("image", "confidence"), confidences.items())
     mean = sum(confidences.values()) / max(1, len(confidences))
     return {"images": len(confidences), "confidence": mean}
 
 
 @torch.inference_mode()
-def select(
-    run: Run, folder: Path, teacher: Path, splits: Splits, masks: Path, index: QueryIndex
-) -> Report:
+def select(stage: Stage, teacher: Path, splits: Splits, masks: Path, index: QueryIndex) -> Report:
     """Stage 3: which pseudo labels, and which labeled images of each class, are reliable."""
-    config, classes = run.config, describe(run.config.dataset).classes
-    net = _teacher(run, teacher)
+    settings, classes = stage.config.select, describe(stage.config.dataset).classes
+    net = _teacher(stage, teacher)
 
     def passed(samples: Sequence[Sample], title: str) -> Iterator[tuple[Sample, Tensor, Tensor]]:
         """Yield each sample with its features and its label."""
-        for sample, item in _whole_images(run, samples, f"{folder.name} {title}"):
-            with run.device.autocast():
+        for sample, item in _whole_images(stage, samples, f"{stage.name} {title}"):
+            with stage.device.autocast():
                 features = net.extract(item.image)
             yield sample, features, item.label
 
@@ -148,22 +145,21 @@ def select(
     ):
         scores = reliability(features, label, anchors)[0]
         scores = scores[scores.isfinite()]
-        score = scores.mean() if config.select.score == "mean" else scores.sum()
+        score = scores.mean() if settings.score == "mean" else scores.sum()
         images[sample.name] = score.item() if len(scores) else -math.inf
-    kept = write_selection(folder, images, guides, index, config.select.keep, classes)
+    kept = write_selection(stage.folder, images, guides, index, settings.keep, classes)
     return {"images": kept, "coverage": kept / len(images)}
 
 
 def retrain(
-    run: Run,
-    folder: Path,
+    stage: Stage,
     splits: Splits,
     pseudo_labeled: Sequence[Sample],
     teacher: Path,
     index: QueryIndex,
 ) -> Report:
     """Stages 4 and 6: a new network on labeled and pseudo-labeled images."""
-    config, chance = run.config, Chance(run.config.seed, folder.name)
+    config, chance = stage.config, Chance(stage.config.seed, stage.name)
     samples = RetrainSamples(
         pseudo_labeled,
         splits.labeled,
@@ -172,11 +168,11 @@ def retrain(
         chance,
         strong_teacher=config.retrain.teacher_view == "strong",
     )
-    guide = _teacher(run, teacher) if config.retrain.rectify else None
-    net = _new_network(run, chance)
+    guide = _teacher(stage, teacher) if config.retrain.rectify else None
+    net = _new_network(stage, chance)
     loss = partial(retrain_loss, net, guide, _labeled_loss(config))
     coverage = len(samples) / len(splits.unlabeled)
-    outcome = fit(run, folder, net, loss, samples, config.retrain, splits.val)
+    outcome = fit(stage, net, loss, samples, config.retrain, splits.val)
     return {"images": len(samples), "coverage": coverage, **outcome}
 
 
@@ -200,15 +196,14 @@ def retrain_loss(
     shown = {
         "unlabeled": unlabeled,
         "labeled": labeled,
-        "weight": weight[valid].mean(),
+        "weight": (weight * valid).sum() / valid.sum().clamp_min(1),
         "queried": (pair.shared_class != IGNORE).float().mean(),
     }
     return Loss(unlabeled + labeled, shown)
 
 
 def fit(
-    run: Run,
-    folder: Path,
+    stage: Stage,
     net: nn.Module,
     loss: Callable[[Any], Loss],
     dataset: Dataset,
@@ -216,14 +211,14 @@ def fit(
     val: Sequence[Sample],
 ) -> Report:
     """The one training loop; writes ``checkpoint.pth``, and goes on after the last whole epoch."""
-    config, device, stage = run.config, run.device, folder.name
-    chance, steps = Chance(config.seed, stage), len(dataset) // settings.batch_size
+    config, device = stage.config, stage.device
+    chance, steps = Chance(config.seed, stage.name), len(dataset) // settings.batch_size
     optimization = Optimization(net, config.optimizer, steps * settings.epochs, device.scaler())
-    first, outcome = _resume(folder, net, optimization)
+    first, outcome = stage.resume(net, optimization)
     epochs = range(first, settings.epochs)
     batches = training_batches(dataset, settings.batch_size, epochs, chance, config.workers)
     best = config.evaluate.checkpoint == "best"
-    with StageBar(stage, epochs, steps, images=2 * settings.batch_size) as bar:
+    with StageBar(stage.name, epochs, steps, images=2 * settings.batch_size) as bar:
         for epoch in epochs:
             net.train()
             torch.manual_seed(chance.torch_seed(epoch))  # dropout
@@ -232,54 +227,31 @@ def fit(
                 with device.autocast():
                     step = loss(device.move(batch))
                 bar.update(step.shown, optimization.lr)
-                optimization.step(step.total, f"{stage}, epoch {epoch + 1}")
+                optimization.step(step.total, f"{stage.name}, epoch {epoch + 1}")
             numbers, last = bar.means(), epoch + 1 == settings.epochs
             if last or (epoch + 1) % config.evaluate.every == 0:
                 matrix = validate(net, val, config, device)
                 numbers["miou"] = matrix.mean_iou()
                 if numbers["miou"] > outcome.get("miou", -1.0) if best else last:
                     outcome = {**numbers, **report(matrix, config), "epoch": epoch + 1}
-                    _save(folder / "checkpoint.pth", net, config, stage, epoch + 1)
-            run.record(stage, epoch + 1, numbers)
-            _suspend(folder, net, optimization, epoch + 1, outcome)
-    (folder / "resume.pth").unlink(missing_ok=True)
+                    stage.save(net, epoch + 1)
+            stage.record(epoch + 1, numbers)
+            stage.suspend(net, optimization, epoch + 1, outcome)
+    stage.close()
     return outcome
 
 
-def _suspend(
-    folder: Path, net: nn.Module, optimization: Optimization, epoch: int, outcome: Report
-) -> None:
-    """Keep what going on after this epoch needs."""
-    state = {"net": net.state_dict(), "optimization": optimization.state_dict()}
-    checkpoint.save(folder / "resume.pth", {**state, "epoch": epoch, "outcome": outcome})
-
-
-def _resume(folder: Path, net: nn.Module, optimization: Optimization) -> tuple[int, Report]:
-    """Take up an interrupted stage; return how many epochs are done, and what they came to."""
-    if not (folder / "resume.pth").is_file():
-        return 0, {}
-    state = checkpoint.load(folder / "resume.pth")
-    net.load_state_dict(state["net"])
-    optimization.load_state_dict(state["optimization"])
-    return state["epoch"], state["outcome"]
-
-
-def _new_network(run: Run, chance: Chance) -> nn.Module:
+def _new_network(stage: Stage, chance: Chance) -> nn.Module:
     """Build a network from the backbone's weights and the stage's random numbers."""
     torch.manual_seed(chance.torch_seed())
-    return run.device.place(build_network(run.config, run.config.model.pretrained))
+    return stage.device.place(build_network(stage.config, stage.config.model.pretrained))
 
 
-def _teacher(run: Run, folder: Path) -> nn.Module:
+def _teacher(stage: Stage, folder: Path) -> nn.Module:
     """Load the network of a finished stage, frozen."""
-    net = build_network(run.config, pretrained=None)
-    checkpoint.load_weights(net, folder / "checkpoint.pth")
-    return run.device.place(net).eval().requires_grad_(False)
-
-
-def _save(path: Path, net: nn.Module, config: Config, stage: str, epoch: int) -> None:
-    weights = {"model": net.state_dict(), "config": config.model_dump(mode="json")}
-    checkpoint.save(path, {**weights, "stage": stage, "epoch": epoch})
+    net = build_network(stage.config, pretrained=None)
+    load_weights(net, checkpoint_of(folder))
+    return stage.device.place(net).eval().requires_grad_(False)
 
 
 def _repeat(config: Config, splits: Splits) -> int:
@@ -313,13 +285,13 @@ def _labeled_loss(config: Config) -> LabeledLoss:
 
 
 def _whole_images(
-    run: Run, samples: Sequence[Sample], title: str
+    stage: Stage, samples: Sequence[Sample], title: str
 ) -> Iterator[tuple[Sample, WholeImage]]:
     """Pass over whole images with a progress bar; batches of one, on the device."""
-    loader = whole_images(samples, run.config.inference.long_side, run.config.workers)
+    loader = whole_images(samples, stage.config.inference.long_side, stage.config.workers)
     bar = tqdm(loader, title, disable=None, leave=False, unit="image")
     for sample, item in zip(samples, bar, strict=True):
-        yield sample, run.device.move(item)
+        yield sample, stage.device.move(item)
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 from torch import nn
 
 from model import resnet
-from model.deeplabv3plus import DeepLabV3Plus, SegmentationOutput
+from model.deeplabv3plus import DeepLabV3Plus
+from model.layers import SegmentationOutput
 from utils.checkpoint import load_weights
 from utils.errors import UserError
 

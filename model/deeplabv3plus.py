@@ -1,22 +1,9 @@
 """DeepLabv3+ (Chen et al., ECCV 2018), with the state-dict keys of ST++, CISC-R and UniMatch."""
 
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class SegmentationOutput(NamedTuple):
-    """What every network of this project returns.
-
-    Attributes:
-        logits: (B, C, H, W) float at the size of the input images.
-        features: (B, D, h, w) float, the last map before the classifier.
-    """
-
-    logits: Tensor
-    features: Tensor
+from model.layers import SegmentationOutput, conv_bn_relu, resize
 
 
 class DeepLabV3Plus(nn.Module):
@@ -34,19 +21,21 @@ class DeepLabV3Plus(nn.Module):
         rate = 96 // output_stride
         self.backbone = backbone
         self.head = AtrousSpatialPyramid(channels, 256, (rate, 2 * rate, 3 * rate))
-        self.reduce = _conv(low_channels, 48, 1)
-        self.fuse = nn.Sequential(*_conv(304, 256, 3), *_conv(256, 256, 3), nn.Dropout(0.1))
+        self.reduce = conv_bn_relu(low_channels, 48, 1)
+        self.fuse = nn.Sequential(
+            *conv_bn_relu(304, 256, 3), *conv_bn_relu(256, 256, 3), nn.Dropout(0.1)
+        )
         self.classifier = nn.Conv2d(256, num_classes, 1)
 
     def forward(self, images: Tensor) -> SegmentationOutput:
         """Segment (B, 3, H, W) normalised images of any H and W; D = 256 at (H/4, W/4)."""
         features = self.extract(images)
-        return SegmentationOutput(_resize(self.classifier(features), images.shape[-2:]), features)
+        return SegmentationOutput(resize(self.classifier(features), images.shape[-2:]), features)
 
     def extract(self, images: Tensor) -> Tensor:
         """Return the features alone, for callers that need no logits."""
         low_level, last = self.backbone(images)
-        pyramid = _resize(self.head(last), low_level.shape[-2:])
+        pyramid = resize(self.head(last), low_level.shape[-2:])
         return self.fuse(torch.cat([self.reduce(low_level), pyramid], dim=1))
 
 
@@ -55,10 +44,10 @@ class AtrousSpatialPyramid(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, rates: tuple[int, int, int]) -> None:
         super().__init__()
-        self.b0 = _conv(in_channels, channels, 1)
-        self.b1, self.b2, self.b3 = (_conv(in_channels, channels, 3, rate) for rate in rates)
+        self.b0 = conv_bn_relu(in_channels, channels, 1)
+        self.b1, self.b2, self.b3 = (conv_bn_relu(in_channels, channels, 3, rate) for rate in rates)
         self.b4 = ImageMean(in_channels, channels)
-        self.project = nn.Sequential(*_conv(5 * channels, channels, 1), nn.Dropout2d(0.5))
+        self.project = nn.Sequential(*conv_bn_relu(5 * channels, channels, 1), nn.Dropout2d(0.5))
 
     def forward(self, last: Tensor) -> Tensor:
         """Map (B, in_channels, h, w) to (B, channels, h, w)."""
@@ -71,23 +60,8 @@ class ImageMean(nn.Module):
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
-        self.gap = nn.Sequential(nn.AdaptiveAvgPool2d(1), *_conv(in_channels, channels, 1))
+        self.gap = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(in_channels, channels, 1))
 
     def forward(self, last: Tensor) -> Tensor:
         """Map (B, in_channels, h, w) to (B, channels, h, w), constant over h and w."""
         return self.gap(last).expand(-1, -1, *last.shape[-2:])
-
-
-def _conv(in_channels: int, channels: int, size: int, rate: int = 1) -> nn.Sequential:
-    """A convolution that keeps height and width, batch norm, ReLU."""
-    padding = rate * (size // 2)
-    return nn.Sequential(
-        nn.Conv2d(in_channels, channels, size, padding=padding, dilation=rate, bias=False),
-        nn.BatchNorm2d(channels),
-        nn.ReLU(inplace=True),
-    )
-
-
-def _resize(maps: Tensor, size: torch.Size) -> Tensor:
-    """Resize as the published networks do: corners aligned."""
-    return F.interpolate(maps, size, mode="bilinear", align_corners=True)

@@ -4,7 +4,8 @@ import pytest
 
 from utils.errors import UserError
 from utils.read_config import read_config
-from utils.run import Run, stage_table
+from utils.results import stage_table
+from utils.run import Run
 
 
 def config(tmp_path, *words):
@@ -12,12 +13,12 @@ def config(tmp_path, *words):
 
 
 def work(log):
-    def stage(run, folder, *inputs):
-        log.append((folder.name, inputs))
-        (folder / "made.txt").write_text(folder.name)
+    def do(stage, *inputs):
+        log.append((stage.name, inputs))
+        (stage.folder / "made.txt").write_text(stage.name)
         return {"miou": 0.5, "per_class_iou": {"ball": 0.5}}
 
-    return stage
+    return do
 
 
 def run_stages(settings, from_stage=None):
@@ -37,8 +38,8 @@ def test_a_stage_is_done_once_and_hands_its_folder_on(tmp_path):
 
 
 def test_a_stage_that_fails_is_done_again(tmp_path):
-    def fail(run, folder):
-        (folder / "made.txt").write_text("half")
+    def fail(stage):
+        (stage.folder / "made.txt").write_text("half")
         raise KeyboardInterrupt
 
     with Run(config(tmp_path)) as run, pytest.raises(KeyboardInterrupt):
@@ -83,8 +84,12 @@ def test_results_are_the_last_stages(tmp_path):
 
 
 def test_epochs_are_kept_as_json_lines_and_in_the_log(tmp_path):
+    def do(stage):
+        stage.record(3, {"ce": 0.25, "miou": 0.5})
+        return {}
+
     with Run(config(tmp_path)) as run:
-        run.record("1_supervised", 3, {"ce": 0.25, "miou": 0.5})
+        run.stage("1_supervised", do)
     line = json.loads((tmp_path / "demo" / "metrics.jsonl").read_text())
     assert line == {"stage": "1_supervised", "epoch": 3, "ce": 0.25, "miou": 0.5}
     assert "epoch 3  ce 0.25  miou 0.5" in (tmp_path / "demo" / "log.txt").read_text()

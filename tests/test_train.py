@@ -181,15 +181,15 @@ def test_an_interrupted_stage_goes_on_to_the_same_weights(
 ):
     words = [*tiny_settings(demo_root, tmp_path), "supervised.epochs=3"]
     config = read_config("demo.yaml", [*words, "name=cut"])
-    record = train.Run.record
+    suspend = train.Stage.suspend
 
-    def interrupted(self, stage, epoch, numbers):
-        record(self, stage, epoch, numbers)
-        if stage == "1_supervised" and epoch == 3:
+    def interrupted(stage, net, optimization, epoch, report):
+        suspend(stage, net, optimization, epoch, report)
+        if stage.name == "1_supervised" and epoch == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(train.Run, "record", interrupted)
+        patched.setattr(train.Stage, "suspend", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train.train(config)
     train.train(config)

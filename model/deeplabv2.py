@@ -1,0 +1,35 @@
+"""DeepLabv2 (Chen et al., TPAMI 2018), as ST++ offers it."""
+
+from torch import Tensor, nn
+
+from model.layers import SegmentationOutput, resize
+
+
+class DeepLabV2(nn.Module):
+    """Four dilated 3 x 3 classifiers on the last map, summed.
+
+    Args:
+        backbone: returns a stride-4 map and a last map, and tells their ``channels``.
+        num_classes: C.
+        output_stride: the backbone's; the rates do not depend on it.
+    """
+
+    RATES = (6, 12, 18, 24)
+
+    def __init__(self, backbone: nn.Module, num_classes: int, output_stride: int) -> None:
+        super().__init__()
+        _, channels = backbone.channels
+        self.backbone = backbone
+        self.classifier = nn.ModuleList(
+            nn.Conv2d(channels, num_classes, 3, padding=rate, dilation=rate) for rate in self.RATES
+        )
+
+    def forward(self, images: Tensor) -> SegmentationOutput:
+        """Segment (B, 3, H, W) normalised images; the features are the backbone's last map."""
+        features = self.extract(images)
+        logits = sum(branch(features) for branch in self.classifier)
+        return SegmentationOutput(resize(logits, images.shape[-2:]), features)
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Return the features alone, at the output stride."""
+        return self.backbone(images)[1]

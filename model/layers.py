@@ -1,0 +1,34 @@
+"""What the networks share."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SegmentationOutput(NamedTuple):
+    """What every network of this project returns.
+
+    Attributes:
+        logits: (B, C, H, W) float at the size of the input images.
+        features: (B, D, h, w) float, the last map before the classifier.
+    """
+
+    logits: Tensor
+    features: Tensor
+
+
+def conv_bn_relu(in_channels: int, channels: int, size: int, rate: int = 1) -> nn.Sequential:
+    """Build a convolution that keeps height and width, batch norm and ReLU."""
+    padding = rate * (size // 2)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, channels, size, padding=padding, dilation=rate, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+def resize(maps: Tensor, size: torch.Size) -> Tensor:
+    """Resize (B, C, h, w) bilinearly as the published networks do: corners aligned."""
+    return F.interpolate(maps, size, mode="bilinear", align_corners=True)

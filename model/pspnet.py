@@ -1,0 +1,41 @@
+"""PSPNet (Zhao et al., CVPR 2017), as ST++ offers it."""
+
+import torch
+from torch import Tensor, nn
+
+from model.layers import SegmentationOutput, conv_bn_relu, resize
+
+
+class PSPNet(nn.Module):
+    """The last map beside its means over grids of 1, 2, 3 and 6 cells, fused and classified.
+
+    Args:
+        backbone: returns a stride-4 map and a last map, and tells their ``channels``.
+        num_classes: C.
+        output_stride: the backbone's; the pyramid does not depend on it.
+    """
+
+    GRIDS = (1, 2, 3, 6)
+
+    def __init__(self, backbone: nn.Module, num_classes: int, output_stride: int) -> None:
+        super().__init__()
+        _, channels = backbone.channels
+        self.backbone = backbone
+        self.pyramid = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(grid), *conv_bn_relu(channels, channels // 4, 1))
+            for grid in self.GRIDS
+        )
+        self.fuse = nn.Sequential(*conv_bn_relu(2 * channels, channels // 4, 3), nn.Dropout2d(0.1))
+        self.classifier = nn.Conv2d(channels // 4, num_classes, 1)
+
+    def forward(self, images: Tensor) -> SegmentationOutput:
+        """Segment (B, 3, H, W) normalised images; D is a quarter of the last map's channels."""
+        features = self.extract(images)
+        logits = resize(self.classifier(features), images.shape[-2:])
+        return SegmentationOutput(logits, features)
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Return the features alone, at the output stride."""
+        _, last = self.backbone(images)
+        means = [resize(level(last), last.shape[-2:]) for level in self.pyramid]
+        return self.fuse(torch.cat([last, *means], dim=1))
