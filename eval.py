@@ -1,6 +1,8 @@
-"""Evaluate a checkpoint: mIoU, IoU of every class, pixel accuracy; write its masks.
+"""Evaluate a checkpoint on its val list; or segment a folder of pictures; or export the network.
 
 python eval.py outdir/demo/6_retrain/checkpoint.pth [section.key=value ...] [--save-masks DIR]
+python eval.py outdir/demo/6_retrain/checkpoint.pth --images photos --out segmented
+python eval.py outdir/demo/6_retrain/checkpoint.pth --export net.onnx
 """
 
 import argparse
@@ -14,16 +16,17 @@ from tqdm import tqdm
 
 from dataset.catalog import describe
 from dataset.reading import read_image, read_mask
-from dataset.segmentation import whole_images
-from dataset.splits import Sample, mask_file, read_val
+from dataset.segmentation import WholeImage, whole_images
+from dataset.splits import Sample, find_pictures, mask_file, read_val
 from model import build_model
 from utils import checkpoint
 from utils.config import Config
 from utils.errors import UserError, exit_with_one_line
+from utils.export import export
 from utils.files import write_json
 from utils.inference import Predictor
 from utils.metrics import ConfusionMatrix
-from utils.panels import in_colour, save_mask, save_panel
+from utils.panels import in_colour, save_legend, save_mask, save_overlay, save_panel
 from utils.precision import Device
 from utils.read_config import config_from, read_config
 from utils.stage import checkpoint_of
@@ -35,19 +38,30 @@ def build_network(config: Config, pretrained: str | None) -> nn.Module:
     """Build the config's network with ``pretrained`` backbone weights, None for random ones."""
     num_classes = len(describe(config.dataset).classes)
     model = config.model
-    return build_model(model.name, model.backbone, num_classes, model.output_stride, pretrained)
+    return build_model(
+        model.name, model.backbone, num_classes, model.output_stride, pretrained, model.stem
+    )
 
 
 def predictions(
     net: nn.Module, samples: Sequence[Sample], config: Config, device: Device
 ) -> Iterator[tuple[Sample, Tensor, Tensor]]:
     """Yield (sample, predicted ids, label), both (H, W) at the label's size; each image once."""
-    predictor = Predictor(net, device)
-    loader = whole_images(samples, config.inference.long_side, config.workers)
-    bar = tqdm(loader, "evaluating", disable=None, leave=False, unit="image")
-    for sample, item in zip(samples, bar, strict=True):
-        probabilities = predictor(item.image, tuple(item.label.shape[-2:]))
-        yield sample, probabilities.argmax(dim=1)[0].cpu(), item.label[0]
+    predict = Predictor(net, device, config.inference.window)
+    for chosen, batch in whole_batches(samples, config, device, "evaluating"):
+        ids = predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
+        yield from zip(chosen, ids.cpu(), batch.label.cpu(), strict=True)
+
+
+def whole_batches(
+    samples: Sequence[Sample], config: Config, device: Device, title: str
+) -> Iterator[tuple[list[Sample], WholeImage]]:
+    """Pass over whole images under a progress bar; yield samples and their batch, on the device."""
+    loader = whole_images(samples, config.inference, config.workers)
+    with tqdm(desc=title, total=len(samples), disable=None, leave=False, unit="image") as bar:
+        for batch in loader:
+            yield [samples[index] for index in batch.index.tolist()], device.move(batch)
+            bar.update(len(batch.index))
 
 
 def validate(
@@ -90,19 +104,27 @@ def draw_examples(
     save_panel(path, titles, rows, list(zip(kind.classes, kind.colours, strict=True)))
 
 
-def evaluate(path: Path, config: Config, masks: Path | None) -> dict[str, Any]:
-    """Evaluate a checkpoint on the config's val list, and write its masks if asked to."""
-    device, samples = Device(config.device, config.precision), read_val(config.dataset)
-    net = device.place(build_network(config, pretrained=None))
-    checkpoint.load_weights(net, path)
-    kind = describe(config.dataset)
+def evaluate(net: nn.Module, config: Config, device: Device, masks: Path | None) -> dict[str, Any]:
+    """Evaluate a network on the config's val list, and write its masks if asked to."""
+    kind, samples = describe(config.dataset), read_val(config.dataset)
     matrix = ConfusionMatrix(len(kind.classes))
     for sample, prediction, label in predictions(net, samples, config, device):
         matrix.update(prediction, label)
         if masks is not None:
-            ids = prediction.byte().numpy()
-            save_mask(mask_file(masks, sample), ids, kind.palette())
+            save_mask(mask_file(masks, sample), prediction.byte().numpy(), kind.palette())
     return report(matrix, config)
+
+
+def segment(net: nn.Module, config: Config, device: Device, pictures: Path, out: Path) -> int:
+    """Segment the pictures below a folder: masks, overlays and a legend; return how many."""
+    kind, samples = describe(config.dataset), find_pictures(pictures)
+    for sample, prediction, _ in predictions(net, samples, config, device):
+        ids, palette = prediction.byte().numpy(), kind.palette()
+        save_mask(mask_file(out / "masks", sample), ids, palette)
+        overlay = mask_file(out / "overlays", sample).with_suffix(".jpg")
+        save_overlay(overlay, read_image(sample.image), ids, palette)
+    save_legend(out / "legend.png", list(zip(kind.classes, kind.colours, strict=True)))
+    return len(samples)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -116,23 +138,48 @@ def table(results: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
+def read_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint.pth of train.py")
+    parser.add_argument("checkpoint", type=Path, help="of train.py, or of ST++, CISC-R, UniMatch")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="such as dataset.root=DIR")
     parser.add_argument("--config", help="instead of the config that the checkpoint holds")
     parser.add_argument("--save-masks", type=Path, metavar="DIR", help="write palette PNGs here")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="segment these pictures instead")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where --images writes")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write net.onnx or net.pt2")
+    parser.add_argument(
+        "--reset-classifier", action="store_true", help="leave the checkpoint's classifier out"
+    )
     arguments = parser.parse_intermixed_args()
-    content = checkpoint.load(arguments.checkpoint)
+    if (arguments.images is None) != (arguments.out is None):
+        raise UserError("--images and --out go together: pictures in, masks and overlays out")
+    return arguments
+
+
+def main() -> None:
+    """Evaluate, segment pictures, or export."""
+    arguments = read_arguments()
+    path, content = arguments.checkpoint, checkpoint.load(arguments.checkpoint)
     if arguments.config is not None:
         config = read_config(arguments.config, arguments.settings)
     elif isinstance(content.get("config"), dict):
-        config = config_from(content["config"], str(arguments.checkpoint), arguments.settings)
+        config = config_from(content["config"], str(path), arguments.settings)
     else:
-        raise UserError(f"{arguments.checkpoint}: holds no config; name one with --config")
-    results = evaluate(arguments.checkpoint, config, arguments.save_masks)
+        raise UserError(f"{path}: holds no config; name one with --config")
+    device, net = Device(config.device, config.precision), build_network(config, pretrained=None)
+    checkpoint.load_weights(net, path, arguments.reset_classifier)
+    if arguments.export is not None:
+        difference = export(net, arguments.export)
+        print(f"{arguments.export}: logits differ from the network's by {difference:.1e} at most")
+        return
+    net = device.place(net)
+    if arguments.images is not None:
+        count = segment(net, config, device, arguments.images, arguments.out)
+        print(f"{arguments.out}: {count} masks, {count} overlays, legend.png")
+        return
+    results = evaluate(net, config, device, arguments.save_masks)
     print(table(results))
     if arguments.json is not None:
         stage = {"miou": results["miou"], "epoch": content.get("epoch")}

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from dataset.catalog import describe
 from dataset.loader import Chance, training_batches
@@ -24,13 +23,17 @@ from dataset.segmentation import (
     QueryPair,
     RetrainSample,
     RetrainSamples,
-    WholeImage,
-    whole_images,
 )
 from dataset.selection import read_selection, write_csv, write_selection
 from dataset.splits import Sample, Splits, mask_file, read_splits, with_pseudo_masks
-from eval import build_network, draw_examples, report, validate
-from model.cisc import class_prototypes, consistency_loss, cross_image_weight, reliability
+from eval import build_network, draw_examples, report, validate, whole_batches
+from model.cisc import (
+    class_prototypes,
+    consistency_loss,
+    cross_image_weight,
+    image_reliability,
+    reliability,
+)
 from model.losses import cross_entropy, ohem_cross_entropy, rectified_cross_entropy
 from utils import IGNORE
 from utils.checkpoint import load_weights
@@ -104,12 +107,16 @@ def supervised_loss(
 def write_pseudo_labels(stage: Stage, teacher: Path, unlabeled: Sequence[Sample]) -> Report:
     """Stages 2 and 5: the teacher's most probable class of every pixel, as palette PNGs."""
     settings, palette = stage.config.pseudo_label, describe(stage.config.dataset).palette()
-    predictor = Predictor(_teacher(stage, teacher), stage.device, settings.scales, settings.flip)
+    window = stage.config.inference.window
+    net = _teacher(stage, teacher)
+    predict = Predictor(net, stage.device, window, settings.scales, settings.flip)
     confidences: dict[str, float] = {}
-    for sample, item in _whole_images(stage, unlabeled, stage.name):
-        confidence, ids = predictor(item.image, tuple(item.label.shape[-2:]))[0].max(dim=0)
-        save_mask(mask_file(stage.folder / "masks", sample), ids.byte().cpu().numpy(), palette)
-        confidences[sample.name] = confidence.mean().item()
+    for chosen, batch in whole_batches(unlabeled, stage.config, stage.device, stage.name):
+        probabilities, ids = predict(batch.image, tuple(batch.label.shape[-2:])).max(dim=1)
+        means = probabilities.mean(dim=(1, 2)).tolist()
+        for sample, mask, mean in zip(chosen, ids.byte().cpu().numpy(), means, strict=True):
+            save_mask(mask_file(stage.folder / "masks", sample), mask, palette)
+            confidences[sample.name] = mean
     write_csv(stage.folder / "confidence.csv", ("image", "confidence"), confidences.items())
     mean = sum(confidences.values()) / max(1, len(confidences))
     return {"images": len(confidences), "confidence": mean}
@@ -121,32 +128,30 @@ def select(stage: Stage, teacher: Path, splits: Splits, masks: Path, index: Quer
     settings, classes = stage.config.select, describe(stage.config.dataset).classes
     net = _teacher(stage, teacher)
 
-    def passed(samples: Sequence[Sample], title: str) -> Iterator[tuple[Sample, Tensor, Tensor]]:
-        """Yield each sample with its features and its label."""
-        for sample, item in _whole_images(stage, samples, f"{stage.name} {title}"):
+    def passed(samples: Sequence[Sample], title: str) -> Iterator[tuple[list, Tensor, Tensor]]:
+        """Yield batches: samples, features, labels."""
+        title = f"{stage.name} {title}"
+        for chosen, batch in whole_batches(samples, stage.config, stage.device, title):
             with stage.device.autocast():
-                features = net.extract(item.image)
-            yield sample, features, item.label
+                features = net.extract(batch.image)
+            yield chosen, features, batch.label
 
     total, count = 0.0, 0
     for _, features, label in passed(splits.labeled, "anchors"):
         prototypes, present = class_prototypes(features, label, len(classes))
-        total, count = total + prototypes[0], count + present[0].unsqueeze(1)
+        total, count = total + prototypes.sum(dim=0), count + present.sum(dim=0).unsqueeze(1)
     anchors = total / count  # NaN, 0 / 0, for a class that no label shows
 
     guides: dict[tuple[int, str], float] = {}
-    for sample, features, label in passed(splits.labeled, "guides"):
-        scores = reliability(features, label, anchors)[0]
-        for class_id in scores.isfinite().nonzero().flatten().tolist():
-            guides[class_id, sample.name] = scores[class_id].item()
+    for chosen, features, label in passed(splits.labeled, "guides"):
+        for sample, scores in zip(chosen, reliability(features, label, anchors), strict=True):
+            for class_id in scores.isfinite().nonzero().flatten().tolist():
+                guides[class_id, sample.name] = scores[class_id].item()
     images: dict[str, float] = {}
-    for sample, features, label in passed(
-        with_pseudo_masks(splits.unlabeled, masks / "masks"), "images"
-    ):
-        scores = reliability(features, label, anchors)[0]
-        scores = scores[scores.isfinite()]
-        score = scores.mean() if settings.score == "mean" else scores.sum()
-        images[sample.name] = score.item() if len(scores) else -math.inf
+    pseudo_labeled = with_pseudo_masks(splits.unlabeled, masks / "masks")
+    for chosen, features, label in passed(pseudo_labeled, "images"):
+        scores = image_reliability(reliability(features, label, anchors), settings.score == "mean")
+        images.update(zip((sample.name for sample in chosen), scores.tolist(), strict=True))
     kept = write_selection(stage.folder, images, guides, index, settings.keep, classes)
     return {"images": kept, "coverage": kept / len(images)}
 
@@ -282,16 +287,6 @@ def _labeled_loss(config: Config) -> LabeledLoss:
     if config.ohem is None:
         return cross_entropy
     return partial(ohem_cross_entropy, **config.ohem.model_dump())
-
-
-def _whole_images(
-    stage: Stage, samples: Sequence[Sample], title: str
-) -> Iterator[tuple[Sample, WholeImage]]:
-    """Pass over whole images with a progress bar; batches of one, on the device."""
-    loader = whole_images(samples, stage.config.inference.long_side, stage.config.workers)
-    bar = tqdm(loader, title, disable=None, leave=False, unit="image")
-    for sample, item in zip(samples, bar, strict=True):
-        yield sample, stage.device.move(item)
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
 """What networks are fed: labeled pairs, unlabeled images with partners, whole images."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -10,11 +12,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from dataset.loader import Chance, SampleKey
 from dataset.query import Querier
-from dataset.reading import read_image, read_mask, to_input, to_label
+from dataset.reading import picture_size, read_image, read_mask, to_input, to_label
 from dataset.splits import Sample
 from dataset.transforms import StrongColours, random_view
 from utils import IGNORE
-from utils.config import AugmentSection
+from utils.config import AugmentSection, InferenceSection
 
 
 class QueryPair(NamedTuple):
@@ -176,13 +178,25 @@ class WholeImages(Dataset[WholeImage]):
 
 
 def whole_images(
-    samples: Sequence[Sample], long_side: int | None, workers: int
+    samples: Sequence[Sample], settings: InferenceSection, workers: int
 ) -> DataLoader[WholeImage]:
-    """Iterate over whole images in the list's order, one a batch."""
-    return DataLoader(WholeImages(samples, long_side), batch_size=1, num_workers=workers)
+    """Iterate over whole images in the list's order; neighbours of one size share a batch."""
+    dataset = WholeImages(samples, settings.long_side)
+    batches = _batches_of_one_size(samples, settings.batch_size)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers)
 
 
-def _weak_view(sample: Sample, augment: AugmentSection, rng) -> tuple[Image.Image, Image.Image]:
+def _batches_of_one_size(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
+    if batch_size == 1:
+        return [[index] for index in range(len(samples))]
+    sizes = [picture_size(sample.image) for sample in samples]
+    runs = [list(run) for _, run in groupby(range(len(samples)), key=sizes.__getitem__)]
+    return [run[i : i + batch_size] for run in runs for i in range(0, len(run), batch_size)]
+
+
+def _weak_view(
+    sample: Sample, augment: AugmentSection, rng: np.random.Generator
+) -> tuple[Image.Image, Image.Image]:
     """Read a sample and cut the same random view from image and mask."""
     image, mask = read_image(sample.image), read_mask(sample.mask)
     view = random_view((image.height, image.width), augment, rng)

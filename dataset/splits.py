@@ -5,6 +5,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from dataset.catalog import Kind, describe
 from dataset.reading import picture_size, read_mask
@@ -121,6 +122,27 @@ def pick(samples: Sequence[Sample], names: Iterable[str]) -> list[Sample]:
     """Return the samples of these names, in the names' order."""
     by_name = {sample.name: sample for sample in samples}
     return [by_name[name] for name in names]
+
+
+def find_pictures(folder: Path) -> list[Sample]:
+    """List the pictures below a folder, by name; other files do not count.
+
+    Raises:
+        UserError: no such folder, no picture in it, or two whose names differ in the suffix alone.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name one with pictures")
+    known = Image.registered_extensions()
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
+    samples: dict[Path, Sample] = {}
+    for path in found:
+        name = path.relative_to(folder)
+        if name.with_suffix("") in samples:
+            raise UserError(f"{path}: another picture has this name and would share its mask")
+        samples[name.with_suffix("")] = Sample(name.as_posix(), path, None)
+    if not samples:
+        raise UserError(f"{folder}: holds no picture that Pillow reads; name another folder")
+    return list(samples.values())
 
 
 def mask_file(folder: Path, sample: Sample) -> Path:

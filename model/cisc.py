@@ -196,6 +196,20 @@ def reliability(features: Tensor, label: Tensor, anchors: Tensor) -> Tensor:
     return torch.where(scored, -entropy, torch.full_like(entropy, torch.nan))
 
 
+def image_reliability(scores: Tensor, average: bool) -> Tensor:
+    """Score images over the classes that they show (METHOD piece 8).
+
+    Args:
+        scores: (B, C) float from ``reliability``, NaN where a class does not count.
+        average: take the mean over classes; the sum, the paper's, favours images with few.
+
+    Returns:
+        (B,) float, higher is more reliable; -inf for an image in which no class counts.
+    """
+    total = scores.nanmean(dim=1) if average else scores.nansum(dim=1)
+    return total.masked_fill(scores.isnan().all(dim=1), -torch.inf)
+
+
 def _regions(label: Tensor, shared_class: Tensor) -> Tensor:
     """(B, H, W) bool, where each image shows its class; empty where that is 255."""
     return (label == shared_class[:, None, None]) & (label != IGNORE)

@@ -20,17 +20,25 @@ class ResNet(torchvision_resnet.ResNet):
         output_stride: 8, 16 or 32, input size over size of the last map. Below 32 the strides of
             the last layers become dilation, as in torchvision's ``replace_stride_with_dilation``,
             which knows bottleneck blocks only; this does basic blocks too.
+        deep_stem: three 3 x 3 convolutions (64, 64, 128) for the one of 7 x 7, as in UniMatch.
 
     Attributes:
         channels: channels of the stride-4 map and of the last one.
 
     Source: He et al., CVPR 2016 (torchvision's V1 weights load as they are); dilation as in
-    Chen et al., ECCV 2018.
+    Chen et al., ECCV 2018; deep stem as in FACTS.md, after He et al., CVPR 2019.
     """
 
-    def __init__(self, name: str, output_stride: int) -> None:
+    def __init__(self, name: str, output_stride: int, deep_stem: bool = False) -> None:
         block, depths = BLOCKS[name]
         super().__init__(block, depths)
+        if deep_stem:
+            self.conv1 = nn.Sequential(
+                *_conv_bn_relu(3, 64, stride=2), *_conv_bn_relu(64, 64), _conv3x3(64, 128)
+            )
+            self.bn1 = nn.BatchNorm2d(128)
+            self.inplanes = 128
+            self.layer1 = self._make_layer(block, 64, depths[0])
         del self.fc, self.avgpool
         dilation = 1
         for layer, stride in ((self.layer3, 16), (self.layer4, 32)):
@@ -44,6 +52,15 @@ class ResNet(torchvision_resnet.ResNet):
         stem = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         low_level = self.layer1(stem)
         return low_level, self.layer4(self.layer3(self.layer2(low_level)))
+
+
+def _conv3x3(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+
+
+def _conv_bn_relu(in_channels: int, channels: int, stride: int = 1) -> nn.Sequential:
+    relu = nn.ReLU(inplace=True)
+    return nn.Sequential(_conv3x3(in_channels, channels, stride), nn.BatchNorm2d(channels), relu)
 
 
 def _turn_stride_into_dilation(layer: nn.Sequential, dilation: int) -> None:

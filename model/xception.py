@@ -2,8 +2,6 @@
 
 from torch import Tensor, nn
 
-from utils.errors import UserError
-
 _MOMENTUM = 3e-4  # of batch norm
 
 
@@ -17,16 +15,11 @@ class Xception65(nn.Module):
     Attributes:
         channels: channels of the stride-4 map and of the last one.
 
-    Raises:
-        UserError: another output stride.
-
     Source: Chollet, CVPR 2017; modified as in Chen et al., ECCV 2018. FACTS.md has the layout.
     """
 
     def __init__(self, output_stride: int) -> None:
         super().__init__()
-        if output_stride not in (8, 16):
-            raise UserError(f"model.output_stride: xception65 takes 8 or 16, not {output_stride}")
         rate = 16 // output_stride
         self.conv1 = nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(32, momentum=_MOMENTUM)

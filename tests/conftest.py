@@ -1,4 +1,5 @@
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from dataset.catalog import KINDS
 from dataset.demo import write_demo
 from utils.config import AugmentSection
 from utils.errors import exit_with_one_line
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # The same examples every time: a failure here is the change's, not the day's.
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=60)
@@ -66,15 +69,40 @@ def augment() -> AugmentSection:
 
 @pytest.fixture
 def complaint(monkeypatch, capsys):
-    """Type a command; return the one line that the program answers with exit code 2."""
+    """Type a command; return the one line that the program answers with exit code 2.
+
+    Only keys that do not fit follow it, as an indented table.
+    """
 
     def typed(program, *words) -> str:
         monkeypatch.setattr(sys, "argv", [program.__file__, *map(str, words)])
         with pytest.raises(SystemExit) as ended:
             exit_with_one_line(program.main)
         assert ended.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        line, *rows = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
+        assert all(row.startswith("  ") and "weights of another" in line for row in rows)
         return line
 
     return typed
+
+
+@pytest.fixture(scope="session")
+def run_program() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a program of the project as a user types it."""
+
+    def run(*words: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *map(str, words)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(demo_root, tmp_path_factory, tiny_settings, run_program) -> tuple[Path, str]:
+    """A six-stage run by the command line: its folder and what it printed. Don't spoil it."""
+    outdir = tmp_path_factory.mktemp("outdir")
+    words = tiny_settings(demo_root, outdir)
+    done = run_program("train.py", "--config", "demo.yaml", *words, "name=whole")
+    assert done.returncode == 0, done.stderr
+    return outdir / "whole", done.stdout

@@ -79,7 +79,7 @@ def test_bad_checkpoint(complaint, trained, tmp_path, spoil, told):
     ("setting", "told"),
     [
         ("model.backbone=resnet34", ["weights of another network", "missing", "check model.name"]),
-        ("dataset.kind=pascal", ["classifier.bias is (7,), not (21,)", "number of classes"]),
+        ("dataset.kind=pascal", ["was trained for 7 classes", "has 21", "--reset-classifier"]),
         ("dataset.root=nowhere", ["dataset.root", "nowhere is no folder"]),
         (
             "dataset.val=nowhere.txt",
@@ -124,3 +124,25 @@ def test_program_as_typed(trained, tmp_path):
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: c.pth: not a whole checkpoint")
+
+
+def test_pictures_need_a_place_to_go(complaint, trained, tmp_path):
+    assert "--images and --out go together" in complaint(
+        eval_program, trained, "--images", tmp_path
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "told"), [((), "holds no picture"), (("a.jpg", "a.png"), "would share its mask")]
+)
+def test_folder_of_pictures(complaint, trained, tmp_path, names, told):
+    (tmp_path / "in").mkdir()
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / "in" / name)
+    line = complaint(eval_program, trained, "--images", tmp_path / "in", "--out", tmp_path / "out")
+    assert told in line
+
+
+def test_export_names_its_formats(complaint, trained, tmp_path):
+    line = complaint(eval_program, trained, "--export", tmp_path / "net.tflite")
+    assert ".onnx or .pt2" in line

@@ -21,17 +21,72 @@ def test_formats_of_the_family_load(tmp_path, wrap, prefix):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_weights_of_another_network_are_refused_and_change_nothing(tmp_path):
-    other = nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), nn.Conv2d(5, 1, 1))
-    checkpoint.save(tmp_path / "net.pth", other.state_dict())
-    net = network()
-    before = net[0].weight.clone()
+class Net(nn.Module):
+    """The names that loading looks at."""
+
+    def __init__(self, num_classes=3, width=4):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, width, 1), nn.BatchNorm2d(width))
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+
+
+def same(one, other):
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_weights_of_another_network_are_listed_and_change_nothing(tmp_path):
+    weights = Net(width=5).state_dict()
+    weights["extra.weight"] = weights.pop("backbone.0.weight")
+    checkpoint.save(tmp_path / "net.pth", weights)
+    net = Net()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
     with pytest.raises(UserError) as error:
         checkpoint.load_weights(net, tmp_path / "net.pth")
-    assert "0 keys missing, 2 unexpected, 6 of another shape" in str(error.value)
-    assert "0.bias is (5,), not (4,)" in str(error.value)
-    assert "\n" not in str(error.value)
-    torch.testing.assert_close(net[0].weight, before)
+    assert "1 keys missing, 1 unexpected, 6 of another shape; check model.name" in str(error.value)
+    assert "missing     backbone.0.weight" in error.value.rows
+    assert "unexpected  extra.weight" in error.value.rows
+    assert "shape       backbone.0.bias  (5,), not (4,)" in error.value.rows
+    assert same(before, net.state_dict())
+
+
+def test_the_table_of_a_mismatch_is_short(tmp_path):
+    weights = {f"layer{number}.weight": torch.zeros(1) for number in range(40)}
+    checkpoint.save(tmp_path / "net.pth", weights)
+    with pytest.raises(UserError) as error:
+        checkpoint.load_weights(Net(), tmp_path / "net.pth")
+    assert len(error.value.rows) < 20
+    assert error.value.rows[-1] == "... and 32 more"  # of 40; Net's own eight keys are all shown
+
+
+def test_another_number_of_classes_is_said_and_can_be_left_out(tmp_path):
+    source, net = Net(num_classes=21), Net(num_classes=19)
+    checkpoint.save(tmp_path / "net.pth", source.state_dict())
+    with pytest.raises(UserError, match=r"for 21 classes, .* has 19; .* --reset-classifier"):
+        checkpoint.load_weights(net, tmp_path / "net.pth")
+    before = net.classifier.weight.clone()
+    checkpoint.load_weights(net, tmp_path / "net.pth", reset_classifier=True)
+    assert same(source.backbone.state_dict(), net.backbone.state_dict())
+    assert torch.equal(net.classifier.weight, before)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_backbone_takes_its_part(tmp_path, whole):
+    """Of a whole network, or of an image classifier with its fc."""
+    source, backbone = Net(), Net().backbone
+    weights = source.state_dict() if whole else source.backbone.state_dict()
+    checkpoint.save(
+        tmp_path / "w.pth", {**weights} if whole else {**weights, "fc.bias": torch.ones(9)}
+    )
+    checkpoint.load_weights(backbone, tmp_path / "w.pth")
+    assert same(source.backbone.state_dict(), backbone.state_dict())
+
+
+def test_files_without_batch_counters_load(tmp_path):
+    source, net = Net(), Net()
+    weights = {k: v for k, v in source.state_dict().items() if "num_batches" not in k}
+    checkpoint.save(tmp_path / "net.pth", weights)
+    checkpoint.load_weights(net, tmp_path / "net.pth")
+    assert same(weights, net.state_dict())
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, -1])

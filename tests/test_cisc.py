@@ -9,6 +9,7 @@ from model.cisc import (
     class_similarity_maps,
     consistency_loss,
     cross_image_weight,
+    image_reliability,
     masked_average_pooling,
     rectification_weight,
     reliability,
@@ -212,3 +213,10 @@ def test_reliability_prefers_the_image_that_agrees():
     label = torch.tensor([[[0, 1]], [[1, 0]]])  # the second image's label is swapped
     agrees, clashes = reliability(features, label, anchors).sum(dim=1).tolist()
     assert clashes < agrees < 0
+
+
+def test_image_reliability_sums_or_averages_the_classes_that_count():
+    nan = torch.nan
+    scores = torch.tensor([[-1.0, nan, -3.0], [-2.5, nan, nan], [nan, nan, nan]])
+    assert image_reliability(scores, average=False).tolist() == [-4.0, -2.5, -torch.inf]
+    assert image_reliability(scores, average=True).tolist() == [-2.0, -2.5, -torch.inf]

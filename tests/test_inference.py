@@ -1,7 +1,9 @@
+import pytest
 import torch
 from torch import nn
 
 from model import SegmentationOutput
+from utils.config import WindowSection
 from utils.inference import Predictor
 from utils.precision import Device
 
@@ -62,3 +64,62 @@ def test_the_answer_has_the_size_asked_for_and_the_network_stays_in_eval_mode():
         17,
     )
     assert not net.training
+
+
+class Counted(nn.Module):
+    """Pointwise, and notes the shapes it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def forward(self, images):
+        self.shapes.append(tuple(images.shape))
+        return SegmentationOutput(images, images)
+
+
+class PerImage(nn.Module):
+    """Logits depend on the whole window: its mean is added to the first class."""
+
+    def forward(self, images):
+        logits = images.clone()
+        logits[:, 0] += images.mean(dim=(1, 2, 3), keepdim=True)[:, 0]
+        return SegmentationOutput(logits, images)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "gaussian"])
+@pytest.mark.parametrize("size", [(20, 31), (8, 40), (5, 9), (30, 8)])
+def test_windows_do_not_change_a_pointwise_network(size, weighting):
+    images = torch.randn(2, 3, *size)
+    window = WindowSection(size=8, step=0.4, weighting=weighting, batch_size=3)
+    whole, cut = (Predictor(Pointwise(), CPU, w)(images, size) for w in (None, window))
+    torch.testing.assert_close(whole, cut)
+
+
+def test_windows_of_an_exact_tiling_are_predicted_tile_by_tile():
+    images = torch.randn(1, 3, 16, 24)
+    cut = Predictor(PerImage(), CPU, WindowSection(size=8, step=1.0))(images, (16, 24))
+    for top in (0, 8):
+        for left in (0, 8, 16):
+            tile = images[..., top : top + 8, left : left + 8]
+            expected = Predictor(PerImage(), CPU)(tile, (8, 8))
+            torch.testing.assert_close(cut[..., top : top + 8, left : left + 8], expected)
+
+
+def test_windows_at_the_edges_are_snapped_and_batched():
+    net = Counted()
+    window = WindowSection(size=8, step=0.5, batch_size=4)
+    Predictor(net, CPU, window)(torch.randn(1, 3, 8, 21), (8, 21))
+    assert net.shapes == [(4, 3, 8, 8), (1, 3, 8, 8)]  # from columns 0, 4, 8, 12 and 13
+    small = Counted()
+    Predictor(small, CPU, window)(torch.randn(1, 3, 8, 7), (8, 7))
+    assert small.shapes == [(1, 3, 8, 7)]  # fits one window: passed whole
+
+
+def test_windows_overlap_as_the_mean_of_their_probabilities():
+    images = torch.randn(1, 3, 4, 6)
+    cut = Predictor(PerImage(), CPU, WindowSection(size=4, step=0.5))(images, (4, 6))
+    left = Predictor(PerImage(), CPU)(images[..., :4], (4, 4))
+    right = Predictor(PerImage(), CPU)(images[..., 2:], (4, 4))
+    torch.testing.assert_close(cut[..., 2:4], (left[..., 2:] + right[..., :2]) / 2)
+    torch.testing.assert_close(cut[..., :2], left[..., :2])

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +16,7 @@ from dataset.splits import read_splits
 from utils.errors import UserError
 from utils.read_config import read_config
 
-ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["1_supervised", "2_pseudo_label", "3_select", "4_retrain", "5_relabel", "6_retrain"]
-
-
-def run_program(*words):
-    return subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
 
 
 def weights(folder):
@@ -52,16 +43,6 @@ def start(overrides, name, **settings):
     config = read_config("demo.yaml", words)
     train.train(config)
     return Path(config.outdir) / name
-
-
-@pytest.fixture(scope="module")
-def finished(demo_root, tmp_path_factory, tiny_settings):
-    """A six-stage run by the command line; its folder and what it printed."""
-    outdir = tmp_path_factory.mktemp("outdir")
-    words = tiny_settings(demo_root, outdir)
-    done = run_program("train.py", "--config", "demo.yaml", *words, "name=whole")
-    assert done.returncode == 0, done.stderr
-    return outdir / "whole", done.stdout
 
 
 @pytest.mark.slow
@@ -98,21 +79,6 @@ def test_halves_and_masks_fit_together(finished, demo_root):
             with Image.open(mask) as picture:
                 assert picture.mode == "P"
                 assert picture.size == (64, 48)
-
-
-@pytest.mark.slow
-def test_eval_prints_what_training_printed(finished, tmp_path):
-    run, _ = finished
-    words = [run / "6_retrain" / "checkpoint.pth", "--json", tmp_path / "eval.json"]
-    done = run_program("eval.py", *words, "--save-masks", tmp_path / "masks")
-    assert done.returncode == 0, done.stderr
-    results = json.loads((run / "results.json").read_text())
-    again = json.loads((tmp_path / "eval.json").read_text())
-    assert again["miou"] == results["miou"]
-    assert again["per_class_iou"] == results["per_class_iou"]
-    assert again["stages"]["6_retrain"]["miou"] == results["miou"]
-    assert f"{100 * results['miou']:.2f}" in done.stdout
-    assert len(list((tmp_path / "masks").rglob("*.png"))) == 4
 
 
 @pytest.mark.slow

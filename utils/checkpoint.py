@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from utils.errors import UserError
 from utils.files import write_atomically
 
+Weights = dict[str, Tensor]
+_SHOWN = 8  # keys of each kind in the table of a mismatch
+
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Write tensors, numbers, strings and containers of them, atomically."""
@@ -37,42 +40,87 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_weights(net: nn.Module, path: Path) -> None:
+def load_weights(net: nn.Module, path: Path, reset_classifier: bool = False) -> None:
     """Load a checkpoint's weights into a network or backbone.
 
     Args:
-        net: gets the weights; every one of its keys must be in the file.
-        path: a file of this project, a bare state dict, or ``{"model": ...}``; ``module.``
-            prefixes are dropped, and an image classifier's ``fc.*`` where ``net`` has none.
+        net: gets the weights, all of them or none.
+        path: a file of this project, a bare state dict (CISC-R, ST++), or ``{"model": ...}``
+            (UniMatch). ``module.`` prefixes are dropped. A backbone takes an image classifier's
+            file without its ``fc.*``, or the ``backbone.*`` of a whole network. Counters of batch
+            norm, which old files lack, may be missing.
+        reset_classifier: leave ``net.classifier`` as it is and the file's out.
 
     Raises:
-        UserError: as ``load``; or the keys or shapes do not fit, with the first that differs.
+        UserError: as ``load``; or the keys or shapes do not fit: a table says which.
     """
-    content = load(path)
+    own, weights = net.state_dict(), _weights_in(load(path), path)
+    if not hasattr(net, "backbone"):
+        weights = _backbone_of(weights)
+    if reset_classifier:
+        weights = {key: value for key, value in weights.items() if not _is_classifier(key)}
+        weights |= {key: value for key, value in own.items() if _is_classifier(key)}
+    for key in own.keys() - weights.keys():
+        if key.endswith("num_batches_tracked"):
+            weights[key] = own[key]
+    _refuse_other_classes(weights, own, path)
+    _refuse_other_keys(weights, own, path)
+    net.load_state_dict(weights)
+
+
+def _weights_in(content: dict[str, Any], path: Path) -> Weights:
     weights = content.get("model", content)
     if not isinstance(weights, dict):
         raise UserError(f"{path}: its 'model' holds no weights; take a checkpoint of a network")
-    weights = {
+    return {
         key.removeprefix("module."): value
         for key, value in weights.items()
         if isinstance(value, Tensor)
     }
-    own = net.state_dict()
-    if "fc.weight" not in own:
-        weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
-    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+
+
+def _backbone_of(weights: Weights) -> Weights:
+    """Return a backbone's part: of a whole network, or of an image classifier."""
+    part = {key: value for key, value in weights.items() if key.startswith("backbone.")}
+    if part:
+        return {key.removeprefix("backbone."): value for key, value in part.items()}
+    return {key: value for key, value in weights.items() if not key.startswith("fc.")}
+
+
+def _is_classifier(key: str) -> bool:
+    return key.startswith("classifier.")
+
+
+def _refuse_other_classes(weights: Weights, own: Weights, path: Path) -> None:
+    """Say so where the number of classes alone differs."""
     reshaped = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
-    if not (missing or unexpected or reshaped):
-        net.load_state_dict(weights)
+    if weights.keys() != own.keys() or not reshaped or not all(map(_is_classifier, reshaped)):
         return
-    examples = [f"missing {key}" for key in missing[:1]]
-    examples += [f"unexpected {key}" for key in unexpected[:1]]
-    examples += [
-        f"{key} is {tuple(weights[key].shape)}, not {tuple(own[key].shape)}"
-        for key in sorted(reshaped)[:1]
+    there, here = len(weights[reshaped[0]]), len(own[reshaped[0]])
+    raise UserError(
+        f"{path}: was trained for {there} classes, and this network has {here}; name its config, "
+        "or leave its classifier out with --reset-classifier"
+    )
+
+
+def _refuse_other_keys(weights: Weights, own: Weights, path: Path) -> None:
+    missing = [f"missing     {key}" for key in own if key not in weights]
+    unexpected = [f"unexpected  {key}" for key in weights if key not in own]
+    reshaped = [
+        f"shape       {key}  {tuple(weights[key].shape)}, not {tuple(own[key].shape)}"
+        for key in own
+        if key in weights and own[key].shape != weights[key].shape
     ]
+    kinds = (missing, unexpected, reshaped)
+    if not any(kinds):
+        return
+    rows = [row for kind in kinds for row in kind[:_SHOWN]]
+    left_out = sum(map(len, kinds)) - len(rows)
+    if left_out:
+        rows.append(f"... and {left_out} more")
     raise UserError(
         f"{path}: weights of another network: {len(missing)} keys missing, {len(unexpected)} "
-        f"unexpected, {len(reshaped)} of another shape ({', '.join(examples)}); "
-        "check model.name, model.backbone and the number of classes"
+        f"unexpected, {len(reshaped)} of another shape; check model.name, model.backbone and "
+        "model.stem",
+        rows,
     )

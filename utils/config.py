@@ -73,6 +73,7 @@ class ModelSection(Section):
 
     name: str = "deeplabv3plus"
     backbone: str = "resnet101"
+    stem: Literal["plain", "deep"] = "plain"  # of ResNets: torchvision's 7 x 7, or UniMatch's
     output_stride: Literal[8, 16, 32] = 8
     pretrained: str | None = "auto"  # 'auto': pretrained/<backbone>.pth; a file; null: random
 
@@ -136,10 +137,21 @@ class SelectSection(Section):
     score: Literal["sum", "mean"] = "sum"  # over an image's classes; sum favours few classes
 
 
+class WindowSection(Section):
+    """Sliding windows over images that are larger than one."""
+
+    size: int = Field(gt=0)  # pixels, square
+    step: float = Field(2 / 3, gt=0, le=1)  # from one window to the next, share of the size
+    weighting: Literal["uniform", "gaussian"] = "uniform"  # of a window's pixels in the average
+    batch_size: int = Field(4, gt=0)  # windows that pass the network at once
+
+
 class InferenceSection(Section):
     """How whole images pass a network: validation, labeling, selection, eval.py."""
 
     long_side: int | None = Field(None, gt=0)  # pixels, larger images are shrunk; null: own size
+    window: WindowSection | None = None  # null: whole images; selection always sees them whole
+    batch_size: int = Field(1, gt=0)  # images of one size that pass the network at once
 
 
 class EvaluateSection(Section):

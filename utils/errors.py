@@ -1,21 +1,27 @@
 """The one error that users see."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class UserError(Exception):
-    """A mistake outside the program: one line with the file or key, what is wrong, what to do."""
+    """A mistake outside the program: one line with the file or key, what is wrong, what to do.
 
-    def __init__(self, message: str) -> None:
+    Args:
+        message: the line.
+        rows: a short table below it, where a line cannot hold what differs.
+    """
+
+    def __init__(self, message: str, rows: Sequence[str] = ()) -> None:
         # A DataLoader worker hands its error over as the text of a traceback that ends in ours.
         super().__init__(" ".join(message.rsplit("UserError: ", 1)[-1].split()))
+        self.rows = rows
 
 
 def exit_with_one_line(program: Callable[[], None]) -> None:
-    """Run a program; a ``UserError`` ends it with one line on stderr and exit code 2."""
+    """Run a program; a ``UserError`` ends it with its line on stderr and exit code 2."""
     try:
         program()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", *error.rows, sep="\n  ", file=sys.stderr)
         sys.exit(2)

@@ -1,28 +1,31 @@
-"""From a network to class probabilities: whole images, several scales, flips."""
+"""From a network to class probabilities: whole images or windows, several scales, flips."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.config import WindowSection
 from utils.precision import Device
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """Class probabilities of whole images. Validation, labeling and ``eval.py`` all use this.
+    """Class probabilities of images. Validation, labeling and ``eval.py`` all use this.
 
     Attributes:
         net: in eval mode while it predicts.
         device: where, in which precision.
-        scales: factors on the height and width of the image; softmax is averaged over them.
+        window: cut images into overlapping windows of this size; None passes them whole.
+        scales: factors on the height and width of the image; probabilities are averaged over them.
         flip: average over the mirrored image too.
     """
 
     net: nn.Module
     device: Device
+    window: WindowSection | None = None
     scales: Sequence[float] = (1.0,)
     flip: bool = False
 
@@ -42,21 +45,70 @@ class Predictor:
         total = torch.zeros((), device=self.device.device)
         for scale in self.scales:
             view = _scaled(images, scale)
-            total = total + self._probabilities(view, size)
+            total = total + self._one_view(view, size)
             if self.flip:
-                total = total + self._probabilities(view.flip(-1), size).flip(-1)
+                total = total + self._one_view(view.flip(-1), size).flip(-1)
         return total / (len(self.scales) * (2 if self.flip else 1))
 
-    def _probabilities(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+    def _one_view(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.window is None or max(images.shape[-2:]) <= self.window.size:
+            return _resized(self._logits(images), size).softmax(dim=1)
+        return _resized(self._by_windows(images, self.window), size)
+
+    def _by_windows(self, images: Tensor, window: WindowSection) -> Tensor:
+        """Average the probabilities of all windows that show a pixel, at the images' size."""
+        height, width = images.shape[-2:]
+        shape = min(window.size, height), min(window.size, width)
+        weight = _window_weight(shape, window.weighting, images.device)
+        places = list(_window_places((height, width), shape, window.step))
+        total, weights = 0.0, torch.zeros(height, width, device=images.device)
+        for start in range(0, len(places), window.batch_size):
+            chosen = places[start : start + window.batch_size]
+            crops = torch.cat([images[..., rows, columns] for rows, columns in chosen])
+            answers = self._logits(crops).softmax(dim=1).chunk(len(chosen))
+            for (rows, columns), answer in zip(chosen, answers, strict=True):
+                if isinstance(total, float):
+                    total = answer.new_zeros(len(images), answer.shape[1], height, width)
+                total[..., rows, columns] += answer * weight
+                weights[rows, columns] += weight
+        return total / weights
+
+    def _logits(self, images: Tensor) -> Tensor:
         with self.device.autocast():
-            logits = self.net(images).logits.float()
-        if logits.shape[-2:] != size:
-            logits = F.interpolate(logits, size, mode="bilinear", align_corners=True)
-        return logits.softmax(dim=1)
+            return self.net(images).logits.float()
+
+
+def _window_places(
+    size: tuple[int, int], shape: tuple[int, int], step: float
+) -> Iterator[tuple[slice, slice]]:
+    """Yield (rows, columns) of windows; those at the far edges are snapped to the image."""
+    starts = []
+    for length, side in zip(size, shape, strict=True):
+        stride = max(1, round(side * step))
+        starts.append([*range(0, length - side, stride), length - side])
+    for top in starts[0]:
+        for left in starts[1]:
+            yield slice(top, top + shape[0]), slice(left, left + shape[1])
+
+
+def _window_weight(shape: tuple[int, int], weighting: str, device: torch.device) -> Tensor:
+    """Say how much each pixel of a window counts: (h, w), all 1, or a Gaussian about its middle."""
+    if weighting == "uniform":
+        return torch.ones(shape, device=device)
+    lines = []
+    for side in shape:
+        place = (torch.arange(side, device=device) + 0.5) / side - 0.5
+        lines.append(torch.exp(-0.5 * (place / 0.25) ** 2))  # sigma is a quarter of the side
+    return torch.outer(*lines)
 
 
 def _scaled(images: Tensor, scale: float) -> Tensor:
     if scale == 1.0:
         return images
-    size = [max(1, round(side * scale)) for side in images.shape[-2:]]
-    return F.interpolate(images, size, mode="bilinear", align_corners=True)
+    return _resized(images, tuple(max(1, round(side * scale)) for side in images.shape[-2:]))
+
+
+def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    if maps.shape[-2:] == size:
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", align_corners=True)

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils.files import write_atomically
 
+Entry = tuple[str, tuple[int, int, int]]  # of a legend: class name and colour
 _MARGIN, _LINE = 6, 18  # pixels
 
 
@@ -31,11 +32,33 @@ def in_colour(ids: np.ndarray, palette: bytes) -> Image.Image:
     return picture
 
 
+def save_overlay(
+    path: Path, image: Image.Image, ids: np.ndarray, palette: bytes, strength: float = 0.5
+) -> None:
+    """Write an RGB picture with its classes laid over it, as JPEG, atomically.
+
+    Args:
+        path: where.
+        image: the picture.
+        ids: (H, W) uint8 class ids, of the picture's size.
+        palette: 768 bytes, the colours of the ids.
+        strength: of the colours, in [0, 1].
+    """
+    picture = Image.blend(image, in_colour(ids, palette).convert("RGB"), strength)
+    write_atomically(path, lambda partial: picture.save(partial, "JPEG", quality=92))
+
+
+def save_legend(path: Path, legend: Sequence[Entry], width: int = 480) -> None:
+    """Write class names beside their colours, as PNG, atomically."""
+    picture = _legend(legend, width)
+    write_atomically(path, lambda partial: picture.save(partial, "PNG"))
+
+
 def save_panel(
     path: Path,
     titles: Sequence[str],
     rows: Sequence[Sequence[Image.Image]],
-    legend: Sequence[tuple[str, tuple[int, int, int]]],
+    legend: Sequence[Entry],
     height: int = 144,
 ) -> None:
     """Write rows of pictures under column titles, over a legend of class colours.
@@ -73,7 +96,7 @@ def _to_height(picture: Image.Image, height: int) -> Image.Image:
     return picture.resize((width, height), resample).convert("RGB")
 
 
-def _legend(entries: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> Image.Image:
+def _legend(entries: Sequence[Entry], width: int) -> Image.Image:
     """Swatches with names, as many in a line as fit."""
     font = ImageFont.load_default()
     places, x, y = [], 0, 0

@@ -1,0 +1,82 @@
+"""Fetch what training reads and git does not keep: ``python -m dataset.prepare COMMAND``.
+
+``weights resnet101 …`` writes torchvision's ImageNet weights as ``pretrained/resnet101.pth``.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchvision.models import get_model_weights
+
+from utils.download import download
+from utils.errors import UserError, exit_with_one_line
+
+PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
+WEIGHTS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+BY_HAND = {  # the name in UniMatch's README, the file that its link gives
+    "xception65": ("Xception-65", "xception.pth"),
+    "resnet50_deep": ("ResNet-50", "resnet50.pth"),
+    "resnet101_deep": ("ResNet-101", "resnet101.pth"),
+}
+
+
+def fetch_weights(names: Sequence[str], folder: Path, mirror: str | None = None) -> None:
+    """Fetch backbone weights of torchvision, and check them against the hash in their names.
+
+    Args:
+        names: some of ``WEIGHTS``.
+        folder: gets ``<name>.pth``; what is there and whole is left as it is.
+        mirror: base address that has files of the same names; None for torchvision's own.
+
+    Raises:
+        UserError: a name without a public address, found before anything is fetched; or as
+            ``download``.
+    """
+    for name in names:
+        _refuse_unfetchable(name, folder)
+    for name in names:
+        url, sha256_prefix = _address(name)
+        if mirror is not None:
+            url = f"{mirror.rstrip('/')}/{url.rsplit('/', 1)[-1]}"
+        path = folder / f"{name}.pth"
+        download(url, path, sha256_prefix)
+        print(f"{path}: ready, its sha256 begins with {sha256_prefix}")
+
+
+def _refuse_unfetchable(name: str, folder: Path) -> None:
+    if name in BY_HAND:
+        entry, file = BY_HAND[name]
+        raise UserError(
+            f"{name}: there is no public address with a checksum; fetch {file} by hand from the "
+            f"link '{entry}' in UniMatch's README (https://github.com/LiheYoung/UniMatch) and "
+            f"save it as {folder / name}.pth"
+        )
+    if name not in WEIGHTS:
+        raise UserError(f"{name}: no such weights; known are {', '.join((*WEIGHTS, *BY_HAND))}")
+
+
+def _address(name: str) -> tuple[str, str]:
+    """Return torchvision's URL, and the first digits of the sha256 that end its name."""
+    url = get_model_weights(name).IMAGENET1K_V1.url
+    return url, url.removesuffix(".pth").rsplit("-", 1)[-1]
+
+
+def main() -> None:
+    """Fetch what training reads and git does not keep."""
+    parser = argparse.ArgumentParser(prog="python -m dataset.prepare", description=main.__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    about = "ImageNet weights of backbones"
+    weights = commands.add_parser("weights", help=about, description=about)
+    weights.add_argument("names", nargs="+", metavar="NAME", help=", ".join(WEIGHTS))
+    weights.add_argument(
+        "--to", type=Path, default=PRETRAINED, metavar="DIR", help="instead of pretrained/"
+    )
+    weights.add_argument("--mirror", metavar="URL", help="base address that has the same files")
+    weights.set_defaults(run=lambda typed: fetch_weights(typed.names, typed.to, typed.mirror))
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)

@@ -1,0 +1,80 @@
+"""eval.py on the checkpoint of a whole run, as a user types it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+
+def weights_file(run):
+    return run / "6_retrain" / "checkpoint.pth"
+
+
+def test_eval_prints_what_training_printed(finished, tmp_path, run_program):
+    run, _ = finished
+    words = [weights_file(run), "--json", tmp_path / "eval.json"]
+    done = run_program("eval.py", *words, "--save-masks", tmp_path / "masks")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((run / "results.json").read_text())
+    again = json.loads((tmp_path / "eval.json").read_text())
+    assert again["miou"] == results["miou"]
+    assert again["per_class_iou"] == results["per_class_iou"]
+    assert again["stages"]["6_retrain"]["miou"] == results["miou"]
+    assert f"{100 * results['miou']:.2f}" in done.stdout
+    assert len(list((tmp_path / "masks").rglob("*.png"))) == 4
+
+
+def test_a_checkpoint_goes_through_a_peers_format_and_back(
+    finished, tmp_path, run_program, demo_root, tiny_settings
+):
+    """UniMatch's format: {"model": ...} with ``module.`` prefixes, and no config."""
+    run, _ = finished
+    own = torch.load(weights_file(run), weights_only=True)
+    peer = {"model": {f"module.{key}": value for key, value in own["model"].items()}}
+    torch.save(peer, tmp_path / "unimatch.pth")
+    back = {k.removeprefix("module."): v for k, v in peer["model"].items()}
+    torch.save({**own, "model": back}, tmp_path / "back.pth")
+    foreign = ["--config", "demo.yaml", *tiny_settings(demo_root, tmp_path)]
+    scores = []
+    for name, words in (("unimatch.pth", foreign), ("back.pth", [])):
+        done = run_program("eval.py", tmp_path / name, *words, "--json", tmp_path / "out.json")
+        assert done.returncode == 0, done.stderr
+        scores.append(json.loads((tmp_path / "out.json").read_text())["miou"])
+    expected = json.loads((run / "results.json").read_text())["miou"]
+    assert scores == [expected, expected]
+
+
+def test_a_folder_of_pictures_is_segmented(finished, tmp_path, run_program):
+    photos = tmp_path / "photos"
+    (photos / "trip").mkdir(parents=True)
+    Image.new("L", (70, 41), 90).save(photos / "grey.png")
+    Image.new("CMYK", (33, 64)).save(photos / "trip" / "print.jpg")
+    Image.new("RGBA", (64, 48)).save(photos / "trip" / "clear.webp")
+    (photos / "notes.txt").write_text("no picture")
+    out = tmp_path / "out"
+    words = ["--images", photos, "--out", out, "inference.batch_size=2"]
+    done = run_program("eval.py", weights_file(finished[0]), *words)
+    assert done.returncode == 0, done.stderr
+    assert "3 masks, 3 overlays" in done.stdout
+    for name, size in (("grey", (70, 41)), ("trip/print", (33, 64)), ("trip/clear", (64, 48))):
+        with Image.open(out / "masks" / f"{name}.png") as mask:
+            assert (mask.mode, mask.size) == ("P", size)
+            assert np.asarray(mask).max() < 7
+        with Image.open(out / "overlays" / f"{name}.jpg") as overlay:
+            assert overlay.size == size
+    assert (out / "legend.png").is_file()
+
+
+@pytest.mark.parametrize("setting", ["inference.batch_size=3", "inference.window={size: 40}"])
+def test_ways_of_inference_agree_on_most_pixels(finished, tmp_path, run_program, setting):
+    run, _ = finished
+    words = [weights_file(run), setting, "--json", tmp_path / "out.json"]
+    done = run_program("eval.py", *words)
+    assert done.returncode == 0, done.stderr
+    ours = json.loads((tmp_path / "out.json").read_text())
+    expected = json.loads((run / "results.json").read_text())
+    assert ours["miou"] == pytest.approx(expected["miou"], abs=1e-4 if "batch" in setting else 0.2)

@@ -1,0 +1,164 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from model import SegmentationOutput, build_model
+from model.deeplabv2 import DeepLabV2
+from model.pspnet import PSPNet
+from model.resnet import ResNet
+from utils.errors import UserError
+from utils.export import _GridMeans, export
+
+UNSEEN = (4, 3, 57, 91)  # neither the traced size nor one that export checks
+
+
+def with_statistics(net: nn.Module) -> nn.Module:
+    """Fill the running statistics of batch norm, so that the logits are not all about zero."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        net.train()(torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    return net
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    """Read it, don't spoil it."""
+    torch.manual_seed(0)
+    return with_statistics(build_model("deeplabv3plus", "resnet18", 5, output_stride=16))
+
+
+def logits_of(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return copy.deepcopy(net).eval()(images).logits
+
+
+def run_onnx(path, images: torch.Tensor) -> torch.Tensor:
+    session = pytest.importorskip("onnxruntime").InferenceSession(str(path))
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def import_onnx() -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is optional: only ONNX export needs it")
+
+
+def assert_agrees(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert expected.std() > 0.01  # otherwise agreeing means little
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_pt2_round_trip_at_another_size(network, tmp_path, capfd):
+    path = tmp_path / "new" / "model.pt2"
+    assert export(network, path) < 1e-4
+    assert [file.name for file in path.parent.iterdir()] == ["model.pt2"]
+    assert capfd.readouterr() == ("", "")
+    images = torch.randn(UNSEEN)
+    assert_agrees(torch.export.load(path).module()(images), logits_of(network, images))
+
+
+@pytest.mark.slow
+def test_onnx_round_trip_at_another_size(network, tmp_path, capfd):
+    import_onnx()
+    path = tmp_path / "model.onnx"
+    assert export(network, path) < 1e-4
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]  # weights inside
+    assert capfd.readouterr() == ("", "")
+    images = torch.randn(UNSEEN)
+    assert_agrees(run_onnx(path, images), logits_of(network, images))
+
+
+@pytest.mark.slow
+def test_onnx_names_its_input_output_and_free_axes(tmp_path):
+    import_onnx()
+    import onnxruntime
+
+    net = DeepLabV2(ResNet("resnet18", 32), 5, 32)
+    export(net, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    (images,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert (images.name, images.type) == ("images", "tensor(float)")
+    assert images.shape == ["batch", 3, "height", "width"]
+    assert (logits.name, logits.type) == ("logits", "tensor(float)")
+    assert logits.shape == ["batch", 5, "height", "width"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("head", [PSPNet, DeepLabV2])
+def test_other_networks_export_too(head, suffix, tmp_path):
+    if suffix == ".onnx":
+        import_onnx()
+    torch.manual_seed(0)
+    net = with_statistics(head(ResNet("resnet18", 16), 5, 16))
+    path = tmp_path / f"model{suffix}"
+    export(net, path)
+    images = torch.randn(UNSEEN)
+    found = (
+        run_onnx(path, images) if suffix == ".onnx" else torch.export.load(path).module()(images)
+    )
+    assert_agrees(found, logits_of(net, images))
+
+
+def test_the_callers_network_stays_as_it_is(network, tmp_path):
+    net = copy.deepcopy(network).to(torch.float64, memory_format=torch.channels_last).train()
+    net.head.eval()
+    before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
+    export(net, tmp_path / "model.pt2")
+    assert [m.training for m in net.modules()] == modes
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    after = net.state_dict()
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        torch.testing.assert_close(after[key], value, rtol=0, atol=0)  # and the dtype
+        assert after[key].stride() == value.stride()
+
+
+class Pointwise(nn.Module):
+    """Logits are the channels, times three."""
+
+    def forward(self, images):
+        return SegmentationOutput(3 * images, images)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda images: 3 * images + 0.5, "differ from the network's by 0.5, more than 0.001"),
+        (lambda images: images * torch.nan, "differ from the network's by nan"),
+        (lambda images: images[:, :, :-1], "fails on images .*must match"),
+    ],
+)
+def test_a_file_that_disagrees_is_not_kept(answer, message, tmp_path, monkeypatch):
+    path = tmp_path / "model.pt2"
+    path.write_text("the old file")
+    monkeypatch.setattr("utils.export._read_pt2", lambda _: answer)
+    with pytest.raises(UserError, match=rf"model.pt2: not written, .*{message}"):
+        export(Pointwise(), path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
+    assert path.read_text() == "the old file"
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model"])
+def test_another_suffix_is_named(name, tmp_path):
+    with pytest.raises(UserError, match=f"{name}: export writes .onnx or .pt2; '.*' is neither"):
+        export(Pointwise(), tmp_path / name)
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    present = {"onnx"}
+    monkeypatch.setattr("utils.export.find_spec", lambda name: name if name in present else None)
+    with pytest.raises(UserError, match=r"pip install onnxscript onnxruntime$"):
+        export(Pointwise(), tmp_path / "model.onnx")
+    export(Pointwise(), tmp_path / "model.pt2")  # needs none of them
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 9), (5, 7), (6, 12), (13, 31)])
+@pytest.mark.parametrize("grid", [(1, 2), (3, 3), (6, 5)])
+def test_grid_means_are_adaptive_pooling(grid, size):
+    maps = torch.randn(2, 3, *size)
+    expected = nn.AdaptiveAvgPool2d(grid)(maps)
+    torch.testing.assert_close(_GridMeans(*grid)(maps), expected, atol=1e-6, rtol=1e-5)

@@ -1,0 +1,132 @@
+import functools
+import hashlib
+import subprocess
+import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dataset import prepare
+
+ROOT = Path(__file__).parents[1]
+HASHES = {
+    "resnet18": "f37072fd",
+    "resnet34": "b627a593",
+    "resnet50": "0676ba61",
+    "resnet101": "63fe2227",
+    "resnet152": "394f9c45",
+}
+
+
+class Handler(SimpleHTTPRequestHandler):
+    timeout = 5
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A folder, and the address at which a server on this machine offers it."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = functools.partial(Handler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield SimpleNamespace(folder=folder, url=f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+        thread.join(5)
+
+
+def test_addresses_are_torchvisions():
+    assert tuple(HASHES) == prepare.WEIGHTS
+    for name, prefix in HASHES.items():
+        url = f"https://download.pytorch.org/models/{name}-{prefix}.pth"
+        assert prepare._address(name) == (url, prefix)
+
+
+def test_table_of_the_readme_agrees():
+    readme = (ROOT / "pretrained/README.md").read_text(encoding="utf-8")
+    for name, prefix in HASHES.items():
+        assert f"| `{name}.pth` | `{name}-{prefix}.pth` |" in readme
+    for name, (entry, file) in prepare.BY_HAND.items():
+        assert f"| `{name}.pth` | `{file}`, link “{entry}” |" in readme
+
+
+def test_writes_each_name_from_the_mirror(mirror, tmp_path, monkeypatch, capsys):
+    prefixes = {}
+    for name in ("resnet18", "resnet50"):
+        prefixes[name] = hashlib.sha256(name.encode()).hexdigest()[:8]
+        (mirror.folder / f"{name}-{prefixes[name]}.pth").write_bytes(name.encode())
+
+    def weights_of(name):
+        url = f"https://unreachable.invalid/models/{name}-{prefixes[name]}.pth"
+        return SimpleNamespace(IMAGENET1K_V1=SimpleNamespace(url=url))
+
+    monkeypatch.setattr(prepare, "get_model_weights", weights_of)
+    to = tmp_path / "weights"
+    words = ["weights", "resnet18", "resnet50", "--to", to, "--mirror", f"{mirror.url}/"]
+    monkeypatch.setattr(sys, "argv", ["prepare", *map(str, words)])
+    prepare.main()
+    assert {file.name: file.read_bytes() for file in to.iterdir()} == {
+        "resnet18.pth": b"resnet18",
+        "resnet50.pth": b"resnet50",
+    }
+    assert capsys.readouterr().out.splitlines() == [
+        f"{to / name}.pth: ready, its sha256 begins with {prefix}"
+        for name, prefix in prefixes.items()
+    ]
+
+
+def test_goes_to_the_projects_folder(monkeypatch):
+    calls = []
+    monkeypatch.setattr(prepare, "download", lambda *call: calls.append(call))
+    monkeypatch.setattr(sys, "argv", ["prepare", "weights", "resnet101"])
+    prepare.main()
+    url = "https://download.pytorch.org/models/resnet101-63fe2227.pth"
+    assert calls == [(url, ROOT / "pretrained/resnet101.pth", "63fe2227")]
+
+
+def test_missing_on_the_mirror(mirror, complaint, tmp_path):
+    line = complaint(prepare, "weights", "resnet34", "--to", tmp_path, "--mirror", mirror.url)
+    assert f"{mirror.url}/resnet34-b627a593.pth: cannot be fetched (HTTP Error 404" in line
+    assert line.endswith(f"save it as {tmp_path / 'resnet34.pth'}")
+
+
+def test_xception_is_fetched_by_hand(complaint, tmp_path):
+    line = complaint(prepare, "weights", "xception65", "--to", tmp_path)
+    assert line.startswith("error: xception65: there is no public address with a checksum; fetch ")
+    assert "xception.pth by hand from the link 'Xception-65' in UniMatch's README" in line
+    assert line.endswith(f"save it as {tmp_path / 'xception65.pth'}")
+
+
+def test_unknown_name_is_refused_before_anything_is_fetched(complaint, monkeypatch):
+    calls = []
+    monkeypatch.setattr(prepare, "download", lambda *call: calls.append(call))
+    line = complaint(prepare, "weights", "resnet18", "resnet1O1")
+    assert line == (
+        "error: resnet1O1: no such weights; known are resnet18, resnet34, resnet50, resnet101, "
+        "resnet152, xception65, resnet50_deep, resnet101_deep"
+    )
+    assert calls == []
+
+
+def test_program_as_typed(mirror, tmp_path):
+    (mirror.folder / "resnet18-f37072fd.pth").write_bytes(b"not those weights")
+    found = hashlib.sha256(b"not those weights").hexdigest()[:8]
+    to = tmp_path / "weights"
+    command = [sys.executable, "-m", "dataset.prepare", "weights", "resnet18"]
+    command += ["--to", to, "--mirror", mirror.url]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {mirror.url}/resnet18-f37072fd.pth: the file that came is ")
+    assert f"begins with {found}, not f37072fd" in line
+    assert list(to.iterdir()) == []
