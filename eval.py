@@ -6,21 +6,22 @@ python eval.py outdir/demo/6_retrain/checkpoint.pth --export net.onnx
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset.catalog import describe
-from dataset.reading import read_image, read_mask
-from dataset.segmentation import WholeImage, whole_images
+from dataset.reading import read_image, read_mask, read_photograph
+from dataset.segmentation import WholeImage, photographs, whole_images
 from dataset.splits import Sample, find_pictures, mask_file, read_val
 from model import build_model
 from utils import checkpoint
-from utils.config import Config
+from utils.config import Config, InferenceSection
 from utils.errors import UserError, exit_with_one_line
 from utils.export import export
 from utils.files import write_json
@@ -31,6 +32,7 @@ from utils.precision import Device
 from utils.read_config import config_from, read_config
 from utils.stage import checkpoint_of
 
+Load = Callable[[Sequence[Sample], InferenceSection, int], DataLoader[WholeImage]]
 EXAMPLES = 4  # validation images in a run's picture
 
 
@@ -43,25 +45,30 @@ def build_network(config: Config, pretrained: str | None) -> nn.Module:
     )
 
 
-def predictions(
-    net: nn.Module, samples: Sequence[Sample], config: Config, device: Device
-) -> Iterator[tuple[Sample, Tensor, Tensor]]:
-    """Yield (sample, predicted ids, label), both (H, W) at the label's size; each image once."""
-    predict = Predictor(net, device, config.inference.window)
-    for chosen, batch in whole_batches(samples, config, device, "evaluating"):
-        ids = predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
-        yield from zip(chosen, ids.cpu(), batch.label.cpu(), strict=True)
-
-
 def whole_batches(
-    samples: Sequence[Sample], config: Config, device: Device, title: str
+    samples: Sequence[Sample], config: Config, device: Device, title: str, load: Load = whole_images
 ) -> Iterator[tuple[list[Sample], WholeImage]]:
     """Pass over whole images under a progress bar; yield samples and their batch, on the device."""
-    loader = whole_images(samples, config.inference, config.workers)
+    loader = load(samples, config.inference, config.workers)
     with tqdm(desc=title, total=len(samples), disable=None, leave=False, unit="image") as bar:
         for batch in loader:
             yield [samples[index] for index in batch.index.tolist()], device.move(batch)
             bar.update(len(batch.index))
+
+
+def predictions(
+    net: nn.Module,
+    samples: Sequence[Sample],
+    config: Config,
+    device: Device,
+    load: Load = whole_images,
+) -> Iterator[tuple[Sample, Tensor, Tensor]]:
+    """Yield (sample, predicted ids, label), both (H, W) at the label's size; each image once."""
+    settings = config.inference
+    predict = Predictor(net, device, settings.window, settings.scales, settings.flip)
+    for chosen, batch in whole_batches(samples, config, device, "evaluating", load):
+        ids = predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
+        yield from zip(chosen, ids.cpu(), batch.label.cpu(), strict=True)
 
 
 def validate(
@@ -118,11 +125,11 @@ def evaluate(net: nn.Module, config: Config, device: Device, masks: Path | None)
 def segment(net: nn.Module, config: Config, device: Device, pictures: Path, out: Path) -> int:
     """Segment the pictures below a folder: masks, overlays and a legend; return how many."""
     kind, samples = describe(config.dataset), find_pictures(pictures)
-    for sample, prediction, _ in predictions(net, samples, config, device):
+    for sample, prediction, _ in predictions(net, samples, config, device, photographs):
         ids, palette = prediction.byte().numpy(), kind.palette()
         save_mask(mask_file(out / "masks", sample), ids, palette)
         overlay = mask_file(out / "overlays", sample).with_suffix(".jpg")
-        save_overlay(overlay, read_image(sample.image), ids, palette)
+        save_overlay(overlay, read_photograph(sample.image), ids, palette)
     save_legend(out / "legend.png", list(zip(kind.classes, kind.colours, strict=True)))
     return len(samples)
 

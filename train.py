@@ -4,7 +4,6 @@ python train.py --config pascal.yaml [section.key=value ...] [--from-stage N]
 """
 
 import argparse
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -24,7 +23,7 @@ from dataset.segmentation import (
     RetrainSample,
     RetrainSamples,
 )
-from dataset.selection import read_selection, write_csv, write_selection
+from dataset.selection import count_kept, read_selection, write_csv, write_selection
 from dataset.splits import Sample, Splits, mask_file, read_splits, with_pseudo_masks
 from eval import build_network, draw_examples, report, validate, whole_batches
 from model.cisc import (
@@ -153,7 +152,7 @@ def select(stage: Stage, teacher: Path, splits: Splits, masks: Path, index: Quer
         scores = image_reliability(reliability(features, label, anchors), settings.score == "mean")
         images.update(zip((sample.name for sample in chosen), scores.tolist(), strict=True))
     kept = write_selection(stage.folder, images, guides, index, settings.keep, classes)
-    return {"images": kept, "coverage": kept / len(images)}
+    return {"images": kept}
 
 
 def retrain(
@@ -176,9 +175,8 @@ def retrain(
     guide = _teacher(stage, teacher) if config.retrain.rectify else None
     net = _new_network(stage, chance)
     loss = partial(retrain_loss, net, guide, _labeled_loss(config))
-    coverage = len(samples) / len(splits.unlabeled)
     outcome = fit(stage, net, loss, samples, config.retrain, splits.val)
-    return {"images": len(samples), "coverage": coverage, **outcome}
+    return {"images": len(samples), **outcome}
 
 
 def retrain_loss(
@@ -242,7 +240,6 @@ def fit(
                     stage.save(net, epoch + 1)
             stage.record(epoch + 1, numbers)
             stage.suspend(net, optimization, epoch + 1, outcome)
-    stage.close()
     return outcome
 
 
@@ -266,7 +263,7 @@ def _repeat(config: Config, splits: Splits) -> int:
 
 def _refuse_large_batches(config: Config, splits: Splits) -> None:
     labeled = len(splits.labeled) * _repeat(config, splits)
-    reliable = math.ceil(len(splits.unlabeled) * config.select.keep)
+    reliable = count_kept(len(splits.unlabeled), config.select.keep)
     for key, size, samples in (
         ("supervised", config.supervised.batch_size, labeled),
         ("retrain", config.retrain.batch_size, reliable),

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from dataset import demo
+from dataset.demo_objects import CLASSES as DEMO
 from utils.config import DatasetSection
 from utils.errors import UserError
 
@@ -93,7 +93,7 @@ KINDS = {
         "gtFine/{}_gtFine_labelTrainIds.png",
     ),
     "camvid": Kind(tuple(_CAMVID), tuple(_CAMVID.values())),
-    "demo": _by_voc_colours(demo.CLASSES),
+    "demo": _by_voc_colours(DEMO),
 }
 
 

@@ -14,16 +14,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from dataset.demo_objects import OBJECTS, Array, Light
+from dataset.catalog import KINDS
+from dataset.demo_objects import CLASSES, OBJECTS, Array, Light
+from utils import IGNORE
 
-VOID = 255
 VERSION = 1  # of the drawing: raise it when the same seed draws something else
 SUPERSAMPLE = 2
 HUE_SPREAD = 0.06  # standard deviation about a class's hue, in turns of the colour circle
 SPLIT_IDS = {"train": 0, "val": 1}
-
-
-CLASSES: tuple[str, ...] = ("background", *OBJECTS)
 
 
 def _colour(
@@ -147,7 +145,7 @@ def draw_scene(
     owner = owner[::SUPERSAMPLE, ::SUPERSAMPLE]
     ids = np.array([0, *(placed.class_id for placed in objects)], np.uint8)[owner]
     lined = np.array([False, *(rng.random(len(objects)) < 0.5)])[owner]
-    ids[_outline(owner) & lined] = VOID
+    ids[_outline(owner) & lined] = IGNORE
     return _photograph(canvas, rng), ids
 
 
@@ -235,8 +233,6 @@ def _write_scene(
 
 def main() -> None:
     """``python -m dataset.demo ROOT``: draw the demo set."""
-    from dataset.catalog import KINDS  # the catalog asks this file for the classes
-
     parser = argparse.ArgumentParser(prog="python -m dataset.demo", description=main.__doc__)
     parser.add_argument("root", type=Path, help="folder to write, such as data/demo")
     parser.add_argument("--seed", type=int, default=0, help="draws other scenes")

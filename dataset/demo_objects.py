@@ -137,3 +137,4 @@ OBJECTS = {
     "fish": ObjectKind(_fish, hue=0.45, stretch=1.5, tilt=0.8),
     "mug": ObjectKind(_mug, hue=0.75, stretch=1.15, tilt=0.35),
 }
+CLASSES: tuple[str, ...] = ("background", *OBJECTS)

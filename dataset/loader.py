@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 Record = TypeVar("Record", bound=tuple)
@@ -70,4 +71,6 @@ def training_batches(
         workers: processes that read; the batches do not depend on it.
     """
     sampler = EpochBatches(len(dataset), batch_size, epochs, chance)
-    return iter(DataLoader(dataset, batch_sampler=sampler, num_workers=workers))
+    pinned = torch.cuda.is_available()
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=pinned)
+    return iter(loader)

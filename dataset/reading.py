@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tf
 
@@ -25,6 +25,14 @@ def read_image(path: Path) -> Image.Image:
     if image.mode.startswith("I"):  # convert() would clip 16 bits to white
         image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
+
+
+def read_photograph(path: Path) -> Image.Image:
+    """Read a picture as ``read_image``, turned upright as its camera says and viewers show it.
+
+    Data sets are read without: their masks are drawn on the pixels as they lie in the file.
+    """
+    return ImageOps.exif_transpose(_decoded(path)).convert("RGB")
 
 
 def read_mask(path: Path) -> Image.Image:

@@ -1,7 +1,8 @@
 """What networks are fed: labeled pairs, unlabeled images with partners, whole images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,11 +13,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from dataset.loader import Chance, SampleKey
 from dataset.query import Querier
-from dataset.reading import picture_size, read_image, read_mask, to_input, to_label
+from dataset.reading import (
+    picture_size,
+    read_image,
+    read_mask,
+    read_photograph,
+    to_input,
+    to_label,
+)
 from dataset.splits import Sample
 from dataset.transforms import StrongColours, random_view
 from utils import IGNORE
 from utils.config import AugmentSection, InferenceSection
+
+ImageReader = Callable[[Path], Image.Image]
 
 
 class QueryPair(NamedTuple):
@@ -154,8 +164,10 @@ class WholeImage(NamedTuple):
 class WholeImages(Dataset[WholeImage]):
     """Whole images, without chance, for validation, labeling and selection."""
 
-    def __init__(self, samples: Sequence[Sample], long_side: int | None) -> None:
-        self._samples, self._long_side = samples, long_side
+    def __init__(
+        self, samples: Sequence[Sample], long_side: int | None, read: ImageReader = read_image
+    ) -> None:
+        self._samples, self._long_side, self._read = samples, long_side, read
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -164,7 +176,7 @@ class WholeImages(Dataset[WholeImage]):
     def __getitem__(self, index: int) -> WholeImage:
         """Read an image and its mask."""
         sample = self._samples[index]
-        image = read_image(sample.image)
+        image = self._read(sample.image)
         if sample.mask is None:
             label = torch.full((image.height, image.width), IGNORE)
         else:
@@ -181,9 +193,21 @@ def whole_images(
     samples: Sequence[Sample], settings: InferenceSection, workers: int
 ) -> DataLoader[WholeImage]:
     """Iterate over whole images in the list's order; neighbours of one size share a batch."""
-    dataset = WholeImages(samples, settings.long_side)
     batches = _batches_of_one_size(samples, settings.batch_size)
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers)
+    return _loader(WholeImages(samples, settings.long_side), batches, workers)
+
+
+def photographs(
+    samples: Sequence[Sample], settings: InferenceSection, workers: int
+) -> DataLoader[WholeImage]:
+    """Iterate over photographs, turned upright, one by one."""
+    dataset = WholeImages(samples, settings.long_side, read_photograph)
+    return _loader(dataset, [[index] for index in range(len(samples))], workers)
+
+
+def _loader(dataset: WholeImages, batches: list[list[int]], workers: int) -> DataLoader[WholeImage]:
+    pinned = torch.cuda.is_available()
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pinned)
 
 
 def _batches_of_one_size(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:

@@ -33,8 +33,13 @@ def split_by_reliability(scores: Mapping[str, float], keep: float) -> tuple[list
         keep: share that is reliable, rounded up.
     """
     ranked = sorted(scores, key=lambda name: (-scores[name], name))
-    cut = math.ceil(round(len(ranked) * keep, 9))  # 100 * 0.07 is a little more than 7
+    cut = count_kept(len(ranked), keep)
     return ranked[:cut], ranked[cut:]
+
+
+def count_kept(count: int, keep: float) -> int:
+    """Return how many of ``count`` a share keeps, rounded up."""
+    return math.ceil(round(count * keep, 9))  # 100 * 0.07 is a little more than 7
 
 
 def keep_reliable_guides(
@@ -44,11 +49,13 @@ def keep_reliable_guides(
 
     Args:
         index: class id to image names.
-        scores: by (class id, image name), higher is more reliable.
+        scores: by (class id, image name), higher is more reliable; what has none comes last.
         keep: the share. Rounding up keeps a class's only guide.
     """
     return {
-        label: split_by_reliability({name: scores[label, name] for name in names}, keep)[0]
+        label: split_by_reliability(
+            {name: scores.get((label, name), -math.inf) for name in names}, keep
+        )[0]
         for label, names in index.items()
     }
 

@@ -132,7 +132,8 @@ def find_pictures(folder: Path) -> list[Sample]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name one with pictures")
-    known = Image.registered_extensions()
+    readable = Image.registered_extensions().items()
+    known = {suffix for suffix, format_name in readable if format_name in Image.OPEN}
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
     samples: dict[Path, Sample] = {}
     for path in found:
@@ -162,6 +163,7 @@ def check_masks(samples: Iterable[Sample], kind: Kind, key: str) -> None:
         UserError: a sample without mask; a mask that is missing, unreadable, not one channel of
             class ids or 255, or not of its image's size.
     """
+    valid = 0
     for sample in samples:
         if sample.mask is None:
             raise UserError(f"{key}: {sample.name} stands there without a mask; name it beside it")
@@ -171,6 +173,7 @@ def check_masks(samples: Iterable[Sample], kind: Kind, key: str) -> None:
                 f"{sample.mask}: this mask is {ids.shape[0]} x {ids.shape[1]} and its image "
                 f"{sample.image} is {size[0]} x {size[1]} (height x width); they must agree"
             )
+        valid += int((ids != IGNORE).sum())
         ids = np.unique(ids)
         wrong = ids[(ids >= len(kind.classes)) & (ids != IGNORE)]
         if len(wrong):
@@ -178,6 +181,10 @@ def check_masks(samples: Iterable[Sample], kind: Kind, key: str) -> None:
                 f"{sample.mask}: id {wrong[0]} is no class: ids go from 0 to "
                 f"{len(kind.classes) - 1}, and {IGNORE} is ignored"
             )
+    if valid == 0:
+        raise UserError(
+            f"{key}: every pixel of its masks is {IGNORE}; nothing can be learnt or told"
+        )
 
 
 def _root(section: DatasetSection) -> Path:
@@ -202,9 +209,12 @@ def _find_list(section: DatasetSection, field: str, root: Path) -> Path:
 
 
 def _refuse_overlap(splits: Splits) -> None:
-    names = {field: {s.name for s in getattr(splits, field)} for field in Splits._fields}
+    files = {  # links followed: one picture under two names is one picture
+        field: {sample.image.resolve(): sample.name for sample in getattr(splits, field)}
+        for field in Splits._fields
+    }
     for one, other in (("labeled", "unlabeled"), ("labeled", "val"), ("unlabeled", "val")):
-        shared = sorted(names[one] & names[other])
+        shared = sorted(files[one][file] for file in files[one].keys() & files[other].keys())
         if shared:
             raise UserError(
                 f"dataset.{one} and dataset.{other} share {len(shared)} images, {shared[0]} "

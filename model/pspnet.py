@@ -25,7 +25,7 @@ class PSPNet(nn.Module):
             nn.Sequential(nn.AdaptiveAvgPool2d(grid), *conv_bn_relu(channels, channels // 4, 1))
             for grid in self.GRIDS
         )
-        self.fuse = nn.Sequential(*conv_bn_relu(2 * channels, channels // 4, 3), nn.Dropout2d(0.1))
+        self.fuse = nn.Sequential(*conv_bn_relu(2 * channels, channels // 4, 3), nn.Dropout(0.1))
         self.classifier = nn.Conv2d(channels // 4, num_classes, 1)
 
     def forward(self, images: Tensor) -> SegmentationOutput:

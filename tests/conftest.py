@@ -47,9 +47,9 @@ def tiny_settings() -> Callable[[Path, Path], list[str]]:
             "precision=fp32",
             "augment.base_size=64",
             "augment.crop_size=48",
-            "supervised.epochs=1",
+            "supervised.epochs=2",
             "supervised.batch_size=4",
-            "retrain.epochs=1",
+            "retrain.epochs=2",
             "retrain.batch_size=4",
             "pseudo_label.scales=[1.0]",
         ]

@@ -1,3 +1,6 @@
+import zipfile
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -102,6 +105,26 @@ def test_truncated_files_are_named(tmp_path, keep):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"net\.pth: no such checkpoint"):
         checkpoint.load(tmp_path / "net.pth")
+
+
+@pytest.mark.parametrize("name", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_numpy_numbers_beside_the_weights_are_read(tmp_path, name):
+    """UniMatch saves its best mIoU so; old files carry numpy 1's module name."""
+    path = tmp_path / "net.pth"
+    torch.save({"model": network().state_dict(), "previous_best": np.float64(70.25)}, path)
+    if name == "numpy.core.multiarray":
+        rename_in(path, b"numpy._core.multiarray", b"numpy.core.multiarray")
+    assert checkpoint.load(path)["previous_best"] == 70.25
+    checkpoint.load_weights(network(), path)
+
+
+def rename_in(path, old, new):
+    """Rename a module in a checkpoint's pickle, as another numpy would have written it."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for filename, content in entries.items():
+            archive.writestr(filename, content.replace(old, new))
 
 
 class Payload:

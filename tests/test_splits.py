@@ -11,7 +11,7 @@ from dataset.catalog import KINDS
 from dataset.query import QueryRule, build_query_index
 from dataset.segmentation import whole_images
 from dataset.splits import pick, read_list, read_splits, read_val, with_pseudo_masks
-from utils.config import DatasetSection, QuerySection
+from utils.config import DatasetSection, InferenceSection, QuerySection
 from utils.errors import UserError
 
 LISTS = Path(__file__).parents[2] / "shared" / "lists"
@@ -152,7 +152,7 @@ def test_masks_that_the_unlabeled_list_names_are_never_opened(demo_copy, opened)
     text = (demo_copy / "unlabeled.txt").read_text().replace("\n", " SegmentationClass/true.png\n")
     (demo_copy / "unlabeled.txt").write_text(text)  # the file is not even there
     splits = read_splits(section(demo_copy))
-    for _ in whole_images(splits.unlabeled, long_side=None, workers=0):
+    for _ in whole_images(splits.unlabeled, InferenceSection(), workers=0):
         pass
     build_query_index(splits.labeled, QueryRule.of(QuerySection(), KINDS["demo"]))
     assert [sample.mask for sample in splits.unlabeled] == [None] * 10

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +11,14 @@ from utils.errors import UserError
 from utils.files import write_atomically
 
 Weights = dict[str, Tensor]
+# UniMatch keeps its best mIoU as a numpy number, under numpy 1's name for what builds it.
+_NUMPY_SCALARS = [
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+    np._core.multiarray.scalar,
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+]
 _SHOWN = 8  # keys of each kind in the table of a mismatch
 
 
@@ -27,7 +36,8 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; name a checkpoint.pth of a run")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load documents no list of what a broken file raises
         raise UserError(
             f"{path}: not a whole checkpoint of tensors ({type(error).__name__}); "

@@ -99,7 +99,7 @@ class TrainingSection(Section):
     """What training stages share."""
 
     epochs: int = Field(80, gt=0)
-    batch_size: int = Field(32, gt=1)  # over all devices; batch norm needs two
+    batch_size: int = Field(32, gt=1)  # batch norm needs two
 
 
 class SupervisedSection(TrainingSection):
@@ -152,6 +152,8 @@ class InferenceSection(Section):
     long_side: int | None = Field(None, gt=0)  # pixels, larger images are shrunk; null: own size
     window: WindowSection | None = None  # null: whole images; selection always sees them whole
     batch_size: int = Field(1, gt=0)  # images of one size that pass the network at once
+    scales: list[Positive] = Field([1.0], min_length=1)  # of validation and eval.py
+    flip: bool = False  # of validation and eval.py
 
 
 class EvaluateSection(Section):

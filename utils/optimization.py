@@ -30,7 +30,11 @@ class Optimization:
             {"params": head, "lr": settings.lr * settings.head_multiple},
         ]
         self._sgd = torch.optim.SGD(
-            groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
+            groups,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            # A fused first step that the scaler skips would leave momentum uninitialised.
+            fused=not scaler.is_enabled(),
         )
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._sgd, lambda step: max(0.0, 1.0 - step / steps) ** settings.power
@@ -55,7 +59,7 @@ class Optimization:
         if not torch.isfinite(loss):
             raise UserError(
                 f"{place}: the loss is {loss.item()}; lower optimizer.lr or set precision=fp32, "
-                "and start the stage over with --from-stage"
+                "and start over with --from-stage 1 or another name"
             )
         self._sgd.zero_grad()
         self._scaler.scale(loss).backward()

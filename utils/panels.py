@@ -12,17 +12,16 @@ Entry = tuple[str, tuple[int, int, int]]  # of a legend: class name and colour
 _MARGIN, _LINE = 6, 18  # pixels
 
 
-def save_mask(path: Path, ids: np.ndarray, palette: bytes, format: str = "PNG") -> None:
+def save_mask(path: Path, ids: np.ndarray, palette: bytes) -> None:
     """Write class ids as a palette PNG, atomically.
 
     Args:
         path: where.
         ids: (H, W) uint8 class ids, or 255.
         palette: 768 bytes, the colours of the ids.
-        format: Pillow's name of the file format.
     """
     picture = in_colour(ids, palette)
-    write_atomically(path, lambda partial: picture.save(partial, format))
+    write_atomically(path, lambda partial: picture.save(partial, "PNG"))
 
 
 def in_colour(ids: np.ndarray, palette: bytes) -> Image.Image:

@@ -17,7 +17,7 @@ from utils.precision import Device
 def stage_table(stages: dict[str, dict[str, Any]], checkpoint: str) -> str:
     """Lay out what the stages reported, a line each.
 
-    Coverage is the share of the unlabeled images that the stage labeled or learnt from,
+    Coverage is the share of the unlabeled images that the stage labeled, chose or learnt from,
     confidence the mean probability of the pseudo labels, weight the mean over pixels of what
     rectification leaves of their loss in the last epoch.
 
@@ -26,9 +26,12 @@ def stage_table(stages: dict[str, dict[str, Any]], checkpoint: str) -> str:
         checkpoint: ``last`` or ``best``, how the networks that are scored were picked.
     """
     columns = ("miou", "images", "coverage", "confidence", "weight", "seconds")
+    everything = max((report.get("images", 0) for report in stages.values()), default=0)
     titles = (f"mIoU ({checkpoint})", "unlabeled", "coverage", "confidence", "weight", "time")
     lines = [f"{'stage':<16}" + "".join(f"{title:>13}" for title in titles)]
     for name, report in stages.items():
+        if "images" in report:
+            report = {**report, "coverage": report["images"] / max(1, everything)}
         cells = [_cell(column, report.get(column)) for column in columns]
         lines.append(f"{name:<16}" + "".join(f"{cell:>13}" for cell in cells))
     return "\n".join(lines)

@@ -49,7 +49,6 @@ class Run:
         if from_stage is not None:
             self._remove_stages(from_stage)
         write_text(self.folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json")))
-        write_json(self.folder / "environment.json", environment(self.device))
         self._board = SummaryWriter(str(self.folder / "tensorboard"))
 
     def __enter__(self) -> "Run":
@@ -82,9 +81,12 @@ class Run:
         else:
             folder.mkdir(exist_ok=True)
             start = time.monotonic()
+            write_json(self.folder / "environment.json", environment(self.device))
             record = partial(self._record, name)
-            report = work(Stage(name, folder, self.config, self.device, record), *inputs)
+            stage = Stage(name, folder, self.config, self.device, record)
+            report = work(stage, *inputs)
             write_json(done, {**report, "seconds": round(time.monotonic() - start, 1)})
+            stage.close()
         self.stages[name] = read_json(done)
         return folder
 
@@ -118,9 +120,18 @@ class Run:
         self.say(f"{stage}  epoch {epoch}  {shown}")
 
     def _remove_stages(self, first: int) -> None:
-        for folder in self.folder.glob("[1-9]_*"):
-            if int(folder.name[0]) >= first:
-                shutil.rmtree(folder)
+        """Forget stages and what was said of them; a kill halfway leaves none that looks done."""
+        folders = [f for f in sorted(self.folder.glob("[1-6]_*")) if int(f.name[0]) >= first]
+        for name in ("results.json", "examples.png"):
+            (self.folder / name).unlink(missing_ok=True)
+        for folder in folders:
+            (folder / "stage.json").unlink(missing_ok=True)
+        for folder in folders:
+            shutil.rmtree(folder)
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.is_file():
+            lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_text(metrics, "".join(x for x in lines if int(json.loads(x)["stage"][0]) < first))
 
     def _refuse_other_config(self) -> None:
         kept = self.folder / "config.yaml"

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from model import BACKBONES, NETWORKS, build_model  # noqa: E402
-from utils.precision import Device  # noqa: E402
+from model import BACKBONES, NETWORKS, build_model
+from utils.precision import Device
 
 CLASSES, BATCH, SIDE = 21, 4, 321
 
