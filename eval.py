@@ -72,12 +72,19 @@ def predictions(
 
 
 def validate(
-    net: nn.Module, samples: Sequence[Sample], config: Config, device: Device
+    net: nn.Module,
+    samples: Sequence[Sample],
+    config: Config,
+    device: Device,
+    masks: Path | None = None,
 ) -> ConfusionMatrix:
-    """Compare predictions with labels, each image at its label's own size."""
-    matrix = ConfusionMatrix(len(describe(config.dataset).classes))
-    for _, prediction, label in predictions(net, samples, config, device):
+    """Compare predictions with labels, at the labels' own size; write them below ``masks``."""
+    kind = describe(config.dataset)
+    matrix = ConfusionMatrix(len(kind.classes))
+    for sample, prediction, label in predictions(net, samples, config, device):
         matrix.update(prediction, label)
+        if masks is not None:
+            save_mask(mask_file(masks, sample), prediction.byte().numpy(), kind.palette())
     return matrix
 
 
@@ -109,17 +116,6 @@ def draw_examples(
             row.append(in_colour(prediction.byte().numpy(), palette))
     titles = ["image", "label", *(stage.name for stage in stages)]
     save_panel(path, titles, rows, list(zip(kind.classes, kind.colours, strict=True)))
-
-
-def evaluate(net: nn.Module, config: Config, device: Device, masks: Path | None) -> dict[str, Any]:
-    """Evaluate a network on the config's val list, and write its masks if asked to."""
-    kind, samples = describe(config.dataset), read_val(config.dataset)
-    matrix = ConfusionMatrix(len(kind.classes))
-    for sample, prediction, label in predictions(net, samples, config, device):
-        matrix.update(prediction, label)
-        if masks is not None:
-            save_mask(mask_file(masks, sample), prediction.byte().numpy(), kind.palette())
-    return report(matrix, config)
 
 
 def segment(net: nn.Module, config: Config, device: Device, pictures: Path, out: Path) -> int:
@@ -186,7 +182,8 @@ def main() -> None:
         count = segment(net, config, device, arguments.images, arguments.out)
         print(f"{arguments.out}: {count} masks, {count} overlays, legend.png")
         return
-    results = evaluate(net, config, device, arguments.save_masks)
+    matrix = validate(net, read_val(config.dataset), config, device, arguments.save_masks)
+    results = report(matrix, config)
     print(table(results))
     if arguments.json is not None:
         stage = {"miou": results["miou"], "epoch": content.get("epoch")}

@@ -19,9 +19,15 @@ class UserError(Exception):
 
 
 def exit_with_one_line(program: Callable[[], None]) -> None:
-    """Run a program; a ``UserError`` ends it with its line on stderr and exit code 2."""
+    """Run a program; a ``UserError`` ends it with its line on stderr and exit code 2.
+
+    Ctrl-C ends it with 130, as shells have it.
+    """
     try:
         program()
     except UserError as error:
         print(f"error: {error}", *error.rows, sep="\n  ", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
