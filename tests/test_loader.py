@@ -11,7 +11,7 @@ from dataset.loader import Chance, EpochBatches, SampleKey, training_batches
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.segmentation import LabeledPairs, RetrainSamples, whole_images
 from dataset.splits import read_splits
-from utils.config import AugmentSection, DatasetSection, QuerySection
+from utils.config import AugmentSection, DatasetSection, InferenceSection, QuerySection
 from utils.errors import UserError
 
 CHANCE = Chance(0, "4_retrain")
@@ -155,7 +155,7 @@ def test_crop_larger_than_the_image_is_padded(parts):
 def test_whole_images_keep_the_lists_order_and_the_labels_size(parts):
     samples = parts[0].val
     for workers in (0, 2):
-        items = list(whole_images(samples, long_side=32, workers=workers))
+        items = list(whole_images(samples, InferenceSection(long_side=32), workers))
         assert [item.index.item() for item in items] == [0, 1, 2, 3]
         assert {item.image.shape for item in items} == {(1, 3, 24, 32)}
         assert {item.label.shape for item in items} == {(1, 48, 64)}
