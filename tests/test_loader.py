@@ -159,7 +159,7 @@ def test_whole_images_keep_the_lists_order_and_the_labels_size(parts):
         assert [item.index.item() for item in items] == [0, 1, 2, 3]
         assert {item.image.shape for item in items} == {(1, 3, 24, 32)}
         assert {item.label.shape for item in items} == {(1, 48, 64)}
-    (item,) = whole_images(parts[0].unlabeled[:1], long_side=1000, workers=0)
+    (item,) = whole_images(parts[0].unlabeled[:1], InferenceSection(long_side=1000), 0)
     assert item.image.shape == (1, 3, 48, 64)  # never enlarged
     assert (item.label == 255).all()
 

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import yaml
 
 from utils.errors import UserError
 from utils.read_config import read_config
@@ -64,6 +65,26 @@ def test_another_config_is_refused_with_the_keys_that_differ(tmp_path):
     with pytest.raises(UserError):
         Run(other, from_stage=2)
     assert len(run_stages(other, from_stage=1)) == 2
+
+
+def test_a_run_from_which_nothing_came_may_change(tmp_path):
+    with Run(config(tmp_path)) as run, pytest.raises(UserError):
+        run.stage("1_supervised", fail_at_once)
+    assert len(run_stages(config(tmp_path, "optimizer.lr=0.5"))) == 2
+
+
+def fail_at_once(stage):
+    raise UserError("no weights")
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+    """Keys that it did not know have their defaults."""
+    run_stages(config(tmp_path))
+    path = tmp_path / "demo" / "config.yaml"
+    kept = yaml.safe_load(path.read_text())
+    del kept["model"]["stem"]
+    path.write_text(yaml.safe_dump(kept))
+    assert run_stages(config(tmp_path)) == []
 
 
 def test_settings_that_change_no_result_may_differ(tmp_path):

@@ -18,6 +18,7 @@ from utils.config import Config
 from utils.errors import UserError
 from utils.files import read_json, write_json, write_text
 from utils.precision import Device
+from utils.read_config import config_from
 from utils.results import environment, stage_table
 from utils.stage import Report, Stage
 
@@ -134,13 +135,11 @@ class Run:
             write_text(metrics, "".join(x for x in lines if int(json.loads(x)["stage"][0]) < first))
 
     def _refuse_other_config(self) -> None:
-        kept = self.folder / "config.yaml"
-        if not kept.is_file():
-            return
-        there, here = (
-            _flat(yaml.safe_load(kept.read_text())),
-            _flat(self.config.model_dump(mode="json")),
-        )
+        path = self.folder / "config.yaml"
+        if not path.is_file() or not any(self.folder.glob("[1-6]_*/*")):
+            return  # nothing has come of it yet
+        kept = config_from(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        there, here = (_flat(config.model_dump(mode="json")) for config in (kept, self.config))
         keys = sorted((there.keys() | here.keys()) - set(_FREE_KEYS))
         differing = [f"{key}={there.get(key)}" for key in keys if there.get(key) != here.get(key)]
         if differing:
