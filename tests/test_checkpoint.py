@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from model import build_model
 from utils import checkpoint
 from utils.errors import UserError
 
@@ -82,6 +83,32 @@ def test_a_backbone_takes_its_part(tmp_path, whole):
     )
     checkpoint.load_weights(backbone, tmp_path / "w.pth")
     assert same(source.backbone.state_dict(), backbone.state_dict())
+
+
+PEERS = {
+    "CISC-R and ST++": ({"backbone": "resnet50"}, lambda weights: weights),
+    "UniMatch": (
+        {"backbone": "resnet50", "stem": "deep", "output_stride": 16},
+        lambda weights: {"model": {f"module.{k}": v for k, v in weights.items()}, "epoch": 79},
+    ),
+    "UniMatch on COCO": (
+        {"backbone": "xception65", "output_stride": 16},
+        lambda weights: {"model": {f"module.{k}": v for k, v in weights.items()}},
+    ),
+}
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_networks_of_the_peers_give_equal_outputs(tmp_path, peer):
+    settings, wrap = PEERS[peer]
+    source, net = (build_model("deeplabv3plus", num_classes=5, **settings).eval() for _ in "ab")
+    checkpoint.save(tmp_path / "peer.pth", wrap(source.state_dict()))
+    images = torch.randn(1, 3, 49, 65)
+    with torch.inference_mode():
+        expected = source(images).logits
+        assert not torch.equal(net(images).logits, expected)
+        checkpoint.load_weights(net, tmp_path / "peer.pth")
+        assert torch.equal(net(images).logits, expected)
 
 
 def test_files_without_batch_counters_load(tmp_path):
