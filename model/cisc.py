@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.adjoint import at_least_float32, full_precision, pull_back
 from utils import IGNORE
 
 _AREA_EPS = 0.0005  # METHOD piece 1: an empty region has a zero prototype
@@ -33,9 +34,9 @@ def masked_average_pooling(features: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (B, D) float32: zeros for an empty region. Differentiable in the features.
     """
-    mask = mask.to(_at_least_float32(features))
-    pulled = _pull_back(mask, features.shape[-2:])
-    with _full_precision(features):
+    mask = mask.to(at_least_float32(features))
+    pulled = pull_back(mask, features.shape[-2:])
+    with full_precision(features):
         total = torch.einsum("bdhw,bhw->bd", features.to(mask.dtype), pulled)
     return total / (mask.sum(dim=(1, 2)) + _AREA_EPS).unsqueeze(1)
 
@@ -68,8 +69,8 @@ def class_similarity_maps(features: Tensor, prototypes: Tensor, size: tuple[int,
     Returns:
         (B, C, H, W) float32 in [0, 1].
     """
-    dtype = _at_least_float32(features)
-    with _full_precision(features):
+    dtype = at_least_float32(features)
+    with full_precision(features):
         features = features.to(dtype)
         directions = F.normalize(prototypes.to(dtype), dim=2, eps=_NORM_EPS)
         along = torch.einsum("bdhw,bcd->bchw", features, directions)
@@ -164,10 +165,10 @@ def class_prototypes(features: Tensor, label: Tensor, num_classes: int) -> tuple
     Returns:
         (B, C, D) float32 prototypes, zeros where the class is absent; (B, C) bool, class present.
     """
-    regions = _class_regions(label, num_classes).to(_at_least_float32(features))
+    regions = _class_regions(label, num_classes).to(at_least_float32(features))
     area = regions.sum(dim=(2, 3))
-    pulled = _pull_back(regions.flatten(0, 1), features.shape[-2:]).unflatten(0, area.shape)
-    with _full_precision(features):
+    pulled = pull_back(regions, features.shape[-2:])
+    with full_precision(features):
         total = torch.einsum("bdhw,bchw->bcd", features.to(pulled.dtype), pulled)
     return total / (area + _AREA_EPS).unsqueeze(2), area > 0
 
@@ -223,34 +224,7 @@ def _class_regions(label: Tensor, num_classes: int) -> Tensor:
 def _mean_entropy(probability: Tensor, region: Tensor, label: Tensor) -> Tensor:
     """Binary cross entropy averaged over the valid pixels of each map: (..., H, W) to (...)."""
     bounded = probability.clamp(_PROBABILITY_EPS, 1.0 - _PROBABILITY_EPS)
-    with _full_precision(probability):
+    with full_precision(probability):
         loss = F.binary_cross_entropy(bounded, region.to(bounded.dtype), reduction="none")
     valid = (label != IGNORE).to(loss.dtype)
     return (loss * valid).sum(dim=(-2, -1)) / valid.sum(dim=(-2, -1)).clamp_min(1)
-
-
-def _pull_back(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Apply the adjoint of the bilinear resize ``size`` -> (H, W) to (N, H, W) masks.
-
-    The resize is separable, U(F) = R F S', so its adjoint is R' M S: two small matrix products,
-    deterministic on every device, which the backward of ``interpolate`` is not.
-    """
-    (height, width), (small_height, small_width) = masks.shape[-2:], size
-    with _full_precision(masks):
-        rows = _resize_matrix(small_height, height, masks)
-        columns = _resize_matrix(small_width, width, masks)
-        return rows.T @ masks @ columns
-
-
-def _resize_matrix(small: int, large: int, like: Tensor) -> Tensor:
-    """(large, small): the matrix by which ``interpolate`` resizes a line, read off its columns."""
-    unit = torch.eye(small, dtype=like.dtype, device=like.device).unsqueeze(0)
-    return F.interpolate(unit, large, mode="linear", align_corners=False)[0].T
-
-
-def _at_least_float32(features: Tensor) -> torch.dtype:
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
-
-
-def _full_precision(tensor: Tensor) -> torch.autocast:
-    return torch.autocast(tensor.device.type, enabled=False)

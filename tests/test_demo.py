@@ -6,7 +6,9 @@ import pytest
 from PIL import Image
 
 from dataset.catalog import KINDS
-from dataset.demo import CLASSES, draw_scene, write_demo
+from dataset.demo import write_demo
+from dataset.demo_objects import CLASSES
+from dataset.demo_scene import draw_scene
 from dataset.query import QueryRule
 from dataset.splits import read_splits
 from utils.config import DatasetSection, QuerySection
