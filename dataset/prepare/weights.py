@@ -1,18 +1,14 @@
-"""Fetch what training reads and git does not keep: ``python -m dataset.prepare COMMAND``.
+"""ImageNet weights of backbones, torchvision's files, checked by their hashes."""
 
-``weights resnet101 …`` writes torchvision's ImageNet weights as ``pretrained/resnet101.pth``.
-"""
-
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from torchvision.models import get_model_weights
 
 from utils.download import download
-from utils.errors import UserError, exit_with_one_line
+from utils.errors import UserError
 
-PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
+PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained"
 WEIGHTS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 BY_HAND = {  # the name in UniMatch's README, the file that its link gives
     "xception65": ("Xception-65", "xception.pth"),
@@ -60,23 +56,3 @@ def _address(name: str) -> tuple[str, str]:
     """Return torchvision's URL, and the first digits of the sha256 that end its name."""
     url = get_model_weights(name).IMAGENET1K_V1.url
     return url, url.removesuffix(".pth").rsplit("-", 1)[-1]
-
-
-def main() -> None:
-    """Fetch what training reads and git does not keep."""
-    parser = argparse.ArgumentParser(prog="python -m dataset.prepare", description=main.__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    about = "ImageNet weights of backbones"
-    weights = commands.add_parser("weights", help=about, description=about)
-    weights.add_argument("names", nargs="+", metavar="NAME", help=", ".join(WEIGHTS))
-    weights.add_argument(
-        "--to", type=Path, default=PRETRAINED, metavar="DIR", help="instead of pretrained/"
-    )
-    weights.add_argument("--mirror", metavar="URL", help="base address that has the same files")
-    weights.set_defaults(run=lambda typed: fetch_weights(typed.names, typed.to, typed.mirror))
-    arguments = parser.parse_args()
-    arguments.run(arguments)
-
-
-if __name__ == "__main__":
-    exit_with_one_line(main)

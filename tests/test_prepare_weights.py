@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dataset import prepare
+from dataset.prepare import __main__ as program
+from dataset.prepare import weights as prepare
 
 ROOT = Path(__file__).parents[1]
 HASHES = {
@@ -72,7 +73,7 @@ def test_writes_each_name_from_the_mirror(mirror, tmp_path, monkeypatch, capsys)
     to = tmp_path / "weights"
     words = ["weights", "resnet18", "resnet50", "--to", to, "--mirror", f"{mirror.url}/"]
     monkeypatch.setattr(sys, "argv", ["prepare", *map(str, words)])
-    prepare.main()
+    program.main()
     assert {file.name: file.read_bytes() for file in to.iterdir()} == {
         "resnet18.pth": b"resnet18",
         "resnet50.pth": b"resnet50",
@@ -87,19 +88,19 @@ def test_goes_to_the_projects_folder(monkeypatch):
     calls = []
     monkeypatch.setattr(prepare, "download", lambda *call: calls.append(call))
     monkeypatch.setattr(sys, "argv", ["prepare", "weights", "resnet101"])
-    prepare.main()
+    program.main()
     url = "https://download.pytorch.org/models/resnet101-63fe2227.pth"
     assert calls == [(url, ROOT / "pretrained/resnet101.pth", "63fe2227")]
 
 
 def test_missing_on_the_mirror(mirror, complaint, tmp_path):
-    line = complaint(prepare, "weights", "resnet34", "--to", tmp_path, "--mirror", mirror.url)
+    line = complaint(program, "weights", "resnet34", "--to", tmp_path, "--mirror", mirror.url)
     assert f"{mirror.url}/resnet34-b627a593.pth: cannot be fetched (HTTP Error 404" in line
     assert line.endswith(f"save it as {tmp_path / 'resnet34.pth'}")
 
 
 def test_xception_is_fetched_by_hand(complaint, tmp_path):
-    line = complaint(prepare, "weights", "xception65", "--to", tmp_path)
+    line = complaint(program, "weights", "xception65", "--to", tmp_path)
     assert line.startswith("error: xception65: there is no public address with a checksum; fetch ")
     assert "xception.pth by hand from the link 'Xception-65' in UniMatch's README" in line
     assert line.endswith(f"save it as {tmp_path / 'xception65.pth'}")
@@ -108,7 +109,7 @@ def test_xception_is_fetched_by_hand(complaint, tmp_path):
 def test_unknown_name_is_refused_before_anything_is_fetched(complaint, monkeypatch):
     calls = []
     monkeypatch.setattr(prepare, "download", lambda *call: calls.append(call))
-    line = complaint(prepare, "weights", "resnet18", "resnet1O1")
+    line = complaint(program, "weights", "resnet18", "resnet1O1")
     assert line == (
         "error: resnet1O1: no such weights; known are resnet18, resnet34, resnet50, resnet101, "
         "resnet152, xception65, resnet50_deep, resnet101_deep"

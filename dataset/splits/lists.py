@@ -1,31 +1,17 @@
 """The three lists of a run: read them, and refuse what would spoil a result."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from dataset.catalog import Kind, describe
 from dataset.reading import picture_size, read_mask
+from dataset.splits.samples import Sample
 from utils import IGNORE
 from utils.config import DatasetSection
 from utils.errors import UserError
-
-
-class Sample(NamedTuple):
-    """A line of a list.
-
-    Attributes:
-        name: the image's path as the list has it, relative to the root; names the sample.
-        image: where to read it.
-        mask: where its label or pseudo label is; None where there is none.
-    """
-
-    name: str
-    image: Path
-    mask: Path | None
 
 
 class Splits(NamedTuple):
@@ -116,44 +102,6 @@ def _read_line(line: str, place: str, root: Path, kind: Kind) -> Sample:
             )
     name = str(PurePosixPath(words[0]))  # one spelling: a//b and a/./b are a/b
     return Sample(name, root / name, root / words[1] if len(words) == 2 else None)
-
-
-def pick(samples: Sequence[Sample], names: Iterable[str]) -> list[Sample]:
-    """Return the samples of these names, in the names' order."""
-    by_name = {sample.name: sample for sample in samples}
-    return [by_name[name] for name in names]
-
-
-def find_pictures(folder: Path) -> list[Sample]:
-    """List the pictures below a folder, by name; other files do not count.
-
-    Raises:
-        UserError: no such folder, no picture in it, or two whose names differ in the suffix alone.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name one with pictures")
-    readable = Image.registered_extensions().items()
-    known = {suffix for suffix, format_name in readable if format_name in Image.OPEN}
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
-    samples: dict[Path, Sample] = {}
-    for path in found:
-        name = path.relative_to(folder)
-        if name.with_suffix("") in samples:
-            raise UserError(f"{path}: another picture has this name and would share its mask")
-        samples[name.with_suffix("")] = Sample(name.as_posix(), path, None)
-    if not samples:
-        raise UserError(f"{folder}: holds no picture that Pillow reads; name another folder")
-    return list(samples.values())
-
-
-def mask_file(folder: Path, sample: Sample) -> Path:
-    """Tell where a folder of predicted masks keeps that of a sample."""
-    return folder / PurePosixPath(sample.name).with_suffix(".png")
-
-
-def with_pseudo_masks(samples: Iterable[Sample], folder: Path) -> list[Sample]:
-    """Return the samples with the pseudo labels that a folder keeps for them."""
-    return [sample._replace(mask=mask_file(folder, sample)) for sample in samples]
 
 
 def check_masks(samples: Iterable[Sample], kind: Kind, key: str) -> None:
