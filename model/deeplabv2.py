@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from model.dilated import DilatedConv2d
 from model.layers import SegmentationOutput, resize
 
 
@@ -21,7 +22,7 @@ class DeepLabV2(nn.Module):
         _, channels = backbone.channels
         self.backbone = backbone
         self.classifier = nn.ModuleList(
-            nn.Conv2d(channels, num_classes, 3, padding=rate, dilation=rate) for rate in self.RATES
+            DilatedConv2d(channels, num_classes, rate, bias=True) for rate in self.RATES
         )
 
     def forward(self, images: Tensor) -> SegmentationOutput:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.dilated import DilatedConv2d
+
 
 class SegmentationOutput(NamedTuple):
     """What every network of this project returns.
@@ -20,13 +22,13 @@ class SegmentationOutput(NamedTuple):
 
 
 def conv_bn_relu(in_channels: int, channels: int, size: int, rate: int = 1) -> nn.Sequential:
-    """Build a convolution that keeps height and width, batch norm and ReLU."""
-    padding = rate * (size // 2)
-    return nn.Sequential(
-        nn.Conv2d(in_channels, channels, size, padding=padding, dilation=rate, bias=False),
-        nn.BatchNorm2d(channels),
-        nn.ReLU(inplace=True),
+    """Build a convolution that keeps height and width, 3 x 3 if dilated; batch norm; ReLU."""
+    conv = (
+        nn.Conv2d(in_channels, channels, size, padding=size // 2, bias=False)
+        if rate == 1
+        else DilatedConv2d(in_channels, channels, rate)
     )
+    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 
 def resize(maps: Tensor, size: torch.Size) -> Tensor:

@@ -1,0 +1,59 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.dilated import DilatedConv2d
+
+
+def gradients(forward, conv, maps):
+    """Outcome, and gradients of maps and parameters, for one fixed direction."""
+    outcome = forward(maps)
+    direction = torch.linspace(-1, 1, outcome.numel(), dtype=outcome.dtype).view_as(outcome)
+    return outcome, *torch.autograd.grad(outcome, [maps, *conv.parameters()], direction)
+
+
+def test_a_corner_tap_meets_the_pixel_that_a_reader_counts():
+    """Ones at rate 2 over 0 ... 8: the middle sees itself alone, a corner sees all corners."""
+    conv = DilatedConv2d(1, 1, rate=2)
+    nn.init.ones_(conv.weight)
+    maps = torch.arange(9.0).view(1, 1, 3, 3)
+    middle, corner = conv(maps)[0, 0, 1, 1], conv(maps)[0, 0, 0, 0]
+    assert middle.item() == 4.0
+    assert corner.item() == 0 + 2 + 6 + 8
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", [(7, 4), (1, 1), (5, 12), (3, 40)])
+@pytest.mark.parametrize("rate", [1, 2, 6, 36])
+def test_equals_the_convolution_in_float64(rate, size, bias):
+    torch.manual_seed(0)
+    conv = DilatedConv2d(5, 4, rate, bias).double()
+    maps = torch.randn(2, 5, *size, dtype=torch.float64, requires_grad=True)
+    plain = nn.Conv2d.forward
+    ours = gradients(conv, conv, maps)
+    expected = gradients(lambda x: plain(conv, x), conv, maps)
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_autocast_rounds_products_not_their_sum():
+    torch.manual_seed(0)
+    conv = DilatedConv2d(64, 8, rate=3)
+    maps = torch.randn(2, 64, 20, 20)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = conv(maps), nn.Conv2d.forward(conv, maps)
+    assert ours.dtype == torch.bfloat16
+    weight, rounded = conv.weight.detach().bfloat16().double(), maps.bfloat16().double()
+    exact = F.conv2d(rounded, weight, padding=3, dilation=3)
+    error, plain_error = ((x.double() - exact).abs().max() for x in (ours, theirs))
+    assert error <= 2 * plain_error
+
+
+def test_keys_and_first_numbers_are_those_of_the_convolution():
+    torch.manual_seed(3)
+    ours = DilatedConv2d(6, 4, rate=2).state_dict()
+    torch.manual_seed(3)
+    theirs = nn.Conv2d(6, 4, 3, padding=2, dilation=2, bias=False).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert torch.equal(ours["weight"], theirs["weight"])
