@@ -21,10 +21,11 @@ from dataset.segmentation import WholeImage, photographs, whole_images
 from dataset.splits import Sample, find_pictures, mask_file, read_val
 from model import build_model
 from utils import checkpoint
-from utils.config import Config, InferenceSection
+from utils.config import Config, InferenceSection, PseudoLabelSection
 from utils.errors import UserError, exit_with_one_line
 from utils.export import export
 from utils.files import write_json
+from utils.frozen import frozen
 from utils.inference import Predictor
 from utils.metrics import ConfusionMatrix
 from utils.panels import in_colour, save_legend, save_mask, save_overlay, save_panel
@@ -56,19 +57,27 @@ def whole_batches(
             bar.update(len(batch.index))
 
 
+def predictor(
+    net: nn.Module,
+    device: Device,
+    settings: InferenceSection,
+    views: InferenceSection | PseudoLabelSection,
+) -> Predictor:
+    """Let a frozen network predict from several views, with the windows of ``settings``."""
+    return Predictor(net, device, settings.window, views.scales, views.flip, settings.average_at)
+
+
 def predictions(
     net: nn.Module,
     samples: Sequence[Sample],
     config: Config,
     device: Device,
     load: Load = whole_images,
-) -> Iterator[tuple[Sample, Tensor, Tensor]]:
-    """Yield (sample, predicted ids, label), both (H, W) at the label's size; each image once."""
-    settings = config.inference
-    predict = Predictor(net, device, settings.window, settings.scales, settings.flip)
+) -> Iterator[tuple[list[Sample], Tensor, Tensor]]:
+    """Yield (samples, predicted ids, labels), (B, H, W) at the labels' size; each image once."""
+    predict = predictor(frozen(net, device), device, config.inference, config.inference)
     for chosen, batch in whole_batches(samples, config, device, "evaluating", load):
-        ids = predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
-        yield from zip(chosen, ids.cpu(), batch.label.cpu(), strict=True)
+        yield chosen, predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1), batch.label
 
 
 def validate(
@@ -80,11 +89,12 @@ def validate(
 ) -> ConfusionMatrix:
     """Compare predictions with labels, at the labels' own size; write them below ``masks``."""
     kind = describe(config.dataset)
-    matrix = ConfusionMatrix(len(kind.classes))
-    for sample, prediction, label in predictions(net, samples, config, device):
-        matrix.update(prediction, label)
+    matrix = ConfusionMatrix(len(kind.classes), device.device)
+    for chosen, ids, labels in predictions(net, samples, config, device):
+        matrix.update(ids, labels)
         if masks is not None:
-            save_mask(mask_file(masks, sample), prediction.byte().numpy(), kind.palette())
+            for sample, mask in zip(chosen, ids.byte().cpu().numpy(), strict=True):
+                save_mask(mask_file(masks, sample), mask, kind.palette())
     return matrix
 
 
@@ -111,9 +121,9 @@ def draw_examples(
     for stage in stages:
         net = device.place(build_network(config, pretrained=None))
         checkpoint.load_weights(net, checkpoint_of(stage))
-        seen = predictions(net, chosen, config, device)
-        for row, (_, prediction, _) in zip(rows, seen, strict=True):
-            row.append(in_colour(prediction.byte().numpy(), palette))
+        seen = (ids for _, batch, _ in predictions(net, chosen, config, device) for ids in batch)
+        for row, ids in zip(rows, seen, strict=True):
+            row.append(in_colour(ids.byte().cpu().numpy(), palette))
     titles = ["image", "label", *(stage.name for stage in stages)]
     save_panel(path, titles, rows, list(zip(kind.classes, kind.colours, strict=True)))
 
@@ -121,8 +131,9 @@ def draw_examples(
 def segment(net: nn.Module, config: Config, device: Device, pictures: Path, out: Path) -> int:
     """Segment the pictures below a folder: masks, overlays and a legend; return how many."""
     kind, samples = describe(config.dataset), find_pictures(pictures)
-    for sample, prediction, _ in predictions(net, samples, config, device, photographs):
-        ids, palette = prediction.byte().numpy(), kind.palette()
+    palette = kind.palette()
+    for (sample,), (prediction,), _ in predictions(net, samples, config, device, photographs):
+        ids = prediction.byte().cpu().numpy()
         save_mask(mask_file(out / "masks", sample), ids, palette)
         overlay = mask_file(out / "overlays", sample).with_suffix(".jpg")
         save_overlay(overlay, read_photograph(sample.image), ids, palette)

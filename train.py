@@ -25,7 +25,7 @@ from dataset.segmentation import (
 )
 from dataset.selection import count_kept, read_selection, write_csv, write_selection
 from dataset.splits import Sample, Splits, mask_file, read_splits, with_pseudo_masks
-from eval import build_network, draw_examples, report, validate, whole_batches
+from eval import build_network, draw_examples, predictor, report, validate, whole_batches
 from model.cisc import (
     class_prototypes,
     consistency_loss,
@@ -38,7 +38,7 @@ from utils import IGNORE
 from utils.checkpoint import load_weights
 from utils.config import Config, TrainingSection
 from utils.errors import UserError, exit_with_one_line
-from utils.inference import Predictor
+from utils.frozen import frozen
 from utils.optimization import Optimization
 from utils.panels import save_mask
 from utils.progress import StageBar
@@ -106,9 +106,8 @@ def supervised_loss(
 def write_pseudo_labels(stage: Stage, teacher: Path, unlabeled: Sequence[Sample]) -> Report:
     """Stages 2 and 5: the teacher's most probable class of every pixel, as palette PNGs."""
     settings, palette = stage.config.pseudo_label, describe(stage.config.dataset).palette()
-    window = stage.config.inference.window
     net = _teacher(stage, teacher)
-    predict = Predictor(net, stage.device, window, settings.scales, settings.flip)
+    predict = predictor(net, stage.device, stage.config.inference, settings)
     confidences: dict[str, float] = {}
     for chosen, batch in whole_batches(unlabeled, stage.config, stage.device, stage.name):
         probabilities, ids = predict(batch.image, tuple(batch.label.shape[-2:])).max(dim=1)
@@ -253,7 +252,7 @@ def _teacher(stage: Stage, folder: Path) -> nn.Module:
     """Load the network of a finished stage, frozen."""
     net = build_network(stage.config, pretrained=None)
     load_weights(net, checkpoint_of(folder))
-    return stage.device.place(net).eval().requires_grad_(False)
+    return frozen(net, stage.device)
 
 
 def _repeat(config: Config, splits: Splits) -> int:

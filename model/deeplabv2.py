@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from model.dilated import DilatedConv2d
-from model.layers import SegmentationOutput, resize
+from model.layers import SegmentationOutput, full_size
 
 
 class DeepLabV2(nn.Module):
@@ -28,9 +28,12 @@ class DeepLabV2(nn.Module):
     def forward(self, images: Tensor) -> SegmentationOutput:
         """Segment (B, 3, H, W) normalised images; the features are the backbone's last map."""
         features = self.extract(images)
-        logits = sum(branch(features) for branch in self.classifier)
-        return SegmentationOutput(resize(logits, images.shape[-2:]), features)
+        return SegmentationOutput(full_size(self.classify(features), images), features)
 
     def extract(self, images: Tensor) -> Tensor:
         """Return the features alone, at the output stride."""
         return self.backbone(images)[1]
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return the logits of features, at the features' size."""
+        return sum(branch(features) for branch in self.classifier)

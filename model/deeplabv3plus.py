@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from model.layers import SegmentationOutput, conv_bn_relu, resize
+from model.layers import SegmentationOutput, conv_bn_relu, full_size, resize
 
 
 class DeepLabV3Plus(nn.Module):
@@ -30,13 +30,17 @@ class DeepLabV3Plus(nn.Module):
     def forward(self, images: Tensor) -> SegmentationOutput:
         """Segment (B, 3, H, W) normalised images of any H and W; D = 256 at (H/4, W/4)."""
         features = self.extract(images)
-        return SegmentationOutput(resize(self.classifier(features), images.shape[-2:]), features)
+        return SegmentationOutput(full_size(self.classify(features), images), features)
 
     def extract(self, images: Tensor) -> Tensor:
         """Return the features alone, for callers that need no logits."""
         low_level, last = self.backbone(images)
         pyramid = resize(self.head(last), low_level.shape[-2:])
         return self.fuse(torch.cat([self.reduce(low_level), pyramid], dim=1))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return the logits of features, at the features' size."""
+        return self.classifier(features)
 
 
 class AtrousSpatialPyramid(nn.Module):

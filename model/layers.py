@@ -13,7 +13,7 @@ class SegmentationOutput(NamedTuple):
     """What every network of this project returns.
 
     Attributes:
-        logits: (B, C, H, W) float at the size of the input images.
+        logits: (B, C, H, W) float32 (float64 stays) at the size of the input images.
         features: (B, D, h, w) float, the last map before the classifier.
     """
 
@@ -34,3 +34,8 @@ def conv_bn_relu(in_channels: int, channels: int, size: int, rate: int = 1) -> n
 def resize(maps: Tensor, size: torch.Size) -> Tensor:
     """Resize (B, C, h, w) bilinearly as the published networks do: corners aligned."""
     return F.interpolate(maps, size, mode="bilinear", align_corners=True)
+
+
+def full_size(logits: Tensor, images: Tensor) -> Tensor:
+    """Resize logits to the images' size, in float32: cast while small, not once more when large."""
+    return resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), images.shape[-2:])

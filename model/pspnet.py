@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from model.layers import SegmentationOutput, conv_bn_relu, resize
+from model.layers import SegmentationOutput, conv_bn_relu, full_size, resize
 
 
 class PSPNet(nn.Module):
@@ -31,11 +31,14 @@ class PSPNet(nn.Module):
     def forward(self, images: Tensor) -> SegmentationOutput:
         """Segment (B, 3, H, W) normalised images; D is a quarter of the last map's channels."""
         features = self.extract(images)
-        logits = resize(self.classifier(features), images.shape[-2:])
-        return SegmentationOutput(logits, features)
+        return SegmentationOutput(full_size(self.classify(features), images), features)
 
     def extract(self, images: Tensor) -> Tensor:
         """Return the features alone, at the output stride."""
         _, last = self.backbone(images)
         means = [resize(level(last), last.shape[-2:]) for level in self.pyramid]
         return self.fuse(torch.cat([last, *means], dim=1))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return the logits of features, at the features' size."""
+        return self.classifier(features)

@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch import nn
 
-from model import SegmentationOutput
 from utils.config import WindowSection
 from utils.inference import Predictor
 from utils.precision import Device
@@ -13,17 +12,20 @@ CPU = Device("cpu", "fp32")
 class Pointwise(nn.Module):
     """Logits are the channels, times three."""
 
-    def forward(self, images):
-        return SegmentationOutput(3 * images, images)
+    def extract(self, images):
+        return images
+
+    def classify(self, features):
+        return 3 * features
 
 
-class Positional(nn.Module):
+class Positional(Pointwise):
     """Logits also grow to the right, so that a mirrored image gives another answer."""
 
-    def forward(self, images):
-        ramp = torch.linspace(0, 1, images.shape[-1]).view(1, 1, 1, -1)
+    def classify(self, features):
+        ramp = torch.linspace(0, 1, features.shape[-1]).view(1, 1, 1, -1)
         weights = torch.tensor([0.0, 1.0, 2.0]).view(1, 3, 1, 1)
-        return SegmentationOutput(images + ramp * weights, images)
+        return features + ramp * weights
 
 
 def test_a_pointwise_network_gives_the_softmax_of_its_logits():
@@ -57,34 +59,49 @@ def test_scales_average_and_keep_a_linear_image():
     torch.testing.assert_close(many.sum(dim=1), torch.ones(1, 10, 18))
 
 
-def test_the_answer_has_the_size_asked_for_and_the_network_stays_in_eval_mode():
-    net = Pointwise().train()
-    assert Predictor(net, CPU, scales=(0.3,))(torch.randn(1, 3, 7, 5), (31, 17)).shape[-2:] == (
-        31,
-        17,
+def test_the_answer_has_the_size_asked_for():
+    predict = Predictor(Pointwise(), CPU, scales=(0.3,))
+    assert predict(torch.randn(1, 3, 7, 5), (31, 17)).shape == (1, 3, 31, 17)
+
+
+def test_views_of_a_smooth_image_may_meet_at_half_its_size():
+    """What meets at (6, 9) is resized once; linear in between, so a ramp's class stays."""
+    row = torch.linspace(-1, 1, 18)
+    images = torch.stack([row, -row, 0 * row])[None, :, None].expand(1, 3, 12, 18)
+    exact, half = (
+        Predictor(Pointwise(), CPU, flip=True, average_at=share)(images, (12, 18))
+        for share in (1.0, 0.5)
     )
-    assert not net.training
+    assert half.shape == exact.shape
+    assert (half - exact).abs().max() < 0.05
+    assert torch.equal(half.argmax(dim=1), exact.argmax(dim=1))
 
 
-class Counted(nn.Module):
+def test_a_single_view_is_exact_wherever_several_meet():
+    images = torch.randn(1, 3, 12, 18)
+    one, other = (Predictor(Pointwise(), CPU, average_at=a)(images, (12, 18)) for a in (0.1, 1.0))
+    assert torch.equal(one, other)
+
+
+class Counted(Pointwise):
     """Pointwise, and notes the shapes it is given."""
 
     def __init__(self):
         super().__init__()
         self.shapes = []
 
-    def forward(self, images):
+    def extract(self, images):
         self.shapes.append(tuple(images.shape))
-        return SegmentationOutput(images, images)
+        return images
 
 
-class PerImage(nn.Module):
+class PerImage(Pointwise):
     """Logits depend on the whole window: its mean is added to the first class."""
 
-    def forward(self, images):
-        logits = images.clone()
-        logits[:, 0] += images.mean(dim=(1, 2, 3), keepdim=True)[:, 0]
-        return SegmentationOutput(logits, images)
+    def classify(self, features):
+        logits = features.clone()
+        logits[:, 0] += features.mean(dim=(1, 2, 3), keepdim=True)[:, 0]
+        return logits
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "gaussian"])

@@ -154,6 +154,9 @@ class InferenceSection(Section):
     batch_size: int = Field(1, gt=0)  # images of one size that pass the network at once
     scales: list[Positive] = Field([1.0], min_length=1)  # of validation and eval.py
     flip: bool = False  # of validation and eval.py
+    # Several views are averaged at this share of the answer's height and width. 1 is exact; at half
+    # of it 99.9 % of pixels keep their class (tests/benchmarks/views.py).
+    average_at: float = Field(0.5, gt=0, le=1)
 
 
 class EvaluateSection(Section):

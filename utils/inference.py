@@ -16,11 +16,12 @@ class Predictor:
     """Class probabilities of images. Validation, labeling and ``eval.py`` all use this.
 
     Attributes:
-        net: in eval mode while it predicts.
+        net: in eval mode, best ``frozen``; ``classify(extract(images))`` gives logits of any size.
         device: where, in which precision.
         window: cut images into overlapping windows of this size; None passes them whole.
         scales: factors on the height and width of the image; probabilities are averaged over them.
         flip: average over the mirrored image too.
+        average_at: share of the answer's height and width at which several views are averaged.
     """
 
     net: nn.Module
@@ -28,6 +29,7 @@ class Predictor:
     window: WindowSection | None = None
     scales: Sequence[float] = (1.0,)
     flip: bool = False
+    average_at: float = 1.0
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -40,17 +42,22 @@ class Predictor:
         Returns:
             (B, C, H, W) float32 probabilities, on the device. They sum to 1 over C.
         """
-        self.net.eval()
         images = self.device.move(images)
-        total = torch.zeros((), device=self.device.device)
+        views = len(self.scales) * (2 if self.flip else 1)
+        share = 1.0 if views == 1 else self.average_at
+        meeting = tuple(max(1, round(side * share)) for side in size)
+        total = torch.zeros((), device=images.device)
         for scale in self.scales:
             view = _scaled(images, scale)
-            total = total + self._one_view(view, size)
             if self.flip:
-                total = total + self._one_view(view.flip(-1), size).flip(-1)
-        return total / (len(self.scales) * (2 if self.flip else 1))
+                both = self._probabilities(torch.cat([view, view.flip(-1)]), meeting)
+                straight, mirrored = both.chunk(2)
+                total = total + straight + mirrored.flip(-1)
+            else:
+                total = total + self._probabilities(view, meeting)
+        return _resized(total / views, size)
 
-    def _one_view(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+    def _probabilities(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         if self.window is None or max(images.shape[-2:]) <= self.window.size:
             return _resized(self._logits(images), size).softmax(dim=1)
         return _resized(self._by_windows(images, self.window), size)
@@ -65,7 +72,7 @@ class Predictor:
         for start in range(0, len(places), window.batch_size):
             chosen = places[start : start + window.batch_size]
             crops = torch.cat([images[..., rows, columns] for rows, columns in chosen])
-            answers = self._logits(crops).softmax(dim=1).chunk(len(chosen))
+            answers = _resized(self._logits(crops), shape).softmax(dim=1).chunk(len(chosen))
             for (rows, columns), answer in zip(chosen, answers, strict=True):
                 if isinstance(total, float):
                     total = answer.new_zeros(len(images), answer.shape[1], height, width)
@@ -74,8 +81,9 @@ class Predictor:
         return total / weights
 
     def _logits(self, images: Tensor) -> Tensor:
+        """Return logits at the size that the network has them in."""
         with self.device.autocast():
-            return self.net(images).logits.float()
+            return self.net.classify(self.net.extract(images)).float()
 
 
 def _window_places(

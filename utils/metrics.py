@@ -9,18 +9,19 @@ class ConfusionMatrix:
 
     Args:
         num_classes: C. Pixels whose label is not in [0, C), 255 among them, are left out.
+        device: where predictions and labels are, and the counts.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
-        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Count integer tensors of equal shape; predictions must be in [0, C)."""
         valid = (label >= 0) & (label < self.num_classes)
         pairs = label[valid].long() * self.num_classes + prediction[valid].long()
         counted = torch.bincount(pairs, minlength=self.num_classes**2)
-        self.counts += counted.view(self.num_classes, self.num_classes).cpu()
+        self.counts += counted.view(self.num_classes, self.num_classes)
 
     def iou(self) -> Tensor:
         """(C,) float64 in [0, 1]; NaN for a class that is in neither labels nor predictions."""

@@ -33,10 +33,14 @@ class Device:
     def __str__(self) -> str:
         return f"{self.device}, {self.precision}"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What convolutions compute in."""
+        return _DTYPES[self.precision]
+
     def autocast(self) -> torch.autocast:
         """Run convolutions in the precision; sums that need float32 say so themselves."""
-        dtype = _DTYPES[self.precision]
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def scaler(self) -> torch.amp.GradScaler:
         """Scale gradients in fp16; hands them through otherwise."""
