@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from dataset.catalog import describe
 from dataset.reading import read_image, read_mask, read_photograph
-from dataset.segmentation import WholeImage, photographs, whole_images
 from dataset.splits import Sample, find_pictures, mask_file, read_val
+from dataset.whole import photographs, whole_images
 from model import build_model
 from utils import checkpoint
 from utils.config import Config, InferenceSection, PseudoLabelSection
@@ -31,6 +31,7 @@ from utils.metrics import ConfusionMatrix
 from utils.panels import in_colour, save_legend, save_mask, save_overlay, save_panel
 from utils.precision import Device
 from utils.read_config import config_from, read_config
+from utils.records import WholeImage
 from utils.stage import checkpoint_of
 
 Load = Callable[[Sequence[Sample], InferenceSection, int], DataLoader[WholeImage]]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +19,24 @@ from dataset.loader import Chance, training_batches
 from dataset.query import Querier, QueryIndex, QueryRule, build_query_index
 from dataset.segmentation import (
     LabeledPairs,
-    QueryPair,
-    RetrainSample,
     RetrainSamples,
+    queried_image,
+    queried_prototype,
 )
 from dataset.selection import count_kept, read_selection, write_csv, write_selection
 from dataset.splits import Sample, Splits, mask_file, read_splits, with_pseudo_masks
 from eval import build_network, draw_examples, predictor, report, validate, whole_batches
-from model.cisc import (
-    class_prototypes,
-    consistency_loss,
-    cross_image_weight,
-    image_reliability,
-    reliability,
+from model.cisc import class_prototypes, image_reliability, reliability
+from model.losses import cross_entropy, ohem_cross_entropy
+from model.objectives import (
+    Guide,
+    LabeledLoss,
+    Loss,
+    retrain_loss,
+    supervised_loss,
+    weight_by_bank,
+    weight_by_image,
 )
-from model.losses import cross_entropy, ohem_cross_entropy, rectified_cross_entropy
-from utils import IGNORE
 from utils.checkpoint import load_weights
 from utils.config import Config, TrainingSection
 from utils.errors import UserError, exit_with_one_line
@@ -43,17 +45,10 @@ from utils.optimization import Optimization
 from utils.panels import save_mask
 from utils.progress import StageBar
 from utils.read_config import read_config
+from utils.records import Queried
 from utils.run import Run
+from utils.spill import Spill
 from utils.stage import Report, Stage, checkpoint_of
-
-LabeledLoss = Callable[[Tensor, Tensor], Tensor]  # of logits and true labels
-
-
-class Loss(NamedTuple):
-    """A scalar to go down, and the scalars to show: its terms, and what else tells how it goes."""
-
-    total: Tensor
-    shown: dict[str, Tensor]
 
 
 def train(config: Config, from_stage: int | None = None) -> None:
@@ -83,23 +78,6 @@ def train_supervised(stage: Stage, splits: Splits, index: QueryIndex) -> Report:
     net = _new_network(stage, chance)
     loss = partial(supervised_loss, net, _labeled_loss(config), config.supervised.consistency)
     return fit(stage, net, loss, pairs, config.supervised, splits.val)
-
-
-def supervised_loss(
-    net: nn.Module, labeled_loss: LabeledLoss, consistency: float, pair: QueryPair
-) -> Loss:
-    """Cross entropy of both images of each pair, and how well they find each other's class."""
-    output = net(torch.cat([pair.image, pair.query_image]))
-    logits, query_logits = output.logits.chunk(2)
-    features, query_features = output.features.chunk(2)
-    entropy = labeled_loss(logits, pair.label) + labeled_loss(query_logits, pair.query_label)
-    if consistency == 0:
-        return Loss(entropy, {"ce": entropy})
-    consistent = consistency_loss(
-        features, query_features, pair.label, pair.query_label, pair.shared_class
-    )
-    total = entropy + consistency * consistent
-    return Loss(total, {"ce": entropy, "consistency": consistent})
 
 
 @torch.inference_mode()
@@ -135,23 +113,25 @@ def select(stage: Stage, teacher: Path, splits: Splits, masks: Path, index: Quer
             yield chosen, features, batch.label
 
     total, count = 0.0, 0
-    for _, features, label in passed(splits.labeled, "anchors"):
+    kept = Spill(stage.folder / "features", stage.device.device)
+    for chosen, features, label in passed(splits.labeled, "labeled"):
         prototypes, present = class_prototypes(features, label, len(classes))
         total, count = total + prototypes.sum(dim=0), count + present.sum(dim=0).unsqueeze(1)
+        kept.add([sample.name for sample in chosen], features, label)
     anchors = total / count  # NaN, 0 / 0, for a class that no label shows
 
     guides: dict[tuple[int, str], float] = {}
-    for chosen, features, label in passed(splits.labeled, "guides"):
-        for sample, scores in zip(chosen, reliability(features, label, anchors), strict=True):
+    for names, features, label in kept:
+        for name, scores in zip(names, reliability(features, label, anchors), strict=True):
             for class_id in scores.isfinite().nonzero().flatten().tolist():
-                guides[class_id, sample.name] = scores[class_id].item()
+                guides[class_id, name] = scores[class_id].item()
     images: dict[str, float] = {}
     pseudo_labeled = with_pseudo_masks(splits.unlabeled, masks / "masks")
-    for chosen, features, label in passed(pseudo_labeled, "images"):
+    for chosen, features, label in passed(pseudo_labeled, "unlabeled"):
         scores = image_reliability(reliability(features, label, anchors), settings.score == "mean")
         images.update(zip((sample.name for sample in chosen), scores.tolist(), strict=True))
-    kept = write_selection(stage.folder, images, guides, index, settings.keep, classes)
-    return {"images": kept}
+    reliable = write_selection(stage.folder, images, guides, index, settings.keep, classes)
+    return {"images": reliable}
 
 
 def retrain(
@@ -163,45 +143,15 @@ def retrain(
 ) -> Report:
     """Stages 4 and 6: a new network on labeled and pseudo-labeled images."""
     config, chance = stage.config, Chance(stage.config.seed, stage.name)
+    query, guide = _guidance(stage, splits, teacher, index)
+    strong_teacher = config.retrain.teacher_view == "strong"
     samples = RetrainSamples(
-        pseudo_labeled,
-        splits.labeled,
-        _querier(config, splits, index),
-        config.augment,
-        chance,
-        strong_teacher=config.retrain.teacher_view == "strong",
+        pseudo_labeled, splits.labeled, query, config.augment, chance, strong_teacher
     )
-    guide = _teacher(stage, teacher) if config.retrain.rectify else None
     net = _new_network(stage, chance)
     loss = partial(retrain_loss, net, guide, _labeled_loss(config))
     outcome = fit(stage, net, loss, samples, config.retrain, splits.val)
     return {"images": len(samples), **outcome}
-
-
-def retrain_loss(
-    net: nn.Module, teacher: nn.Module | None, labeled_loss: LabeledLoss, batch: RetrainSample
-) -> Loss:
-    """Rectified cross entropy of unlabeled images, and cross entropy of labeled ones."""
-    pair = batch.pair
-    weight = torch.ones(pair.label.shape, device=pair.label.device)
-    if teacher is not None:
-        with torch.no_grad():
-            features = teacher.extract(torch.cat([pair.image, pair.query_image]))
-        weight = cross_image_weight(
-            *features.chunk(2), pair.label, pair.query_label, pair.shared_class
-        )
-    logits = net(torch.cat([batch.student_image, batch.labeled_image])).logits
-    student_logits, labeled_logits = logits.chunk(2)
-    unlabeled = rectified_cross_entropy(student_logits, pair.label, weight)
-    labeled = labeled_loss(labeled_logits, batch.labeled_label)
-    valid = pair.label != IGNORE
-    shown = {
-        "unlabeled": unlabeled,
-        "labeled": labeled,
-        "weight": (weight * valid).sum() / valid.sum().clamp_min(1),
-        "queried": (pair.shared_class != IGNORE).float().mean(),
-    }
-    return Loss(unlabeled + labeled, shown)
 
 
 def fit(
@@ -253,6 +203,33 @@ def _teacher(stage: Stage, folder: Path) -> nn.Module:
     net = build_network(stage.config, pretrained=None)
     load_weights(net, checkpoint_of(folder))
     return frozen(net, stage.device)
+
+
+def _guidance(
+    stage: Stage, splits: Splits, teacher: Path, index: QueryIndex
+) -> tuple[Callable[..., Queried], Guide | None]:
+    """Return what samples query for, and how that weighs their pseudo labels."""
+    settings, querier = stage.config.retrain, _querier(stage.config, splits, index)
+    if not settings.rectify:
+        return partial(queried_prototype, querier), None
+    net = _teacher(stage, teacher)
+    if settings.query == "image":
+        return partial(queried_image, querier), partial(weight_by_image, net)
+    bank = _prototype_bank(stage, net, splits.labeled)
+    return partial(queried_prototype, querier), partial(weight_by_bank, net, bank)
+
+
+@torch.inference_mode()
+def _prototype_bank(stage: Stage, teacher: nn.Module, labeled: Sequence[Sample]) -> Tensor:
+    """Average the teacher's features over every class of every labeled image: (labeled, C, D)."""
+    num_classes = len(describe(stage.config.dataset).classes)
+    rows = []
+    title = f"{stage.name} prototypes"
+    for _, batch in whole_batches(labeled, stage.config, stage.device, title):
+        with stage.device.autocast():
+            features = teacher.extract(batch.image)
+        rows.append(class_prototypes(features, batch.label, num_classes)[0])
+    return torch.cat(rows)
 
 
 def _repeat(config: Config, splits: Splits) -> int:

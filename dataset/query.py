@@ -66,6 +66,18 @@ def build_query_index(labeled: Iterable[Sample], rule: QueryRule) -> QueryIndex:
     return dict(sorted(index.items()))
 
 
+class Choice(NamedTuple):
+    """A labeled image chosen for another image.
+
+    Attributes:
+        position: in the labeled list.
+        shared_class: class id that both show, or 255.
+    """
+
+    position: int
+    shared_class: int
+
+
 class Query(NamedTuple):
     """A labeled image drawn for another image.
 
@@ -97,13 +109,14 @@ class Querier:
         rule: QueryRule,
         augment: AugmentSection,
     ) -> None:
-        self._labeled = {sample.name: sample for sample in labeled}
+        self._labeled = labeled
+        self._position = {sample.name: position for position, sample in enumerate(labeled)}
         self._index = index
         self._rule = rule
         self._augment = augment
 
-    def draw(self, name: str, mask: Image.Image, rng: np.random.Generator) -> Query:
-        """Draw a partner for the crop of an image.
+    def choose(self, name: str, mask: Image.Image, rng: np.random.Generator) -> Choice:
+        """Choose a partner for the crop of an image.
 
         Args:
             name: of the image, which is never its own partner (unless it is all there is).
@@ -111,9 +124,8 @@ class Querier:
             rng: the sample's random numbers.
 
         Returns:
-            A partner whose crop is aimed at the shared class. If the mask has no class that another
-            labeled image shows, any labeled image, and ``shared_class`` is 255; so it is if
-            the class, thinner than a pixel after scaling, is not in the partner's crop.
+            A labeled image that shows a class of the mask. If the mask has no class that another
+            labeled image shows, any labeled image, and ``shared_class`` is 255.
         """
         candidates = {
             label: [other for other in self._index.get(label, ()) if other != name]
@@ -121,10 +133,21 @@ class Querier:
         }
         reachable = [label for label, names in candidates.items() if names]
         shared = int(rng.choice(reachable)) if reachable else IGNORE
-        others = candidates[shared] if reachable else [n for n in self._labeled if n != name]
-        partner = self._labeled[others[rng.integers(len(others))] if others else name]
+        others = candidates[shared] if reachable else [n for n in self._position if n != name]
+        chosen = others[rng.integers(len(others))] if others else name
+        return Choice(self._position[chosen], shared)
+
+    def draw(self, name: str, mask: Image.Image, rng: np.random.Generator) -> Query:
+        """Choose a partner as ``choose`` does, read it and aim its crop at the shared class.
+
+        Returns:
+            The partner; ``shared_class`` is 255 too if the class, thinner than a pixel after
+            scaling, is not in its crop.
+        """
+        position, shared = self.choose(name, mask, rng)
+        partner = self._labeled[position]
         image, label = read_image(partner.image), read_mask(partner.mask)
-        target = _pixel_of(shared, label, rng) if reachable else None
+        target = _pixel_of(shared, label, rng) if shared != IGNORE else None
         view = random_view((image.height, image.width), self._augment, rng, target)
         image, label = view.image(image), view.mask(label)
         visible = bool((np.asarray(label) == shared).any())

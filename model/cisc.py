@@ -55,28 +55,7 @@ def similarity_map(features: Tensor, prototype: Tensor, size: tuple[int, int]) -
     Returns:
         (B, H, W) float32 in [0, 1]: the clamped cosine, resized bilinearly as one channel.
     """
-    return class_similarity_maps(features, prototype.unsqueeze(1), size).squeeze(1)
-
-
-def class_similarity_maps(features: Tensor, prototypes: Tensor, size: tuple[int, int]) -> Tensor:
-    """``similarity_map`` for C prototypes an image, by one matrix product.
-
-    Args:
-        features: (B, D, h, w) float.
-        prototypes: (B, C, D) float.
-        size: (H, W) of the result.
-
-    Returns:
-        (B, C, H, W) float32 in [0, 1].
-    """
-    dtype = at_least_float32(features)
-    with full_precision(features):
-        features = features.to(dtype)
-        directions = F.normalize(prototypes.to(dtype), dim=2, eps=_NORM_EPS)
-        along = torch.einsum("bdhw,bcd->bchw", features, directions)
-        lengths = torch.linalg.vector_norm(features, dim=1, keepdim=True)
-        cosine = (along / lengths.clamp_min(_NORM_EPS)).clamp(0.0, 1.0)
-        return F.interpolate(cosine, size, mode="bilinear", align_corners=False)
+    return _resized(_cosines(features, prototype.unsqueeze(1)), size).squeeze(1)
 
 
 def consistency_loss(
@@ -100,7 +79,8 @@ def consistency_loss(
         the class, averaged over valid pixels, both directions added, averaged over the pairs
         that share a class; 0 if none does. A pair whose crop lost the class must say 255.
     """
-    region, query_region = _regions(label, shared_class), _regions(query_label, shared_class)
+    region = class_region(label, shared_class)
+    query_region = class_region(query_label, shared_class)
     prototype = masked_average_pooling(features, region)
     query_prototype = masked_average_pooling(query_features, query_region)
     forward = similarity_map(features, query_prototype, label.shape[-2:])
@@ -128,19 +108,14 @@ def rectification_weight(region: Tensor, cisc_map: Tensor) -> Tensor:
 
 
 def cross_image_weight(
-    features: Tensor,
-    query_features: Tensor,
-    pseudo_label: Tensor,
-    query_label: Tensor,
-    shared_class: Tensor,
+    features: Tensor, prototype: Tensor, pseudo_label: Tensor, shared_class: Tensor
 ) -> Tensor:
     """Weigh the pixels of unlabeled images by the labeled images queried for them.
 
     Args:
         features: (B, D, h, w) float, the frozen teacher's, of the images.
-        query_features: (B, D, h, w) float, the frozen teacher's, of their partners.
+        prototype: (B, D) float, the same teacher's, of the class in the queried images.
         pseudo_label: (B, H, W) long, of the images, 255 = ignored.
-        query_label: (B, H, W) long, of their partners, 255 = ignored.
         shared_class: (B,) long, the class id a pair shares, 255 if none.
 
     Returns:
@@ -148,10 +123,22 @@ def cross_image_weight(
 
     Source: METHOD pieces 2 and 4.
     """
-    prototype = masked_average_pooling(query_features, _regions(query_label, shared_class))
     cisc_map = similarity_map(features, prototype, pseudo_label.shape[-2:])
-    weight = rectification_weight(_regions(pseudo_label, shared_class), cisc_map)
+    weight = rectification_weight(class_region(pseudo_label, shared_class), cisc_map)
     return torch.where((shared_class != IGNORE)[:, None, None], weight, torch.ones_like(weight))
+
+
+def class_region(label: Tensor, shared_class: Tensor) -> Tensor:
+    """Tell where each image shows its class.
+
+    Args:
+        label: (B, H, W) long, 255 = ignored.
+        shared_class: (B,) long, 255 for none.
+
+    Returns:
+        (B, H, W) bool, False everywhere in images whose class is 255.
+    """
+    return (label == shared_class[:, None, None]) & (label != IGNORE)
 
 
 def class_prototypes(features: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -165,9 +152,11 @@ def class_prototypes(features: Tensor, label: Tensor, num_classes: int) -> tuple
     Returns:
         (B, C, D) float32 prototypes, zeros where the class is absent; (B, C) bool, class present.
     """
-    regions = _class_regions(label, num_classes).to(at_least_float32(features))
-    area = regions.sum(dim=(2, 3))
-    pulled = pull_back(regions, features.shape[-2:])
+    area = _class_areas(label, num_classes)
+    image, label_of = area.nonzero(as_tuple=True)
+    regions = (label[image] == label_of[:, None, None]).to(at_least_float32(features))
+    pulled = regions.new_zeros(*area.shape, *features.shape[-2:])
+    pulled[image, label_of] = pull_back(regions, features.shape[-2:])
     with full_precision(features):
         total = torch.einsum("bdhw,bchw->bcd", features.to(pulled.dtype), pulled)
     return total / (area + _AREA_EPS).unsqueeze(2), area > 0
@@ -188,13 +177,15 @@ def reliability(features: Tensor, label: Tensor, anchors: Tensor) -> Tensor:
 
     Source: the paper's image-level selection; deviates in sign, so that higher is better.
     """
-    regions = _class_regions(label, len(anchors))
-    maps = class_similarity_maps(
-        features, anchors.nan_to_num().expand(len(features), -1, -1), label.shape[-2:]
-    )
-    entropy = _mean_entropy(maps, regions, label.unsqueeze(1))
-    scored = regions.any(dim=3).any(dim=2) & ~anchors.isnan().any(dim=1)
-    return torch.where(scored, -entropy, torch.full_like(entropy, torch.nan))
+    known = ~anchors.isnan().any(dim=1)
+    image, shown = (_class_areas(label, len(anchors)).bool() & known).nonzero(as_tuple=True)
+    cosines = _cosines(features, anchors.nan_to_num().expand(len(features), -1, -1))
+    # One channel for each class that an image shows, not one for each that there is.
+    maps = _resized(cosines[image, shown].unsqueeze(1), label.shape[-2:]).squeeze(1)
+    label = label[image]
+    scores = cosines.new_full(cosines.shape[:2], torch.nan)
+    scores[image, shown] = -_mean_entropy(maps, label == shown[:, None, None], label)
+    return scores
 
 
 def image_reliability(scores: Tensor, average: bool) -> Tensor:
@@ -211,14 +202,25 @@ def image_reliability(scores: Tensor, average: bool) -> Tensor:
     return total.masked_fill(scores.isnan().all(dim=1), -torch.inf)
 
 
-def _regions(label: Tensor, shared_class: Tensor) -> Tensor:
-    """(B, H, W) bool, where each image shows its class; empty where that is 255."""
-    return (label == shared_class[:, None, None]) & (label != IGNORE)
+def _cosines(features: Tensor, prototypes: Tensor) -> Tensor:
+    """Cosines of every place with (B, C, D) prototypes, by one matrix product: (B, C, h, w)."""
+    dtype = at_least_float32(features)
+    with full_precision(features):
+        features = features.to(dtype)
+        directions = F.normalize(prototypes.to(dtype), dim=2, eps=_NORM_EPS)
+        along = torch.einsum("bdhw,bcd->bchw", features, directions)
+        lengths = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+        return (along / lengths.clamp_min(_NORM_EPS)).clamp(0.0, 1.0)
 
 
-def _class_regions(label: Tensor, num_classes: int) -> Tensor:
-    """(B, C, H, W) bool, one region a class."""
-    return label.unsqueeze(1) == torch.arange(num_classes, device=label.device)[:, None, None]
+def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def _class_areas(label: Tensor, num_classes: int) -> Tensor:
+    """Count the pixels of every class: (B, C) long."""
+    ids = torch.arange(num_classes, device=label.device)
+    return torch.stack([(label == label_id).sum(dim=(1, 2)) for label_id in ids], dim=1)
 
 
 def _mean_entropy(probability: Tensor, region: Tensor, label: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from model.adjoint import pull_back
 from model.cisc import (
     class_prototypes,
-    class_similarity_maps,
     consistency_loss,
     cross_image_weight,
     image_reliability,
@@ -103,8 +102,8 @@ def test_similarity_equals_the_definition(pair):
 
 def test_similarity_ignores_lengths(pair):
     features, query, *_ = pair
-    plain = class_similarity_maps(features, query[:, :, 0].mT, (9, 9))
-    scaled = class_similarity_maps(7 * features, 0.1 * query[:, :, 0].mT, (9, 9))
+    plain = similarity_map(features, query[:, :, 0, 0], (9, 9))
+    scaled = similarity_map(7 * features, 0.1 * query[:, :, 0, 0], (9, 9))
     torch.testing.assert_close(plain, scaled)
 
 
@@ -177,11 +176,11 @@ def test_rectification_weight_matches_hand_count():
 def test_cross_image_weight_equals_the_definition_and_is_one_without_a_query(pair):
     features, query, label, query_label, _ = pair
     shared = torch.tensor([IGNORE, 2])
-    weight = cross_image_weight(features, query, label, query_label, shared)
+    prototype = naive_pooling(query, query_label == 2)
+    weight = cross_image_weight(features, prototype, label, shared)
     assert (weight[0] == 1).all()
     region = label[1:] == 2
-    prototype = naive_pooling(query[1:], query_label[1:] == 2)
-    cisc_map = naive_map(features[1:], prototype, (17, 26))
+    cisc_map = naive_map(features[1:], prototype[1:], (17, 26))
     torch.testing.assert_close(weight[1:], 1 - (region.double() - cisc_map).abs())
 
 

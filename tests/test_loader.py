@@ -1,3 +1,4 @@
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -9,8 +10,15 @@ from hypothesis import strategies as st
 from dataset.catalog import KINDS
 from dataset.loader import Chance, EpochBatches, SampleKey, training_batches
 from dataset.query import Querier, QueryRule, build_query_index
-from dataset.segmentation import LabeledPairs, RetrainSamples, whole_images
+from dataset.reading import read_mask
+from dataset.segmentation import (
+    LabeledPairs,
+    RetrainSamples,
+    queried_image,
+    queried_prototype,
+)
 from dataset.splits import read_splits
+from dataset.whole import whole_images
 from utils.config import AugmentSection, DatasetSection, InferenceSection, QuerySection
 from utils.errors import UserError
 
@@ -35,7 +43,8 @@ def pairs(parts, augment):
 def retrain(parts, augment):
     splits, querier = parts
     # The true masks of val stand for pseudo labels.
-    return RetrainSamples(splits.val, splits.labeled, querier, augment, CHANCE)
+    query = partial(queried_image, querier)
+    return RetrainSamples(splits.val, splits.labeled, query, augment, CHANCE)
 
 
 def flat(record) -> list[torch.Tensor]:
@@ -118,23 +127,40 @@ def test_repeated_image_is_augmented_anew(pairs):
 def test_student_sees_the_teachers_crop_in_other_colours(parts, augment):
     splits, querier = parts
     weak, strong = (
-        RetrainSamples(splits.val, splits.labeled, querier, augment, CHANCE, strong_teacher=s)
+        RetrainSamples(
+            splits.val, splits.labeled, partial(queried_image, querier), augment, CHANCE, s
+        )
         for s in (False, True)
     )
     recoloured = 0
     for index in range(4):
         one, other = weak[SampleKey(0, index)], strong[SampleKey(0, index)]
-        assert same(one[1:], other[1:])  # the student's part
-        assert same(one.pair[1:], other.pair[1:])
-        assert torch.equal(other.pair.image, other.student_image)
-        recoloured += not torch.equal(one.pair.image, one.student_image)
+        assert same(one[1:], other[1:])
+        assert torch.equal(other.image, other.student_image)
+        recoloured += not torch.equal(one.image, one.student_image)
     assert recoloured >= 3
+
+
+def test_a_bank_queries_the_same_labeled_images_and_opens_none(parts, retrain, augment):
+    splits, querier = parts
+    query = partial(queried_prototype, querier)
+    banked = RetrainSamples(splits.val, splits.labeled, query, augment, CHANCE)
+    for index in range(4):
+        one, other = retrain[SampleKey(0, index)], banked[SampleKey(0, index)]
+        assert same(one[:-1], other[:-1])
+        assert one.queried.shared_class in (other.queried.shared_class, 255)
+    gone = [sample._replace(image=sample.image / "gone") for sample in splits.labeled]
+    blind = Querier(gone, querier._index, querier._rule, augment)
+    mask = read_mask(splits.val[0].mask)
+    queried = queried_prototype(blind, splits.val[0].name, mask, np.random.default_rng(0))
+    assert splits.labeled[queried.position].name in querier._index[queried.shared_class]
 
 
 def test_every_unlabeled_image_meets_every_labeled_one(parts):
     splits, querier = parts
     whole = AugmentSection(base_size=64, scale=(1.0, 1.0), crop_size=64)
-    retrain = RetrainSamples(splits.val, splits.labeled, querier, whole, CHANCE)
+    query = partial(queried_prototype, querier)
+    retrain = RetrainSamples(splits.val, splits.labeled, query, whole, CHANCE)
     met = {
         retrain[SampleKey(epoch, 0)].labeled_label.unique(return_counts=True)[1].numpy().tobytes()
         for epoch in range(6)

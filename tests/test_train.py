@@ -180,6 +180,17 @@ def test_from_stage_does_later_stages_again(finished, demo_root, tmp_path, tiny_
 
 
 @pytest.mark.slow
+def test_a_bank_of_prototypes_is_a_switch(finished, demo_root, tmp_path, tiny_settings):
+    """Labels and halves come from stages 1 to 3, which know nothing of it; weights differ."""
+    run = start(tiny_settings(demo_root, tmp_path), "bank", **{"retrain.query": "bank"})
+    masks, final = outcome(run)
+    expected_masks, expected = outcome(finished[0])
+    same_stages = {name: file for name, file in masks.items() if name[0] in "123"}
+    assert same_stages == {n: f for n, f in expected_masks.items() if n[0] in "123"}
+    assert not same_weights(final, expected)
+
+
+@pytest.mark.slow
 def test_baselines_are_switches(demo_root, tmp_path, tiny_settings):
     """Without rectification and consistency the terms are those of plain self-training."""
     words = [

@@ -112,6 +112,9 @@ class SupervisedSection(TrainingSection):
 class RetrainSection(TrainingSection):
     """Stages 4 and 6. A batch holds batch_size unlabeled and as many labeled images."""
 
+    # What guides a pseudo label: the queried image, augmented anew each time and passed through the
+    # teacher as in the published code; or a bank of prototypes of whole labeled images.
+    query: Literal["image", "bank"] = "image"
     rectify: bool = True  # weigh pixels by cross-image consistency; false is plain self-training
     teacher_view: Literal["weak", "strong"] = "weak"  # strong reproduces the published code
 

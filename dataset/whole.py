@@ -1,0 +1,81 @@
+"""Whole images, without chance, for validation, labeling and selection."""
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from dataset.reading import (
+    picture_size,
+    read_image,
+    read_mask,
+    read_photograph,
+    to_input,
+    to_label,
+)
+from dataset.splits import Sample
+from utils import IGNORE
+from utils.config import InferenceSection
+from utils.records import WholeImage
+
+ImageReader = Callable[[Path], Image.Image]
+
+
+class WholeImages(Dataset[WholeImage]):
+    """Whole images, without chance, for validation, labeling and selection."""
+
+    def __init__(
+        self, samples: Sequence[Sample], long_side: int | None, read: ImageReader = read_image
+    ) -> None:
+        self._samples, self._long_side, self._read = samples, long_side, read
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> WholeImage:
+        """Read an image and its mask."""
+        sample = self._samples[index]
+        image = self._read(sample.image)
+        if sample.mask is None:
+            label = torch.full((image.height, image.width), IGNORE)
+        else:
+            label = to_label(read_mask(sample.mask))
+        if self._long_side is not None:
+            shrink = self._long_side / max(image.size)
+            if shrink < 1:
+                size = [max(1, round(side * shrink)) for side in image.size]
+                image = image.resize(size, Image.Resampling.BILINEAR)
+        return WholeImage(to_input(image), label, index)
+
+
+def whole_images(
+    samples: Sequence[Sample], settings: InferenceSection, workers: int
+) -> DataLoader[WholeImage]:
+    """Iterate over whole images in the list's order; neighbours of one size share a batch."""
+    batches = _batches_of_one_size(samples, settings.batch_size)
+    return _loader(WholeImages(samples, settings.long_side), batches, workers)
+
+
+def photographs(
+    samples: Sequence[Sample], settings: InferenceSection, workers: int
+) -> DataLoader[WholeImage]:
+    """Iterate over photographs, turned upright, one by one."""
+    dataset = WholeImages(samples, settings.long_side, read_photograph)
+    return _loader(dataset, [[index] for index in range(len(samples))], workers)
+
+
+def _loader(dataset: WholeImages, batches: list[list[int]], workers: int) -> DataLoader[WholeImage]:
+    pinned = torch.cuda.is_available()
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pinned)
+
+
+def _batches_of_one_size(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
+    if batch_size == 1:
+        return [[index] for index in range(len(samples))]
+    sizes = [picture_size(sample.image) for sample in samples]
+    runs = [list(run) for _, run in groupby(range(len(samples)), key=sizes.__getitem__)]
+    return [run[i : i + batch_size] for run in runs for i in range(0, len(run), batch_size)]

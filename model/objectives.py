@@ -1,0 +1,120 @@
+"""What training steps go down: the losses of stage 1 and of stages 4 and 6."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.cisc import (
+    class_region,
+    consistency_loss,
+    cross_image_weight,
+    masked_average_pooling,
+)
+from model.losses import rectified_cross_entropy
+from utils import IGNORE
+from utils.records import QueriedImage, QueriedPrototype, QueryPair, RetrainSample
+
+LabeledLoss = Callable[[Tensor, Tensor], Tensor]  # of logits and true labels
+Guide = Callable[[RetrainSample], Tensor]  # weighs the pixels of pseudo labels
+
+
+class Loss(NamedTuple):
+    """A scalar to go down, and the scalars to show: its terms, and what else tells how it goes."""
+
+    total: Tensor
+    shown: dict[str, Tensor]
+
+
+def supervised_loss(
+    net: nn.Module, labeled_loss: LabeledLoss, consistency: float, pair: QueryPair
+) -> Loss:
+    """Cross entropy of both images of each pair, and how well they find each other's class.
+
+    Args:
+        net: the student; both images pass it as one batch.
+        labeled_loss: cross entropy of logits and true labels.
+        consistency: weight of the consistency loss; 0 leaves it out.
+        pair: a batch of pairs.
+
+    Source: METHOD stage 1, and piece 3.
+    """
+    output = net(torch.cat([pair.image, pair.query_image]))
+    logits, query_logits = output.logits.chunk(2)
+    features, query_features = output.features.chunk(2)
+    entropy = labeled_loss(logits, pair.label) + labeled_loss(query_logits, pair.query_label)
+    if consistency == 0:
+        return Loss(entropy, {"ce": entropy})
+    consistent = consistency_loss(
+        features, query_features, pair.label, pair.query_label, pair.shared_class
+    )
+    total = entropy + consistency * consistent
+    return Loss(total, {"ce": entropy, "consistency": consistent})
+
+
+def retrain_loss(
+    net: nn.Module, guide: Guide | None, labeled_loss: LabeledLoss, batch: RetrainSample
+) -> Loss:
+    """Rectified cross entropy of unlabeled images, and cross entropy of labeled ones.
+
+    Args:
+        net: the student; both kinds of images pass it as one batch.
+        guide: weighs the pixels of pseudo labels; None weighs all of them 1.
+        labeled_loss: cross entropy of logits and true labels.
+        batch: a batch of samples.
+
+    Source: METHOD stages 4 and 6, and piece 4.
+    """
+    weight = torch.ones_like(batch.pseudo_label, dtype=torch.float32)
+    if guide is not None:
+        with torch.no_grad():
+            weight = guide(batch)
+    logits = net(torch.cat([batch.student_image, batch.labeled_image])).logits
+    student_logits, labeled_logits = logits.chunk(2)
+    unlabeled = rectified_cross_entropy(student_logits, batch.pseudo_label, weight)
+    labeled = labeled_loss(labeled_logits, batch.labeled_label)
+    valid = batch.pseudo_label != IGNORE
+    shown = {
+        "unlabeled": unlabeled,
+        "labeled": labeled,
+        "weight": (weight * valid).sum() / valid.sum().clamp_min(1),
+        "queried": (batch.queried.shared_class != IGNORE).float().mean(),
+    }
+    return Loss(unlabeled + labeled, shown)
+
+
+def weight_by_image(teacher: nn.Module, batch: RetrainSample) -> Tensor:
+    """Weigh pseudo labels by the queried images, which pass the teacher with them.
+
+    Args:
+        teacher: frozen.
+        batch: its ``queried`` are ``QueriedImage``.
+
+    Returns:
+        (B, H, W) float32 in [0, 1].
+    """
+    queried: QueriedImage = batch.queried
+    features = teacher.extract(torch.cat([batch.image, queried.image]))
+    features, query_features = features.chunk(2)
+    region = class_region(queried.label, queried.shared_class)
+    prototype = masked_average_pooling(query_features, region)
+    return cross_image_weight(features, prototype, batch.pseudo_label, queried.shared_class)
+
+
+def weight_by_bank(teacher: nn.Module, bank: Tensor, batch: RetrainSample) -> Tensor:
+    """Weigh pseudo labels by prototypes of whole labeled images, computed before.
+
+    Args:
+        teacher: frozen.
+        bank: (labeled images, C, D) float32, the teacher's prototypes.
+        batch: its ``queried`` are ``QueriedPrototype``.
+
+    Returns:
+        (B, H, W) float32 in [0, 1].
+    """
+    queried: QueriedPrototype = batch.queried
+    some_class = queried.shared_class.clamp_max(bank.shape[1] - 1)  # of 255 no weight comes
+    prototype = bank[queried.position, some_class]
+    features = teacher.extract(batch.image)
+    return cross_image_weight(features, prototype, batch.pseudo_label, queried.shared_class)
