@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -73,6 +75,15 @@ def test_whole_masks_are_left_alone(root):
     prepare_cityscapes(root, download=False, workers=0, counts=COUNTS)
     assert kept.stat().st_mtime_ns == before
     assert lost.exists()
+
+
+def test_archives_fetched_by_hand_are_unpacked(root):
+    for folder in ("leftImg8bit", "gtFine"):
+        archive = str(root / f"{folder}_trainvaltest")
+        shutil.make_archive(archive, "zip", root, folder)
+        shutil.rmtree(root / folder)
+    prepare_cityscapes(root, download=False, workers=0, counts=COUNTS)
+    assert len(list(root.rglob("*_labelTrainIds.png"))) == 4
 
 
 def test_image_without_mask_is_named(root):
