@@ -1,5 +1,6 @@
 """What is known of each data set before looking at a file: class names, palette, layout."""
 
+from functools import cache
 from typing import NamedTuple
 
 from dataset.demo_objects import CLASSES as DEMO
@@ -27,6 +28,7 @@ class Kind(NamedTuple):
         return bytes(channel for colour in colours for channel in colour)
 
 
+@cache  # a palette is made for every mask that is written
 def voc_colours(count: int) -> tuple[tuple[int, int, int], ...]:
     """Pascal VOC's colour map: the bits of the id, dealt in turn to red, green and blue."""
 
@@ -65,6 +67,16 @@ _CITYSCAPES = {
     "motorcycle": (0, 0, 230),
     "bicycle": (119, 11, 32),
 }
+_COCO = (
+    "background, person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, "
+    "traffic light, fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, "
+    "cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, "
+    "skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, "
+    "tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, "
+    "orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, "
+    "dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, "
+    "toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
+)
 _CAMVID = {
     "sky": (128, 128, 128),
     "building": (128, 0, 0),
@@ -91,6 +103,12 @@ KINDS = {
         tuple(_CITYSCAPES.values()),
         "leftImg8bit/{}_leftImg8bit.png",
         "gtFine/{}_gtFine_labelTrainIds.png",
+    ),
+    "coco": Kind(
+        tuple(_COCO.split(", ")),
+        voc_colours(81),
+        "train2017/{}.jpg",  # images of val stand in lists with their path
+        "masks/{}.png",
     ),
     "camvid": Kind(tuple(_CAMVID), tuple(_CAMVID.values())),
     "demo": _by_voc_colours(DEMO),

@@ -1,15 +1,20 @@
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
 
 from dataset.catalog import KINDS
 from dataset.demo import write_demo
-from utils.config import AugmentSection
+from dataset.splits import Splits, read_splits
+from utils.config import AugmentSection, DatasetSection
 from utils.errors import exit_with_one_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +90,42 @@ def complaint(monkeypatch, capsys):
         return line
 
     return typed
+
+
+class _Folder(SimpleHTTPRequestHandler):
+    timeout = 5
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A folder, and the address at which a server on this machine offers it."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = partial(_Folder, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield SimpleNamespace(folder=folder, url=f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+        thread.join(5)
+
+
+@pytest.fixture
+def read_back():
+    """Read a prepared data set as training does: an image labeled, the rest of train unlabeled."""
+
+    def read(kind: str, root: Path) -> Splits:
+        first, *rest = (root / "train.txt").read_text().splitlines(keepends=True)
+        (root / "labeled.txt").write_text(first)
+        (root / "unlabeled.txt").write_text("".join(rest))
+        lists = {split: str(root / f"{split}.txt") for split in Splits._fields}
+        return read_splits(DatasetSection(kind=kind, root=str(root), **lists))
+
+    return read
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ def test_voc_colours_are_pascals():
     [
         ("pascal", 21, {0: "background", 1: "aeroplane", 15: "person", 20: "tvmonitor"}),
         ("cityscapes", 19, {0: "road", 10: "sky", 11: "person", 18: "bicycle"}),
+        ("coco", 81, {0: "background", 1: "person", 12: "stop sign", 80: "toothbrush"}),
         ("camvid", 11, {0: "sky", 5: "tree", 10: "bicyclist"}),
         ("demo", 7, {0: "background"}),
     ],

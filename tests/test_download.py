@@ -93,6 +93,20 @@ def test_whole_file(server, path):
     assert server.asked == [None]
 
 
+def test_other_digests_are_checked(server, path):
+    download(server.url, path, hashlib.md5(BODY).hexdigest(), "md5")
+    with pytest.raises(UserError, match="another file is there: its md5 begins with"):
+        download(server.url, path, "0" * 32, "md5")
+
+
+def test_empty_digest_checks_nothing(server, path):
+    download(server.url, path, "")
+    path.write_bytes(b"mine")
+    download(server.url, path, "")
+    assert path.read_bytes() == b"mine"
+    assert server.asked == [None]
+
+
 def test_truncated_file_is_taken_up_again(server, path, partial):
     server.sends = 70_001
     line = refusal(server.url, path)

@@ -1,13 +1,8 @@
-import functools
 import hashlib
 import subprocess
 import sys
-import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-
-import pytest
 
 from dataset.prepare import __main__ as program
 from dataset.prepare import weights as prepare
@@ -20,28 +15,6 @@ HASHES = {
     "resnet101": "63fe2227",
     "resnet152": "394f9c45",
 }
-
-
-class Handler(SimpleHTTPRequestHandler):
-    timeout = 5
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def mirror(tmp_path, monkeypatch):
-    """A folder, and the address at which a server on this machine offers it."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    folder = tmp_path / "served"
-    folder.mkdir()
-    handler = functools.partial(Handler, directory=folder)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        yield SimpleNamespace(folder=folder, url=f"http://127.0.0.1:{server.server_port}")
-        server.shutdown()
-        thread.join(5)
 
 
 def test_addresses_are_torchvisions():

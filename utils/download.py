@@ -1,4 +1,4 @@
-"""Files from the web: checked against their sha256, taken up where they were interrupted."""
+"""Files from the web: checked against their digest, taken up where they were interrupted."""
 
 import hashlib
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ TIMEOUT = 30.0  # seconds without a word from the server
 _BLOCK = 1 << 16  # bytes
 
 
-def download(url: str, path: Path, sha256_prefix: str) -> None:
+def download(url: str, path: Path, digest: str, algorithm: str = "sha256") -> None:
     """Fetch a file, unless it is there already.
 
     What has arrived stays in ``.<name>.partial`` when the connection or the program ends early, and
@@ -25,47 +25,54 @@ def download(url: str, path: Path, sha256_prefix: str) -> None:
     Args:
         url: http or https address.
         path: where the file goes; its folder is made.
-        sha256_prefix: first hex digits of the file's sha256, in lower case.
+        digest: first hex digits of the file's digest, in lower case; none of them where nobody
+            publishes one, then nothing is checked.
+        algorithm: of the digest, a name of hashlib.
 
     Raises:
         UserError: an address of another kind; no connection, no such file, or an early end; a file
-            whose sha256 begins otherwise, fetched or there already; a place that cannot be written.
+            whose digest begins otherwise, fetched or there already; a place that cannot be written.
     """
     if not url.lower().startswith(("http://", "https://")):
         raise UserError(f"{url}: not an http or https address")
     if path.exists():
-        found = _sha256(path)[: len(sha256_prefix)]
-        if found == sha256_prefix:
+        found = _digest_start(path, algorithm, len(digest))
+        if found == digest:
             return
         raise UserError(
-            f"{path}: another file is there: its sha256 begins with {found}, not {sha256_prefix}; "
+            f"{path}: another file is there: its {algorithm} begins with {found}, not {digest}; "
             "delete it and run the same command again"
         )
 
     def fetch_and_check(partial: Path) -> None:
         _fetch(url, path, partial)
-        found = _sha256(partial)[: len(sha256_prefix)]
-        if found != sha256_prefix:
+        found = _digest_start(partial, algorithm, len(digest))
+        if found != digest:
             partial.unlink()
             raise UserError(
-                f"{url}: the file that came is damaged or another: its sha256 begins with {found}, "
-                f"not {sha256_prefix}; it is removed, so run the same command again"
+                f"{url}: the file that came is damaged or another: its {algorithm} begins with "
+                f"{found}, not {digest}; it is removed, so run the same command again"
             )
 
     write_atomically(path, fetch_and_check)
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def _digest_start(path: Path, algorithm: str, length: int) -> str:
+    """Return the first hex digits of a file's digest; a length of 0 reads nothing."""
+    if length == 0:
+        return ""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    bar = {"desc": f"check {path.name}", "disable": None, "leave": False}
     try:
-        with path.open("rb") as file:
+        size = path.stat().st_size
+        with path.open("rb") as plain, tqdm.wrapattr(plain, "read", size, **bar) as file:
             while block := file.read(_BLOCK):
                 digest.update(block)
     except OSError as error:
         raise UserError(
             f"{path}: cannot read this file ({error.strerror}); delete it or name another place"
         ) from error
-    return digest.hexdigest()
+    return digest.hexdigest()[:length]
 
 
 def _fetch(url: str, path: Path, partial: Path) -> None:

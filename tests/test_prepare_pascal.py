@@ -1,0 +1,143 @@
+import io
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset.catalog import KINDS
+from dataset.prepare import __main__ as program
+from dataset.prepare import pascal
+from dataset.prepare.pascal import prepare_pascal
+from dataset.reading import read_mask
+from utils.errors import UserError
+
+scipy_io = pytest.importorskip("scipy.io", reason="scipy reads and writes SBD's .mat files")
+
+COUNTS = {"train": 4, "val": 1}
+VOC, SBD = "VOCdevkit/VOC2012", "benchmark_RELEASE/dataset"
+LISTS = {
+    f"{VOC}/ImageSets/Segmentation/train.txt": "2007_1\n2007_2\n",
+    f"{VOC}/ImageSets/Segmentation/val.txt": "2007_9\n",
+    f"{SBD}/train.txt": "2007_2\n2008_3\n",  # 2007_2 has masks in both
+    f"{SBD}/val.txt": "2008_4\n2007_9\n",  # 2007_9 is an image of VOC's val
+}
+VOC_IDS = np.array([[0, 15, 255], [20, 20, 255]], np.uint8)
+SBD_IDS = np.array([[0, 0, 7], [12, 7, 7]], np.uint8)
+
+
+def write_mat(path, ids):
+    """Write a .mat as SBD has it: a struct with the mask, the boundaries and the categories."""
+    fields = {"Segmentation": ids, "Boundaries": np.zeros((20, 1)), "CategoriesPresent": [[7, 12]]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scipy_io.savemat(path, {"GTcls": fields}, do_compression=True)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """VOC and SBD as their archives unpack, with 17,125 images fewer."""
+    root = tmp_path / "data"
+    for name, text in LISTS.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    for folder in ("JPEGImages", "SegmentationClass"):
+        (root / VOC / folder).mkdir()
+    for name in ("2007_1", "2007_2", "2008_3", "2008_4", "2007_9", "2008_5"):
+        Image.new("RGB", (3, 2), "teal").save(root / VOC / f"JPEGImages/{name}.jpg")
+    for name in ("2007_1", "2007_2", "2007_9"):
+        mask = Image.fromarray(VOC_IDS)
+        mask.putpalette(KINDS["pascal"].palette())
+        mask.save(root / VOC / f"SegmentationClass/{name}.png")
+    for name in ("2007_2", "2008_3", "2008_4", "2007_9"):
+        write_mat(root / SBD / f"cls/{name}.mat", SBD_IDS)
+    return root
+
+
+def ids_of(root, name):
+    return np.asarray(read_mask(root / f"SegmentationClass/{name}.png")).tolist()
+
+
+def test_trainaug_is_the_union_without_val(root, read_back):
+    prepare_pascal(root, download=False, workers=0, counts=COUNTS)
+    line = "JPEGImages/{0}.jpg SegmentationClass/{0}.png\n".format
+    assert (root / "train.txt").read_text() == "".join(
+        map(line, ["2007_1", "2007_2", "2008_3", "2008_4"])
+    )
+    assert (root / "val.txt").read_text() == line("2007_9")
+    assert len(list((root / "JPEGImages").iterdir())) == 5
+    assert [len(split) for split in read_back("pascal", root)] == [1, 3, 1]
+
+
+def test_vocs_masks_go_before_those_of_sbd(root):
+    prepare_pascal(root, download=False, workers=2, counts=COUNTS)
+    for name in ("2007_1", "2007_2", "2007_9"):
+        assert ids_of(root, name) == VOC_IDS.tolist()
+    for name in ("2008_3", "2008_4"):
+        assert ids_of(root, name) == SBD_IDS.tolist()
+        with Image.open(root / f"SegmentationClass/{name}.png") as mask:
+            assert (mask.mode, bytes(mask.getpalette())) == ("P", KINDS["pascal"].palette())
+
+
+def test_whole_files_are_left_and_missing_ones_written(root):
+    prepare_pascal(root, download=False, workers=0, counts=COUNTS)
+    kept, lost = (root / f"SegmentationClass/{name}.png" for name in ("2008_3", "2008_4"))
+    before = kept.stat().st_mtime_ns
+    lost.unlink()
+    prepare_pascal(root, download=False, workers=0, counts=COUNTS)
+    assert kept.stat().st_mtime_ns == before
+    assert ids_of(root, "2008_4") == SBD_IDS.tolist()
+
+
+@pytest.mark.parametrize("content", [b"not a .mat", b""])
+def test_damaged_mat_is_named(root, content):
+    damaged = root / SBD / "cls/2008_3.mat"
+    damaged.write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        prepare_pascal(root, download=False, workers=0, counts=COUNTS)
+    assert str(refused.value).startswith(f"{damaged}: cannot read SBD's mask in it (")
+
+
+def test_missing_image_is_named_before_anything_is_written(root):
+    (root / VOC / "JPEGImages/2008_3.jpg").unlink()
+    with pytest.raises(UserError, match=r"JPEGImages/2008_3\.jpg: no such file \(1 are missing"):
+        prepare_pascal(root, download=False, workers=0, counts=COUNTS)
+    assert not (root / "JPEGImages").exists()
+
+
+def test_archives_in_the_root_are_unpacked_if_their_digest_is_right(root, monkeypatch):
+    path = root / "benchmark.tgz"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(root / "benchmark_RELEASE", "benchmark_RELEASE")
+        archive.addfile(tarfile.TarInfo("._benchmark_RELEASE"), io.BytesIO())
+    (root / "benchmark_RELEASE").rename(root.parent / "gone")
+    with pytest.raises(UserError, match=f"{path}: another file is there: its md5 begins with"):
+        prepare_pascal(root, download=False, workers=0, counts=COUNTS)
+    unchecked = [archive._replace(digest="") for archive in pascal.ARCHIVES]
+    monkeypatch.setattr(pascal, "ARCHIVES", unchecked)
+    prepare_pascal(root, download=False, workers=0, counts=COUNTS)
+    assert ids_of(root, "2008_3") == SBD_IDS.tolist()
+
+
+def test_digests_are_those_of_facts():
+    assert [(archive.name, archive.digest) for archive in pascal.ARCHIVES] == [
+        ("VOCtrainval_11-May-2012.tar", "6cd6e144f989b92b3379bac3b3de84fd"),
+        ("benchmark.tgz", "82b4d87ceb2ed10f6038a1cba92111cb"),
+    ]
+
+
+def test_command_counts_the_whole_set(root, complaint):
+    line = complaint(program, "pascal", "--root", root)
+    assert f"{root}: 4 images for train.txt where the data set has 10582; nothing is" in line
+
+
+def test_command_without_data_says_what_to_fetch(tmp_path, complaint):
+    line = complaint(program, "pascal", "--root", tmp_path)
+    assert "VOCdevkit/VOC2012, benchmark_RELEASE missing; add --download, or fetch" in line
+    assert "VOCtrainval_11-May-2012.tar (https://" in line
+
+
+def test_scipy_is_asked_for_before_anything_is_fetched(root, complaint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    line = complaint(program, "pascal", "--root", root, "--download")
+    assert line == "error: scipy: not installed; it reads SBD's .mat files: pip install scipy"

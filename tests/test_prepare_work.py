@@ -1,0 +1,121 @@
+import os
+import signal
+
+import pytest
+
+from dataset.prepare.work import Step, complete, copy_file, import_extra, read_words, refuse_missing
+from utils.errors import UserError
+from utils.files import write_atomically, write_text
+
+NAMES = ["a", "b", "c", "d"]
+
+
+@pytest.fixture
+def step(tmp_path):
+    """Copy four files from ``from`` to ``to``."""
+    (tmp_path / "from").mkdir()
+    for name in NAMES:
+        (tmp_path / f"from/{name}").write_text(name)
+    return Step(
+        "files", copy_file, {tmp_path / f"to/{name}": tmp_path / f"from/{name}" for name in NAMES}
+    )
+
+
+def run(root, step, workers=0, count=4):
+    complete(root, {"train": NAMES}, {"train": count}, [step], workers)
+
+
+def write_or_break(source, path):
+    """Copy a file, and end a worker at the third."""
+    if source.name == "c":
+        raise UserError(f"{source}: this one is damaged; fetch it anew")
+    write_text(path, source.read_text())
+
+
+def write_half_and_die(source, path):
+    """Copy a file, and have the worker killed halfway through the third."""
+    if source.name == "c":
+        write_atomically(path, lambda beside: kill_me(beside.write_text("half of c")))
+    copy_file(source, path)
+
+
+def kill_me(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_and_then_the_list_are_written(tmp_path, step, workers, capsys):
+    run(tmp_path, step, workers)
+    assert [path.read_text() for path in step.sources] == NAMES
+    assert (tmp_path / "train.txt").read_text() == "a\nb\nc\nd\n"
+    assert capsys.readouterr().out == f"{tmp_path}: ready, with train.txt (4 images)\n"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_off_run_goes_on_and_leaves_whole_files_alone(tmp_path, step, workers):
+    with pytest.raises(UserError, match=r"from/c: this one is damaged; fetch it anew$"):
+        run(tmp_path, step._replace(write=write_or_break), workers)
+    assert not (tmp_path / "train.txt").exists()
+    before = (tmp_path / "to/a").stat().st_mtime_ns
+    (tmp_path / "from/a").write_text("changed")
+    run(tmp_path, step, workers)
+    assert (tmp_path / "to/a").stat().st_mtime_ns == before
+    assert [path.read_text() for path in step.sources] == NAMES
+    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == NAMES
+
+
+def test_killed_worker_ends_the_run_in_one_line_and_leaves_no_half_file(tmp_path, step):
+    with pytest.raises(UserError) as refused:
+        run(tmp_path, step._replace(write=write_half_and_die), workers=2)
+    assert str(refused.value) == (
+        "--workers: one of 2 was killed, for want of memory perhaps; "
+        "the same command goes on, with fewer workers if need be"
+    )
+    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == [".c.partial", "a", "b"]
+    before = (tmp_path / "to/a").stat().st_mtime_ns
+    run(tmp_path, step)
+    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == NAMES
+    assert (tmp_path / "to/c").read_text() == "c"
+    assert (tmp_path / "to/a").stat().st_mtime_ns == before
+
+
+def test_other_count_is_refused_before_anything_is_written(tmp_path, step):
+    with pytest.raises(UserError) as refused:
+        run(tmp_path, step, count=5)
+    assert str(refused.value) == (
+        f"{tmp_path}: 4 images for train.txt where the data set has 5; nothing is written: "
+        "complete the files and run it again"
+    )
+    assert not (tmp_path / "to").exists()
+
+
+def test_list_of_the_users_own_is_not_overwritten(tmp_path, step):
+    (tmp_path / "train.txt").write_text("mine\n")
+    with pytest.raises(UserError, match=r"train\.txt: another list is there; rename it, "):
+        run(tmp_path, step)
+    assert (tmp_path / "train.txt").read_text() == "mine\n"
+    assert not (tmp_path / "to").exists()
+
+
+def test_list_of_the_same_images_in_another_order_stays(tmp_path, step):
+    (tmp_path / "train.txt").write_text("d\nc\nb\na")
+    run(tmp_path, step)
+    assert (tmp_path / "train.txt").read_text() == "d\nc\nb\na"
+
+
+def test_missing_files_are_named_and_counted(tmp_path):
+    (tmp_path / "a").touch()
+    with pytest.raises(UserError) as refused:
+        refuse_missing(tmp_path / name for name in NAMES)
+    assert str(refused.value).startswith(f"{tmp_path / 'b'}: no such file (3 are missing in all); ")
+
+
+def test_unreadable_list_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.txt: cannot read this list \(.*unpack it again"):
+        read_words(tmp_path / "none.txt")
+
+
+def test_missing_package_says_how_to_get_it():
+    with pytest.raises(UserError) as refused:
+        import_extra("no_such_module.io", "nosuch", "it reads .xyz files")
+    assert str(refused.value) == ("nosuch: not installed; it reads .xyz files: pip install nosuch")
