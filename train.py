@@ -215,12 +215,12 @@ def _guidance(
     net = _teacher(stage, teacher)
     if settings.query == "image":
         return partial(queried_image, querier), partial(weight_by_image, net)
-    bank = _prototype_bank(stage, net, splits.labeled)
+    bank = prototype_bank(stage, net, splits.labeled)
     return partial(queried_prototype, querier), partial(weight_by_bank, net, bank)
 
 
 @torch.inference_mode()
-def _prototype_bank(stage: Stage, teacher: nn.Module, labeled: Sequence[Sample]) -> Tensor:
+def prototype_bank(stage: Stage, teacher: nn.Module, labeled: Sequence[Sample]) -> Tensor:
     """Average the teacher's features over every class of every labeled image: (labeled, C, D)."""
     num_classes = len(describe(stage.config.dataset).classes)
     rows = []

@@ -1,0 +1,164 @@
+"""The plain forms that ``stages.py`` compares with: the formulas as METHOD and the peers have them.
+
+fp32, contiguous, one image at a time, features resized to the images' size, a pass for every class,
+a loss read off the device at every step.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from dataset.reading import read_image, read_mask, to_input, to_label
+from dataset.splits import Sample
+from model.dilated import DilatedConv2d
+from utils import IGNORE
+from utils.metrics import ConfusionMatrix
+from utils.records import QueryPair, RetrainSample
+
+
+def plain_network(net: nn.Module) -> nn.Module:
+    """Let torch's own kernel do the dilated convolutions."""
+    for module in net.modules():
+        if isinstance(module, DilatedConv2d):
+            module.__class__ = nn.Conv2d
+    return net
+
+
+def pool(features: Tensor, region: Tensor) -> Tensor:
+    resized = F.interpolate(features, region.shape[-2:], mode="bilinear", align_corners=False)
+    region = region.unsqueeze(1).float()
+    return (resized * region).sum(dim=(2, 3)) / (region.sum(dim=(2, 3)) + 0.0005)
+
+
+def similarity(features: Tensor, prototype: Tensor, size: torch.Size) -> Tensor:
+    cosine = F.cosine_similarity(features, prototype[:, :, None, None]).clamp(0, 1)
+    return F.interpolate(cosine.unsqueeze(1), size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def entropy(similar: Tensor, region: Tensor, label: Tensor) -> Tensor:
+    loss = F.binary_cross_entropy(similar.clamp(1e-6, 1 - 1e-6), region.float(), reduction="none")
+    valid = label != IGNORE
+    return (loss * valid).sum() / valid.sum().clamp_min(1)
+
+
+def regions(label: Tensor, shared: Tensor) -> Tensor:
+    return (label == shared[:, None, None]) & (label != IGNORE)
+
+
+def supervised_step(net: nn.Module, optimizer: torch.optim.Optimizer, pair: QueryPair) -> float:
+    first, second = net(pair.image), net(pair.query_image)
+    loss = F.cross_entropy(first.logits, pair.label, ignore_index=IGNORE)
+    loss = loss + F.cross_entropy(second.logits, pair.query_label, ignore_index=IGNORE)
+    region = regions(pair.label, pair.shared_class)
+    query_region = regions(pair.query_label, pair.shared_class)
+    size = pair.label.shape[-2:]
+    there = similarity(first.features, pool(second.features, query_region), size)
+    back = similarity(second.features, pool(first.features, region), size)
+    loss = loss + entropy(there, region, pair.label) + entropy(back, query_region, pair.query_label)
+    return step(optimizer, loss)
+
+
+def retrain_step(
+    net: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer, batch: RetrainSample
+) -> float:
+    queried = batch.queried
+    with torch.no_grad():
+        features, query_features = teacher(batch.image).features, teacher(queried.image).features
+        prototype = pool(query_features, regions(queried.label, queried.shared_class))
+        size = batch.pseudo_label.shape[-2:]
+        region = regions(batch.pseudo_label, queried.shared_class)
+        weight = 1 - (region.float() - similarity(features, prototype, size)).abs()
+    pixels = F.cross_entropy(
+        net(batch.student_image).logits, batch.pseudo_label, ignore_index=IGNORE, reduction="none"
+    )
+    loss = (pixels * weight).sum() / (batch.pseudo_label != IGNORE).sum()
+    labeled = net(batch.labeled_image).logits
+    loss = loss + F.cross_entropy(labeled, batch.labeled_label, ignore_index=IGNORE)
+    return step(optimizer, loss)
+
+
+def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def image_and_label(sample: Sample, device: torch.device) -> tuple[Tensor, Tensor]:
+    image = to_input(read_image(sample.image)).unsqueeze(0).to(device)
+    return image, to_label(read_mask(sample.mask)).unsqueeze(0).to(device)
+
+
+@torch.no_grad()
+def pseudo_label(
+    net: nn.Module,
+    samples: Sequence[Sample],
+    scales: Sequence[float],
+    device: torch.device,
+    folder: Path,
+) -> None:
+    for sample in samples:
+        image = to_input(read_image(sample.image)).unsqueeze(0).to(device)
+        total = 0.0
+        for scale in scales:
+            size = [round(side * scale) for side in image.shape[-2:]]
+            view = F.interpolate(image, size, mode="bilinear", align_corners=True)
+            for mirrored in (False, True):
+                logits = net(view.flip(-1) if mirrored else view).logits
+                logits = logits.flip(-1) if mirrored else logits
+                logits = F.interpolate(
+                    logits, image.shape[-2:], mode="bilinear", align_corners=True
+                )
+                total = total + logits.softmax(dim=1)
+        ids = total.argmax(dim=1)[0].byte().cpu().numpy()
+        Image.fromarray(ids).save(folder / f"{Path(sample.name).stem}.png")
+
+
+@torch.no_grad()
+def evaluate(
+    net: nn.Module, samples: Sequence[Sample], classes: int, device: torch.device
+) -> ConfusionMatrix:
+    matrix = ConfusionMatrix(classes)
+    for sample in samples:
+        image, label = image_and_label(sample, device)
+        matrix.update(net(image).logits.argmax(dim=1).cpu(), label.cpu())
+    return matrix
+
+
+@torch.no_grad()
+def select(
+    net: nn.Module,
+    labeled: Sequence[Sample],
+    pseudo_labeled: Sequence[Sample],
+    device: torch.device,
+) -> tuple[dict[tuple[int, str], float], dict[str, float]]:
+    """Anchors, guides and scores; every image passes the network once for each of its classes."""
+    seen: dict[int, list[Tensor]] = {}
+    for image, label, class_id in _class_by_class(labeled, device):
+        seen.setdefault(class_id, []).append(pool(net(image).features, label == class_id))
+    anchors = {class_id: torch.cat(rows).mean(dim=0) for class_id, rows in seen.items()}
+
+    def score(sample: Sample) -> Iterable[tuple[int, float]]:
+        for image, label, class_id in _class_by_class([sample], device):
+            if class_id in anchors:
+                features, anchor = net(image).features, anchors[class_id][None]
+                similar = similarity(features, anchor, label.shape[-2:])
+                yield class_id, -entropy(similar, label == class_id, label).item()
+
+    guides = {(label, sample.name): value for sample in labeled for label, value in score(sample)}
+    images = {sample.name: sum(value for _, value in score(sample)) for sample in pseudo_labeled}
+    return guides, images
+
+
+def _class_by_class(
+    samples: Sequence[Sample], device: torch.device
+) -> Iterable[tuple[Tensor, Tensor, int]]:
+    for sample in samples:
+        image, label = image_and_label(sample, device)
+        for class_id in np.unique(label[label != IGNORE].cpu().numpy()):
+            yield image, label, int(class_id)

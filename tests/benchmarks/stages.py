@@ -1,0 +1,328 @@
+"""Time every stage against its plain form, in turn, and measure what memory both take.
+
+python tests/benchmarks/stages.py [--backbone resnet50] [--crop 321] [--threads 2] [--json FILE]
+
+plain: plain.py, fp32. ours: the code that train.py runs, in the best precision here. Ratios are
+medians of pairs A B, A B, ... in one process; memory is the peak of a child process that does
+nothing else, less what it has after importing. Images: labeled ones (supervised), unlabeled ones
+(retrain), whole ones of 480 x 360 (the rest). The floor is the time that the network's
+convolutions would take at the best rate that a large one reaches here in our precision.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import train
+from dataset.catalog import describe
+from dataset.demo import write_demo
+from dataset.loader import Chance, training_batches
+from dataset.query import Querier, QueryRule, build_query_index
+from dataset.segmentation import LabeledPairs, RetrainSamples, queried_image, queried_prototype
+from dataset.splits import Sample, read_splits
+from eval import build_network, validate
+from model.losses import cross_entropy
+from model.objectives import Loss, retrain_loss, supervised_loss, weight_by_bank, weight_by_image
+from tests.benchmarks import plain
+from utils.checkpoint import save
+from utils.frozen import frozen
+from utils.optimization import Optimization
+from utils.precision import Device
+from utils.read_config import read_config
+from utils.stage import Stage, checkpoint_of
+
+SIZE, SCALES, BATCH, IMAGES = (360, 480), [0.5, 0.75, 1.0, 1.5, 2.0], 2, 4
+CHANCE = Chance(0, "benchmark")
+FORMS = ("plain", "ours")
+
+
+class Row(NamedTuple):
+    """What is timed: how to build both forms, images a call, arithmetic of an image."""
+
+    forms: dict[str, Callable[[], Callable[[], object]]]
+    images: int
+    flop: float
+
+
+class Bench:
+    """Drawn images and a configuration; a method a stage builds what is timed there."""
+
+    def __init__(self, typed: argparse.Namespace, folder: Path) -> None:
+        self.folder, root = folder, folder / "data"
+        words = [f"dataset.root={root}", f"model.backbone={typed.backbone}", "workers=0"]
+        words += ["model.output_stride=8", f"augment.crop_size={typed.crop}", "query.exclude=[]"]
+        words += ["augment.base_size=480", f"inference.batch_size={IMAGES}"]
+        self.config = read_config("demo.yaml", [*words, f"pseudo_label.scales={SCALES}"])
+        kind = describe(self.config.dataset)
+        write_demo(root, kind.palette(), 2 * IMAGES, IMAGES, IMAGES, size=SIZE)
+        self.device = Device(typed.device, typed.precision)
+        self.splits, self.classes = read_splits(self.config.dataset), len(kind.classes)
+        rule = QueryRule.of(self.config.query, kind)
+        self.index = build_query_index(self.splits.labeled, rule)
+        self.querier = Querier(self.splits.labeled, self.index, rule, self.config.augment)
+        self.teacher = folder / "teacher"
+        torch.manual_seed(0)
+        save(checkpoint_of(self.teacher), {"model": self.network().state_dict()})
+
+    def network(self) -> nn.Module:
+        return build_network(self.config, pretrained=None)
+
+    def plain(self) -> nn.Module:
+        return plain.plain_network(self.network()).to(self.device.device)
+
+    def ours(self) -> nn.Module:
+        return self.device.place(self.network())
+
+    def stage(self, name: str) -> Stage:
+        return Stage(name, self.folder / name, self.config, self.device, lambda *_: None)
+
+    def on_device(self, batch: tuple) -> tuple:
+        """Move a record as it is, not channels-last."""
+        return type(batch)._make(
+            part.to(self.device.device) if isinstance(part, Tensor) else self.on_device(part)
+            for part in batch
+        )
+
+    def step(self, net: nn.Module, loss: Callable[[tuple], Loss], batch: tuple) -> Callable:
+        """Build a training step as ``train.fit`` does it."""
+        scaler = self.device.scaler()
+        optimization = Optimization(net, self.config.optimizer, 10_000, scaler)
+
+        def step() -> None:
+            with self.device.autocast():
+                outcome = loss(self.device.move(batch))
+            optimization.step(outcome.total, "benchmark")
+
+        return step
+
+    def plain_step(self, net: nn.Module, work: Callable, batch: tuple, *more: object) -> Callable:
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+        return partial(work, net, *more, optimizer, self.on_device(batch))
+
+    def supervised(self) -> Row:
+        pairs = LabeledPairs(self.splits.labeled, self.querier, self.config.augment, CHANCE)
+        (batch, *_) = training_batches(pairs, BATCH, range(1), CHANCE, 0)
+
+        def ours() -> Callable:
+            net = self.ours()
+            return self.step(net, partial(supervised_loss, net, cross_entropy, 1.0), batch)
+
+        forms = {"ours": ours}
+        forms["plain"] = lambda: self.plain_step(self.plain(), plain.supervised_step, batch)
+        return Row(forms, 2 * BATCH, 3 * self.flop(self.config.augment.crop_size))
+
+    def retrain(self) -> Row:
+        batch = self.retrain_batch(queried_image)
+
+        def ours() -> Callable:
+            net, guide = self.ours(), partial(weight_by_image, frozen(self.network(), self.device))
+            return self.step(net, partial(retrain_loss, net, guide, cross_entropy), batch)
+
+        def naive() -> Callable:
+            return self.plain_step(self.plain(), plain.retrain_step, batch, self.plain().eval())
+
+        crop = self.config.augment.crop_size
+        return Row({"plain": naive, "ours": ours}, BATCH, (2 * 3 + 2) * self.flop(crop))
+
+    def retrain_by_bank(self) -> Row:
+        batch = self.retrain_batch(queried_prototype)
+
+        def ours() -> Callable:
+            net, teacher = self.ours(), frozen(self.network(), self.device)
+            bank = train.prototype_bank(self.stage("bank"), teacher, self.splits.labeled)
+            guide = partial(weight_by_bank, teacher, bank)
+            return self.step(net, partial(retrain_loss, net, guide, cross_entropy), batch)
+
+        row = self.retrain()
+        flop = (2 * 3 + 1) * self.flop(self.config.augment.crop_size)
+        return Row({"plain": row.forms["plain"], "ours": ours}, BATCH, flop)
+
+    def retrain_batch(self, query: Callable) -> tuple:
+        # The true masks of val stand for pseudo labels.
+        query, augment = partial(query, self.querier), self.config.augment
+        samples = RetrainSamples(self.splits.val, self.splits.labeled, query, augment, CHANCE)
+        (batch, *_) = training_batches(samples, BATCH, range(1), CHANCE, 0)
+        return batch
+
+    def pseudo_label(self) -> Row:
+        samples, device = self.splits.unlabeled[:BATCH], self.device.device
+        ours = partial(train.write_pseudo_labels, self.stage("labels"), self.teacher, samples)
+
+        def naive() -> Callable:
+            folder, net = self.folder / "plain", self.plain().eval()
+            folder.mkdir(exist_ok=True)
+            return partial(plain.pseudo_label, net, samples, SCALES, device, folder)
+
+        flop = sum(2 * self.flop(*(round(side * scale) for side in SIZE)) for scale in SCALES)
+        return Row({"plain": naive, "ours": lambda: ours}, len(samples), flop)
+
+    def select(self) -> Row:
+        # Two labeled and two unlabeled images; the masks of val stand for pseudo labels.
+        labeled, unlabeled = self.splits.labeled[:BATCH], self.splits.val[:BATCH]
+        splits = self.splits._replace(labeled=labeled, unlabeled=unlabeled)
+        masks = self.folder / "masks"
+        for sample in unlabeled:
+            there = (masks / "masks" / sample.name).with_suffix(".png")
+            there.parent.mkdir(parents=True, exist_ok=True)
+            there.write_bytes(sample.mask.read_bytes())
+        ours = partial(train.select, self.stage("select"), self.teacher, splits, masks, self.index)
+
+        def naive() -> Callable:
+            net = self.plain().eval()
+            return partial(plain.select, net, labeled, unlabeled, self.device.device)
+
+        return Row({"plain": naive, "ours": lambda: ours}, 2 * BATCH, self.flop(*SIZE))
+
+    def evaluate(self) -> Row:
+        val: Sequence[Sample] = self.splits.val
+
+        def ours() -> Callable:
+            return partial(validate, self.ours(), val, self.config, self.device)
+
+        def naive() -> Callable:
+            return partial(
+                plain.evaluate, self.plain().eval(), val, self.classes, self.device.device
+            )
+
+        return Row({"plain": naive, "ours": ours}, len(val), self.flop(*SIZE))
+
+    def flop(self, height: int, width: int | None = None) -> float:
+        """Count the multiplications and additions of a pass of one image."""
+        with torch.device("meta"):
+            net, image = self.network(), torch.empty(1, 3, height, width or height)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                net.eval()(image)
+        return counter.get_total_flops()
+
+
+STAGES = {
+    "supervised": Bench.supervised,
+    "retrain, image": Bench.retrain,
+    "retrain, bank": Bench.retrain_by_bank,
+    "pseudo-label": Bench.pseudo_label,
+    "select": Bench.select,
+    "evaluate": Bench.evaluate,
+}
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def best_rate(device: Device) -> float:
+    """Return FLOP a second of the fastest of a few large convolutions, in our precision."""
+    rates = []
+    for channels, side in ((256, 80), (512, 41), (1024, 41)):
+        conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        conv = device.place(conv).to(device.dtype)
+        maps = device.move(torch.randn(4, channels, side, side)).to(device.dtype)
+        with torch.inference_mode():
+            time_taken = min(seconds(lambda c=conv, m=maps: c(m)) for _ in range(10))
+        rates.append(2 * maps.numel() * channels * 9 / time_taken)
+    return max(rates)
+
+
+def resident(line: str) -> float:
+    """MiB of this process: VmRSS, now; VmHWM, at most (ru_maxrss counts what the parent had)."""
+    rows = dict(row.split(":") for row in Path("/proc/self/status").read_text().splitlines())
+    return int(rows[line].split()[0]) / 2**10
+
+
+def peak(bench: Bench, stage: str, form: str, before: float) -> float:
+    """MiB that two calls take on top of ``before``, at the worst moment."""
+    work = STAGES[stage](bench).forms[form]()
+    work()
+    work()
+    if bench.device.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resident("VmHWM") - before
+
+
+def peak_of_child(stage: str, form: str) -> float:
+    words = [sys.executable, __file__, *sys.argv[1:], "--peak", stage, form]
+    return float(
+        subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1]
+    )
+
+
+def measure(bench: Bench, stage: str, rate: float, pairs: int) -> dict[str, float]:
+    row = STAGES[stage](bench)
+    works = {form: row.forms[form]() for form in FORMS}
+    works["ours"]()  # the first call of a form allocates and chooses kernels
+    times = {form: [] for form in FORMS}
+    for _ in range(pairs):
+        for form in FORMS:
+            times[form].append(seconds(works[form]) / row.images)
+    plainly, ours = (statistics.median(times[form]) for form in FORMS)
+    memory = {form: peak_of_child(stage, form) for form in FORMS}
+    ratios = [slow / fast for slow, fast in zip(times["plain"], times["ours"], strict=True)]
+    return {
+        "plain_images_per_second": 1 / plainly,
+        "images_per_second": 1 / ours,
+        "ratio": statistics.median(ratios),
+        "plain_peak_mib": memory["plain"],
+        "peak_mib": memory["ours"],
+        "share_of_floor": row.flop / rate / ours,
+    }
+
+
+def main() -> None:
+    before = resident("VmRSS")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--crop", type=int, default=321)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--only", choices=STAGES, help="one stage")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    typed = parser.parse_args()
+    torch.set_num_threads(typed.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(typed, Path(folder))
+        if typed.peak:
+            print(peak(bench, *typed.peak, before))
+            return
+        rate = best_rate(bench.device)
+        print(
+            f"{typed.backbone}, crop {typed.crop}, {bench.device}, {typed.threads} threads,",
+            end=" ",
+        )
+        print(f"best convolution {rate / 1e9:.0f} GFLOP/s\n")
+        print("| stage | plain images/s | images/s | ratio | plain MiB | MiB | share of floor |")
+        print("|---|---|---|---|---|---|---|", flush=True)
+        rows = {}
+        for stage in [typed.only] if typed.only else STAGES:
+            rows[stage] = row = measure(bench, stage, rate, typed.pairs)
+            print(
+                f"| {stage} | {row['plain_images_per_second']:.3f} | {row['images_per_second']:.3f} "
+                f"| {row['ratio']:.2f} | {row['plain_peak_mib']:.0f} | {row['peak_mib']:.0f} "
+                f"| {100 * row['share_of_floor']:.0f} % |",
+                flush=True,
+            )
+    if typed.json is not None:
+        typed.json.write_text(json.dumps({"best_flop_per_second": rate, "stages": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
