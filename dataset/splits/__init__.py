@@ -1,6 +1,7 @@
 """Lists of images: read them, check them, make them, and take in those of other projects."""
 
-from dataset.splits.lists import Splits, check_masks, read_list, read_splits, read_val
+from dataset.splits.lines import read_list
+from dataset.splits.lists import Splits, check_masks, read_splits, read_val
 from dataset.splits.samples import Sample, find_pictures, mask_file, pick, with_pseudo_masks
 
 __all__ = [
