@@ -1,6 +1,7 @@
-"""Lists of images: ``python -m dataset.splits make``.
+"""Lists of images: ``python -m dataset.splits make | import``.
 
 make    draw a labeled list from a training list, for example 1/8 of it
+import  take in lists of ST++, CISC-R, UniMatch and U2PL
 """
 
 import argparse
@@ -8,9 +9,10 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from dataset.catalog import describe
+from dataset.catalog import KINDS, describe
 from dataset.query import QueryRule
-from dataset.splits.lists import find_root
+from dataset.splits.foreign import import_lists
+from dataset.splits.lists import Splits, find_root
 from dataset.splits.make import make_lists
 from utils.errors import UserError, exit_with_one_line
 from utils.read_config import read_config
@@ -46,9 +48,24 @@ def make(words: Sequence[str]) -> None:
     print(*report, sep="\n")
 
 
+def import_(words: Sequence[str]) -> None:
+    """Take in lists of ST++, CISC-R, UniMatch and U2PL; the images need not be there yet."""
+    parser = _parser(import_, "import")
+    for name in Splits._fields:
+        parser.add_argument(f"--{name}", type=Path, metavar="LIST", help=f"for {name}.txt")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets our lists")
+    parser.add_argument("--kind", choices=KINDS, help="data set of bare ids such as 2007_000033")
+    typed = parser.parse_args(words)
+    lists = {name: getattr(typed, name) for name in Splits._fields}
+    lists = {name: path for name, path in lists.items() if path is not None}
+    if not lists:
+        raise UserError("--labeled, --unlabeled, --val: all missing; name the lists to import")
+    print(*import_lists(lists, typed.out, KINDS.get(typed.kind)), sep="\n")
+
+
 def main() -> None:
-    """Make lists of images."""
-    commands = {"make": make}
+    """Make and import lists of images."""
+    commands = {"make": make, "import": import_}
     parser = argparse.ArgumentParser(
         prog="python -m dataset.splits",
         description=__doc__,
