@@ -1,7 +1,8 @@
-"""Lists of images: ``python -m dataset.splits make | import``.
+"""Lists of images: ``python -m dataset.splits make | import | check``.
 
 make    draw a labeled list from a training list, for example 1/8 of it
 import  take in lists of ST++, CISC-R, UniMatch and U2PL
+check   look for what would spoil a result: counts, overlaps, files, classes, a query index
 """
 
 import argparse
@@ -11,10 +12,13 @@ from pathlib import Path
 
 from dataset.catalog import KINDS, describe
 from dataset.query import QueryRule
+from dataset.splits.audit import audit
 from dataset.splits.foreign import import_lists
 from dataset.splits.lists import Splits, find_root
 from dataset.splits.make import make_lists
+from dataset.splits.report import audit_table
 from utils.errors import UserError, exit_with_one_line
+from utils.files import write_json
 from utils.read_config import read_config
 
 
@@ -63,9 +67,28 @@ def import_(words: Sequence[str]) -> None:
     print(*import_lists(lists, typed.out, KINDS.get(typed.kind)), sep="\n")
 
 
+def check(words: Sequence[str]) -> None:
+    """Look for what would spoil a result; exit with 2 if training or a query index would."""
+    parser = _parser(check, "check")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="such as dataset.root=DIR")
+    parser.add_argument("--config", required=True, help="names lists, root and query rule")
+    index = "JSON {class: [image]}, a folder of lists, or a list: are its images labeled?"
+    parser.add_argument("--foreign-index", type=Path, metavar="PATH", help=index)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found here")
+    typed = parser.parse_intermixed_args(words)
+    found = audit(read_config(typed.config, typed.settings), typed.foreign_index)
+    print(audit_table(found))
+    if typed.json is not None:
+        write_json(typed.json, found.to_json())
+    if found.problems:
+        sorts = len(found.problems)
+        more = f" ({sorts} sorts of problems are listed above)" if sorts > 1 else ""
+        raise UserError(f"{found.problems[0].example}{more}")
+
+
 def main() -> None:
-    """Make and import lists of images."""
-    commands = {"make": make, "import": import_}
+    """Make, import and check lists of images."""
+    commands = {"make": make, "import": import_, "check": check}
     parser = argparse.ArgumentParser(
         prog="python -m dataset.splits",
         description=__doc__,
