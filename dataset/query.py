@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from dataset.catalog import Kind
-from dataset.reading import read_image, read_mask
-from dataset.splits import Sample
+from dataset.reading import read_image
+from dataset.splits import Sample, read_label
 from dataset.transforms import random_view
 from utils import IGNORE
 from utils.config import AugmentSection, QuerySection
@@ -61,7 +61,7 @@ def build_query_index(labeled: Iterable[Sample], rule: QueryRule) -> QueryIndex:
     """
     index: QueryIndex = {}
     for sample in labeled:
-        for label in rule.classes_in(read_mask(sample.mask)):
+        for label in rule.classes_in(read_label(sample)):
             index.setdefault(label, []).append(sample.name)
     return dict(sorted(index.items()))
 
@@ -123,7 +123,7 @@ class Querier:
         shared = int(rng.choice(reachable)) if reachable else IGNORE
         others = candidates[shared] if reachable else [n for n in self._labeled if n != name]
         partner = self._labeled[others[rng.integers(len(others))] if others else name]
-        image, label = read_image(partner.image), read_mask(partner.mask)
+        image, label = read_image(partner.image), read_label(partner)
         target = _pixel_of(shared, label, rng) if reachable else None
         view = random_view((image.height, image.width), self._augment, rng, target)
         image, label = view.image(image), view.mask(label)

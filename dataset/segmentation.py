@@ -16,12 +16,11 @@ from dataset.query import Querier
 from dataset.reading import (
     picture_size,
     read_image,
-    read_mask,
     read_photograph,
     to_input,
     to_label,
 )
-from dataset.splits import Sample
+from dataset.splits import Sample, read_label
 from dataset.transforms import StrongColours, random_view
 from utils import IGNORE
 from utils.config import AugmentSection, InferenceSection
@@ -180,7 +179,7 @@ class WholeImages(Dataset[WholeImage]):
         if sample.mask is None:
             label = torch.full((image.height, image.width), IGNORE)
         else:
-            label = to_label(read_mask(sample.mask))
+            label = to_label(read_label(sample))
         if self._long_side is not None:
             shrink = self._long_side / max(image.size)
             if shrink < 1:
@@ -222,6 +221,6 @@ def _weak_view(
     sample: Sample, augment: AugmentSection, rng: np.random.Generator
 ) -> tuple[Image.Image, Image.Image]:
     """Read a sample and cut the same random view from image and mask."""
-    image, mask = read_image(sample.image), read_mask(sample.mask)
+    image, mask = read_image(sample.image), read_label(sample)
     view = random_view((image.height, image.width), augment, rng)
     return view.image(image), view.mask(mask)

@@ -1,7 +1,14 @@
 """Lists of images: read them, check them, make them, and take in those of other projects."""
 
 from dataset.splits.lists import Splits, check_masks, read_list, read_splits, read_val
-from dataset.splits.samples import Sample, find_pictures, mask_file, pick, with_pseudo_masks
+from dataset.splits.samples import (
+    Sample,
+    find_pictures,
+    mask_file,
+    pick,
+    read_label,
+    with_pseudo_masks,
+)
 
 __all__ = [
     "Sample",
@@ -10,6 +17,7 @@ __all__ = [
     "find_pictures",
     "mask_file",
     "pick",
+    "read_label",
     "read_list",
     "read_splits",
     "read_val",

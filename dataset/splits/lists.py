@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dataset.catalog import Kind, describe
-from dataset.reading import picture_size, read_mask
+from dataset.ids import UNKNOWN, id_table
+from dataset.reading import picture_size, read_ids
 from dataset.splits.samples import Sample
 from utils import IGNORE
 from utils.config import DatasetSection
@@ -101,7 +102,7 @@ def _read_line(line: str, place: str, root: Path, kind: Kind) -> Sample:
                 f"{place}: {word} leaves the data root {root}; paths are relative to it"
             )
     name = str(PurePosixPath(words[0]))  # one spelling: a//b and a/./b are a/b
-    return Sample(name, root / name, root / words[1] if len(words) == 2 else None)
+    return Sample(name, root / name, root / words[1] if len(words) == 2 else None, kind.ids)
 
 
 def check_masks(samples: Iterable[Sample], kind: Kind, key: str) -> None:
@@ -109,30 +110,43 @@ def check_masks(samples: Iterable[Sample], kind: Kind, key: str) -> None:
 
     Raises:
         UserError: a sample without mask; a mask that is missing, unreadable, not one channel of
-            class ids or 255, or not of its image's size.
+            ids that mean a class or ignored, or not of its image's size.
     """
+    table = id_table(kind.classes) if kind.ids is None else np.frombuffer(kind.ids, np.int16)
     valid = 0
     for sample in samples:
         if sample.mask is None:
             raise UserError(f"{key}: {sample.name} stands there without a mask; name it beside it")
-        size, ids = picture_size(sample.image), np.asarray(read_mask(sample.mask))
+        size, ids = picture_size(sample.image), read_ids(sample.mask)
         if ids.shape != size:
             raise UserError(
                 f"{sample.mask}: this mask is {ids.shape[0]} x {ids.shape[1]} and its image "
                 f"{sample.image} is {size[0]} x {size[1]} (height x width); they must agree"
             )
-        valid += int((ids != IGNORE).sum())
-        ids = np.unique(ids)
-        wrong = ids[(ids >= len(kind.classes)) & (ids != IGNORE)]
-        if len(wrong):
-            raise UserError(
-                f"{sample.mask}: id {wrong[0]} is no class: ids go from 0 to "
-                f"{len(kind.classes) - 1}, and {IGNORE} is ignored"
-            )
+        area = np.bincount(ids.ravel())
+        shown = np.flatnonzero(area)
+        unknown = shown[table[shown] == UNKNOWN].tolist()
+        if unknown:
+            raise UserError(f"{sample.mask}: {_complaint(unknown, kind)}")
+        valid += int(area[table[: len(area)] != IGNORE].sum())
     if valid == 0:
         raise UserError(
-            f"{key}: every pixel of its masks is {IGNORE}; nothing can be learnt or told"
+            f"{key}: every pixel of its masks is ignored; nothing can be learnt or told"
         )
+
+
+def _complaint(unknown: list[int], kind: Kind) -> str:
+    """Say of ids that mean nothing what would give them a meaning."""
+    those = f"id {unknown[0]} is" if len(unknown) == 1 else f"ids {str(unknown)[1:-1]} are"
+    if kind.ids is None:
+        return (
+            f"{those} no class: ids go from 0 to {len(kind.classes) - 1}, and {IGNORE} is ignored; "
+            "dataset.class_map and dataset.ignore give others a meaning"
+        )
+    return (
+        f"{those} neither in dataset.class_map nor in dataset.ignore; add what is missing "
+        "('other: null' ignores every id that is not named)"
+    )
 
 
 def _root(section: DatasetSection) -> Path:
