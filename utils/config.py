@@ -205,6 +205,8 @@ class Config(Section):
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     workers: int = Field(4, ge=0)  # processes that read images
+    # 'ram': a training stage decodes its images once and keeps them in memory, 4 bytes a pixel.
+    cache: Literal["ram"] | None = None
     dataset: DatasetSection
     augment: AugmentSection
     model: ModelSection = ModelSection()

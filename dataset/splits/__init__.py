@@ -3,15 +3,18 @@
 from dataset.splits.lists import Splits, check_masks, read_list, read_splits, read_val
 from dataset.splits.samples import (
     Sample,
+    SampleReader,
     find_pictures,
     mask_file,
     pick,
     read_label,
+    read_sample,
     with_pseudo_masks,
 )
 
 __all__ = [
     "Sample",
+    "SampleReader",
     "Splits",
     "check_masks",
     "find_pictures",
@@ -19,6 +22,7 @@ __all__ = [
     "pick",
     "read_label",
     "read_list",
+    "read_sample",
     "read_splits",
     "read_val",
     "with_pseudo_masks",

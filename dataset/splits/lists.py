@@ -113,7 +113,7 @@ def check_masks(samples: Iterable[Sample], kind: Kind, key: str) -> None:
             ids that mean a class or ignored, or not of its image's size.
     """
     table = id_table(kind.classes) if kind.ids is None else np.frombuffer(kind.ids, np.int16)
-    valid = 0
+    valid, unknown = 0, {}
     for sample in samples:
         if sample.mask is None:
             raise UserError(f"{key}: {sample.name} stands there without a mask; name it beside it")
@@ -125,19 +125,22 @@ def check_masks(samples: Iterable[Sample], kind: Kind, key: str) -> None:
             )
         area = np.bincount(ids.ravel())
         shown = np.flatnonzero(area)
-        unknown = shown[table[shown] == UNKNOWN].tolist()
-        if unknown:
-            raise UserError(f"{sample.mask}: {_complaint(unknown, kind)}")
+        for id_ in shown[table[shown] == UNKNOWN].tolist():
+            unknown.setdefault(id_, sample.mask)
         valid += int(area[table[: len(area)] != IGNORE].sum())
+    if unknown:
+        raise UserError(_complaint(unknown, kind))
     if valid == 0:
         raise UserError(
             f"{key}: every pixel of its masks is ignored; nothing can be learnt or told"
         )
 
 
-def _complaint(unknown: list[int], kind: Kind) -> str:
-    """Say of ids that mean nothing what would give them a meaning."""
-    those = f"id {unknown[0]} is" if len(unknown) == 1 else f"ids {str(unknown)[1:-1]} are"
+def _complaint(unknown: dict[int, Path], kind: Kind) -> str:
+    """Name all ids that mean nothing, a mask that shows one, and what would give them a meaning."""
+    ids = sorted(unknown)
+    named = ", ".join(map(str, ids[:20])) + (" ..." if len(ids) > 20 else "")
+    those = f"{unknown[ids[0]]}: " + (f"id {named} is" if len(ids) == 1 else f"ids {named} are")
     if kind.ids is None:
         return (
             f"{those} no class: ids go from 0 to {len(kind.classes) - 1}, and {IGNORE} is ignored; "

@@ -1,12 +1,12 @@
 """Samples: the images of a list, and where their labels or pseudo labels are."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from PIL import Image
 
-from dataset.reading import read_mask
+from dataset.reading import read_image, read_mask
 from utils.errors import UserError
 
 
@@ -29,6 +29,14 @@ class Sample(NamedTuple):
 def read_label(sample: Sample) -> Image.Image:
     """Read a sample's label as class ids and 255, whatever ids its file holds: mode L."""
     return read_mask(sample.mask, sample.ids)
+
+
+def read_sample(sample: Sample) -> tuple[Image.Image, Image.Image]:
+    """Read a sample's image, RGB, and its label, mode L."""
+    return read_image(sample.image), read_label(sample)
+
+
+SampleReader = Callable[[Sample], tuple[Image.Image, Image.Image]]  # ``read_sample``, or its like
 
 
 def pick(samples: Sequence[Sample], names: Iterable[str]) -> list[Sample]:
