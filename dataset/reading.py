@@ -88,7 +88,8 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 def to_input(image: Image.Image) -> Tensor:
     """Return an RGB picture as a network takes it: (3, H, W) float32, normalised."""
-    return tf.normalize(tf.to_dtype(tf.pil_to_tensor(image), scale=True), MEAN, STD)
+    pixels = tf.pil_to_tensor(image).contiguous()  # planes now, as bytes, not later as floats
+    return tf.normalize(tf.to_dtype(pixels, scale=True), MEAN, STD)
 
 
 def to_label(mask: Image.Image) -> Tensor:

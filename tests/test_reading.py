@@ -121,6 +121,7 @@ def test_input_is_normalised_by_imagenet():
     expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
     assert pixel.shape == (3, 1, 1)
     assert pixel.dtype == torch.float32
+    assert to_input(Image.fromarray(COLOUR)).is_contiguous()
     assert pixel.flatten().tolist() == pytest.approx(expected, abs=1e-5)
 
 
