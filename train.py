@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from dataset.cache import sample_reader
 from dataset.catalog import describe
 from dataset.loader import Chance, training_batches
 from dataset.query import Querier, QueryIndex, QueryRule, build_query_index
@@ -24,7 +25,14 @@ from dataset.segmentation import (
     RetrainSamples,
 )
 from dataset.selection import count_kept, read_selection, write_csv, write_selection
-from dataset.splits import Sample, Splits, mask_file, read_splits, with_pseudo_masks
+from dataset.splits import (
+    Sample,
+    SampleReader,
+    Splits,
+    mask_file,
+    read_splits,
+    with_pseudo_masks,
+)
 from eval import build_network, draw_examples, report, validate, whole_batches
 from model.cisc import (
     class_prototypes,
@@ -78,8 +86,9 @@ def train(config: Config, from_stage: int | None = None) -> None:
 def train_supervised(stage: Stage, splits: Splits, index: QueryIndex) -> Report:
     """Stage 1: labeled pairs, cross entropy on both images and the consistency loss."""
     config, chance = stage.config, Chance(stage.config.seed, stage.name)
-    querier, repeat = _querier(config, splits, index), _repeat(config, splits)
-    pairs = LabeledPairs(splits.labeled, querier, config.augment, chance, repeat)
+    read = sample_reader(config.cache, splits.labeled, config.workers)
+    querier, repeat = _querier(config, splits, index, read), _repeat(config, splits)
+    pairs = LabeledPairs(splits.labeled, querier, config.augment, chance, repeat, read)
     net = _new_network(stage, chance)
     loss = partial(supervised_loss, net, _labeled_loss(config), config.supervised.consistency)
     return fit(stage, net, loss, pairs, config.supervised, splits.val)
@@ -164,13 +173,10 @@ def retrain(
 ) -> Report:
     """Stages 4 and 6: a new network on labeled and pseudo-labeled images."""
     config, chance = stage.config, Chance(stage.config.seed, stage.name)
+    read = sample_reader(config.cache, [*pseudo_labeled, *splits.labeled], config.workers)
+    querier, strong = _querier(config, splits, index, read), config.retrain.teacher_view == "strong"
     samples = RetrainSamples(
-        pseudo_labeled,
-        splits.labeled,
-        _querier(config, splits, index),
-        config.augment,
-        chance,
-        strong_teacher=config.retrain.teacher_view == "strong",
+        pseudo_labeled, splits.labeled, querier, config.augment, chance, strong, read
     )
     guide = _teacher(stage, teacher) if config.retrain.rectify else None
     net = _new_network(stage, chance)
@@ -275,9 +281,9 @@ def _refuse_large_batches(config: Config, splits: Splits) -> None:
             )
 
 
-def _querier(config: Config, splits: Splits, index: QueryIndex) -> Querier:
+def _querier(config: Config, splits: Splits, index: QueryIndex, read: SampleReader) -> Querier:
     rule = QueryRule.of(config.query, describe(config.dataset))
-    return Querier(splits.labeled, index, rule, config.augment)
+    return Querier(splits.labeled, index, rule, config.augment, read)
 
 
 def _labeled_loss(config: Config) -> LabeledLoss:

@@ -16,12 +16,11 @@ from dataset.query import Querier
 from dataset.reading import (
     picture_size,
     read_image,
-    read_mask,
     read_photograph,
     to_input,
     to_label,
 )
-from dataset.splits import Sample
+from dataset.splits import Sample, SampleReader, read_label, read_sample
 from dataset.transforms import StrongColours, random_view
 from utils import IGNORE
 from utils.config import AugmentSection, InferenceSection
@@ -73,9 +72,10 @@ class LabeledPairs(Dataset[QueryPair]):
         augment: AugmentSection,
         chance: Chance,
         repeat: int = 1,
+        read: SampleReader = read_sample,
     ) -> None:
         self._labeled, self._querier, self._augment = labeled, querier, augment
-        self._chance, self._repeat = chance, repeat
+        self._chance, self._repeat, self._read = chance, repeat, read
 
     def __len__(self) -> int:
         """Return the number of pairs an epoch."""
@@ -85,7 +85,7 @@ class LabeledPairs(Dataset[QueryPair]):
         """Read, augment and pair a labeled image."""
         rng = self._chance.of(*key)
         sample = self._labeled[key.index % len(self._labeled)]
-        image, mask = _weak_view(sample, self._augment, rng)
+        image, mask = _weak_view(*self._read(sample), self._augment, rng)
         query = self._querier.draw(sample.name, mask, rng)
         return QueryPair(
             to_input(image),
@@ -109,6 +109,7 @@ class RetrainSamples(Dataset[RetrainSample]):
         augment: the weak augmentation of all three, and the strong one of the first.
         chance: of the stage.
         strong_teacher: show the teacher the strong colours too, as the published code does.
+        read: reads an image and its label.
     """
 
     def __init__(
@@ -119,8 +120,10 @@ class RetrainSamples(Dataset[RetrainSample]):
         augment: AugmentSection,
         chance: Chance,
         strong_teacher: bool = False,
+        read: SampleReader = read_sample,
     ) -> None:
         self._unlabeled, self._labeled, self._querier = unlabeled, labeled, querier
+        self._read = read
         self._augment, self._chance, self._strong_teacher = augment, chance, strong_teacher
         self._colours = StrongColours(augment.strong)
 
@@ -132,11 +135,11 @@ class RetrainSamples(Dataset[RetrainSample]):
         """Read and augment an unlabeled image, its partner and a labeled image."""
         rng = self._chance.of(*key)
         sample = self._unlabeled[key.index]
-        weak, mask = _weak_view(sample, self._augment, rng)
+        weak, mask = _weak_view(*self._read(sample), self._augment, rng)
         strong = to_input(self._colours(weak, rng))
         query = self._querier.draw(sample.name, mask, rng)
         labeled = self._labeled[(key.index + key.epoch) % len(self._labeled)]
-        labeled_image, labeled_mask = _weak_view(labeled, self._augment, rng)
+        labeled_image, labeled_mask = _weak_view(*self._read(labeled), self._augment, rng)
         pair = QueryPair(
             strong if self._strong_teacher else to_input(weak),
             to_label(mask),
@@ -180,7 +183,7 @@ class WholeImages(Dataset[WholeImage]):
         if sample.mask is None:
             label = torch.full((image.height, image.width), IGNORE)
         else:
-            label = to_label(read_mask(sample.mask))
+            label = to_label(read_label(sample))
         if self._long_side is not None:
             shrink = self._long_side / max(image.size)
             if shrink < 1:
@@ -219,9 +222,8 @@ def _batches_of_one_size(samples: Sequence[Sample], batch_size: int) -> list[lis
 
 
 def _weak_view(
-    sample: Sample, augment: AugmentSection, rng: np.random.Generator
+    image: Image.Image, mask: Image.Image, augment: AugmentSection, rng: np.random.Generator
 ) -> tuple[Image.Image, Image.Image]:
-    """Read a sample and cut the same random view from image and mask."""
-    image, mask = read_image(sample.image), read_mask(sample.mask)
+    """Cut the same random view from image and mask."""
     view = random_view((image.height, image.width), augment, rng)
     return view.image(image), view.mask(mask)

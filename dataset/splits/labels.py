@@ -9,7 +9,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataset.catalog import Kind
-from dataset.reading import picture_size, read_mask
+from dataset.ids import UNKNOWN, id_table
+from dataset.reading import picture_size, read_ids
 from dataset.splits.samples import Sample
 from utils import IGNORE
 from utils.errors import UserError
@@ -43,17 +44,19 @@ class Label(NamedTuple):
 
 def read_labels(samples: Iterable[Sample], kind: Kind) -> Iterator[Label]:
     """Read every image's size and every mask, under a progress bar."""
+    table = id_table(kind.classes) if kind.ids is None else np.frombuffer(kind.ids, np.int16)
     for sample in tqdm(samples, desc="reading masks", disable=None, leave=False, unit="image"):
-        mask, faults = None, []
+        ids, faults = None, []
         size = _attempt(picture_size, sample.image, faults)
         if sample.mask is None:
             line = f"{sample.name} stands there without a mask; name it beside it"
             faults.append(Fault("lines without a mask", line))
         else:
-            mask = _attempt(read_mask, sample.mask, faults)
-        if mask is not None:
-            faults += _faults_of(mask, size, sample, len(kind.classes))
-        yield Label(None if faults else mask, faults)
+            ids = _attempt(read_ids, sample.mask, faults)
+        if ids is not None:
+            faults += _faults_of(ids, size, sample, table)
+        mask = None if faults else Image.fromarray(table[ids].astype(np.uint8))
+        yield Label(mask, faults)
 
 
 def image_faults(samples: Iterable[Sample]) -> list[Fault]:
@@ -88,19 +91,20 @@ def _attempt(read: Callable[[Path], T], path: Path, faults: list[Fault]) -> T | 
 
 
 def _faults_of(
-    mask: Image.Image, size: tuple[int, int] | None, sample: Sample, num_classes: int
+    ids: np.ndarray, size: tuple[int, int] | None, sample: Sample, table: np.ndarray
 ) -> Iterator[Fault]:
-    if size is not None and size != (mask.height, mask.width):
+    if size is not None and size != ids.shape:
         yield Fault(
             "sizes that differ",
-            f"{sample.mask}: this mask is {mask.height} x {mask.width} and its image "
+            f"{sample.mask}: this mask is {ids.shape[0]} x {ids.shape[1]} and its image "
             f"{sample.image} is {size[0]} x {size[1]} (height x width); they must agree",
         )
-    ids = np.unique(np.asarray(mask))
-    wrong = ids[(ids >= num_classes) & (ids != IGNORE)]
-    if len(wrong):
+    shown = np.unique(ids)
+    unknown = shown[table[shown] == UNKNOWN]
+    if len(unknown):
+        those = ", ".join(map(str, unknown[:20]))
         yield Fault(
             "masks with wrong ids",
-            f"{sample.mask}: id {wrong[0]} is no class: ids go from 0 to "
-            f"{num_classes - 1}, and {IGNORE} is ignored",
+            f"{sample.mask}: {those}: neither a class nor ignored; correct the mask, or give the "
+            "ids a meaning by dataset.class_map or dataset.ignore",
         )

@@ -84,7 +84,8 @@ def read_line(line: str, place: str, root: Path, kind: Kind | None) -> Sample:
         if "\0" in word or not parts or max(len(part.encode()) for part in parts) > LONGEST:
             raise UserError(f"{place}: {word[:LONGEST]!r} names no file; correct the line")
     name = str(PurePosixPath(words[0]))  # one spelling: a//b and a/./b are a/b
-    return Sample(name, root / name, root / words[1] if len(words) == 2 else None)
+    mask = root / words[1] if len(words) == 2 else None
+    return Sample(name, root / name, mask, None if kind is None else kind.ids)
 
 
 def line_of(sample: Sample, root: Path) -> str:

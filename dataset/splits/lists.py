@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dataset.catalog import Kind, describe
-from dataset.reading import picture_size, read_mask
+from dataset.ids import UNKNOWN, id_table
+from dataset.reading import picture_size, read_ids
 from dataset.splits.lines import read_list
 from dataset.splits.samples import Sample
 from utils import IGNORE
@@ -84,30 +85,46 @@ def check_masks(samples: Iterable[Sample], kind: Kind, key: str) -> None:
 
     Raises:
         UserError: a sample without mask; a mask that is missing, unreadable, not one channel of
-            class ids or 255, or not of its image's size.
+            ids that mean a class or ignored, or not of its image's size.
     """
-    valid = 0
+    table = id_table(kind.classes) if kind.ids is None else np.frombuffer(kind.ids, np.int16)
+    valid, unknown = 0, {}
     for sample in samples:
         if sample.mask is None:
             raise UserError(f"{key}: {sample.name} stands there without a mask; name it beside it")
-        size, ids = picture_size(sample.image), np.asarray(read_mask(sample.mask))
+        size, ids = picture_size(sample.image), read_ids(sample.mask)
         if ids.shape != size:
             raise UserError(
                 f"{sample.mask}: this mask is {ids.shape[0]} x {ids.shape[1]} and its image "
                 f"{sample.image} is {size[0]} x {size[1]} (height x width); they must agree"
             )
-        valid += int((ids != IGNORE).sum())
-        ids = np.unique(ids)
-        wrong = ids[(ids >= len(kind.classes)) & (ids != IGNORE)]
-        if len(wrong):
-            raise UserError(
-                f"{sample.mask}: id {wrong[0]} is no class: ids go from 0 to "
-                f"{len(kind.classes) - 1}, and {IGNORE} is ignored"
-            )
+        area = np.bincount(ids.ravel())
+        shown = np.flatnonzero(area)
+        for id_ in shown[table[shown] == UNKNOWN].tolist():
+            unknown.setdefault(id_, sample.mask)
+        valid += int(area[table[: len(area)] != IGNORE].sum())
+    if unknown:
+        raise UserError(_complaint(unknown, kind))
     if valid == 0:
         raise UserError(
-            f"{key}: every pixel of its masks is {IGNORE}; nothing can be learnt or told"
+            f"{key}: every pixel of its masks is ignored; nothing can be learnt or told"
         )
+
+
+def _complaint(unknown: dict[int, Path], kind: Kind) -> str:
+    """Name all ids that mean nothing, a mask that shows one, and what would give them a meaning."""
+    ids = sorted(unknown)
+    named = ", ".join(map(str, ids[:20])) + (" ..." if len(ids) > 20 else "")
+    those = f"{unknown[ids[0]]}: " + (f"id {named} is" if len(ids) == 1 else f"ids {named} are")
+    if kind.ids is None:
+        return (
+            f"{those} no class: ids go from 0 to {len(kind.classes) - 1}, and {IGNORE} is ignored; "
+            "dataset.class_map and dataset.ignore give others a meaning"
+        )
+    return (
+        f"{those} neither in dataset.class_map nor in dataset.ignore; add what is missing "
+        "('other: null' ignores every id that is not named)"
+    )
 
 
 def find_root(section: DatasetSection) -> Path:
