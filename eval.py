@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset.catalog import describe
-from dataset.reading import read_image, read_mask, read_photograph
-from dataset.splits import Sample, find_pictures, mask_file, read_val
+from dataset.reading import read_image, read_photograph
+from dataset.splits import Sample, find_pictures, mask_file, read_label, read_val
 from dataset.whole import photographs, whole_images
 from model import build_model
 from utils import checkpoint
@@ -116,9 +116,7 @@ def draw_examples(
     kind = describe(config.dataset)
     palette = kind.palette()
     chosen = samples[:: max(1, len(samples) // EXAMPLES)][:EXAMPLES]
-    rows = [
-        [read_image(s.image), in_colour(np.asarray(read_mask(s.mask)), palette)] for s in chosen
-    ]
+    rows = [[read_image(s.image), in_colour(np.asarray(read_label(s)), palette)] for s in chosen]
     for stage in stages:
         net = device.place(build_network(config, pretrained=None))
         checkpoint.load_weights(net, checkpoint_of(stage))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from dataset.cache import sample_reader
 from dataset.catalog import describe
 from dataset.loader import Chance, training_batches
 from dataset.query import Querier, QueryIndex, QueryRule, build_query_index
@@ -24,7 +25,14 @@ from dataset.segmentation import (
     queried_prototype,
 )
 from dataset.selection import count_kept, read_selection, write_csv, write_selection
-from dataset.splits import Sample, Splits, mask_file, read_splits, with_pseudo_masks
+from dataset.splits import (
+    Sample,
+    SampleReader,
+    Splits,
+    mask_file,
+    read_splits,
+    with_pseudo_masks,
+)
 from eval import build_network, draw_examples, predictor, report, validate, whole_batches
 from model.cisc import class_prototypes, image_reliability, reliability
 from model.losses import cross_entropy, ohem_cross_entropy
@@ -73,8 +81,9 @@ def train(config: Config, from_stage: int | None = None) -> None:
 def train_supervised(stage: Stage, splits: Splits, index: QueryIndex) -> Report:
     """Stage 1: labeled pairs, cross entropy on both images and the consistency loss."""
     config, chance = stage.config, Chance(stage.config.seed, stage.name)
-    querier, repeat = _querier(config, splits, index), _repeat(config, splits)
-    pairs = LabeledPairs(splits.labeled, querier, config.augment, chance, repeat)
+    read = sample_reader(config.cache, splits.labeled, config.workers)
+    querier, repeat = _querier(config, splits, index, read), _repeat(config, splits)
+    pairs = LabeledPairs(splits.labeled, querier, config.augment, chance, repeat, read)
     net = _new_network(stage, chance)
     loss = partial(supervised_loss, net, _labeled_loss(config), config.supervised.consistency)
     return fit(stage, net, loss, pairs, config.supervised, splits.val)
@@ -143,10 +152,11 @@ def retrain(
 ) -> Report:
     """Stages 4 and 6: a new network on labeled and pseudo-labeled images."""
     config, chance = stage.config, Chance(stage.config.seed, stage.name)
-    query, guide = _guidance(stage, splits, teacher, index)
-    strong_teacher = config.retrain.teacher_view == "strong"
+    read = sample_reader(config.cache, [*pseudo_labeled, *splits.labeled], config.workers)
+    query, guide = _guidance(stage, splits, teacher, _querier(config, splits, index, read))
+    strong = config.retrain.teacher_view == "strong"
     samples = RetrainSamples(
-        pseudo_labeled, splits.labeled, query, config.augment, chance, strong_teacher
+        pseudo_labeled, splits.labeled, query, config.augment, chance, strong, read
     )
     net = _new_network(stage, chance)
     loss = partial(retrain_loss, net, guide, _labeled_loss(config))
@@ -206,10 +216,10 @@ def _teacher(stage: Stage, folder: Path) -> nn.Module:
 
 
 def _guidance(
-    stage: Stage, splits: Splits, teacher: Path, index: QueryIndex
+    stage: Stage, splits: Splits, teacher: Path, querier: Querier
 ) -> tuple[Callable[..., Queried], Guide | None]:
     """Return what samples query for, and how that weighs their pseudo labels."""
-    settings, querier = stage.config.retrain, _querier(stage.config, splits, index)
+    settings = stage.config.retrain
     if not settings.rectify:
         return partial(queried_prototype, querier), None
     net = _teacher(stage, teacher)
@@ -251,9 +261,9 @@ def _refuse_large_batches(config: Config, splits: Splits) -> None:
             )
 
 
-def _querier(config: Config, splits: Splits, index: QueryIndex) -> Querier:
+def _querier(config: Config, splits: Splits, index: QueryIndex, read: SampleReader) -> Querier:
     rule = QueryRule.of(config.query, describe(config.dataset))
-    return Querier(splits.labeled, index, rule, config.augment)
+    return Querier(splits.labeled, index, rule, config.augment, read)
 
 
 def _labeled_loss(config: Config) -> LabeledLoss:

@@ -4,6 +4,8 @@ from functools import cache
 from typing import NamedTuple
 
 from dataset.demo_objects import CLASSES as DEMO
+from dataset.ids import id_table
+from utils import IGNORE
 from utils.config import DatasetSection
 from utils.errors import UserError
 
@@ -15,12 +17,14 @@ class Kind(NamedTuple):
         classes: names by class id.
         colours: (red, green, blue) in 0-255 by class id.
         image_pattern, mask_pattern: where U2PL's bare ids lie below the root.
+        ids: what ids in mask files mean, the bytes of ``id_table``; None: class ids, and 255.
     """
 
     classes: tuple[str, ...]
     colours: tuple[tuple[int, int, int], ...]
     image_pattern: str = "JPEGImages/{}.jpg"
     mask_pattern: str = "SegmentationClass/{}.png"
+    ids: bytes | None = None
 
     def palette(self) -> bytes:
         """768 bytes for PNGs of mode P; unused ids and 255 keep Pascal's colours, 255 is white."""
@@ -119,8 +123,16 @@ def describe(section: DatasetSection) -> Kind:
     """Look up the config's data set.
 
     Raises:
-        UserError: an unknown kind; ``classes`` missing from a custom kind, or given to another.
+        UserError: an unknown kind; ``classes`` missing from a custom kind, or given to another;
+            ``class_map`` and ``ignore`` as in ``id_table``.
     """
+    kind = _named(section)
+    if section.class_map is None and section.ignore == [IGNORE]:
+        return kind
+    return kind._replace(ids=id_table(kind.classes, section.ignore, section.class_map).tobytes())
+
+
+def _named(section: DatasetSection) -> Kind:
     if section.kind == "custom":
         if section.classes is None:
             raise UserError("dataset.classes: missing; a custom kind needs its class names")

@@ -7,8 +7,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.catalog import Kind
-from dataset.reading import read_image, read_mask
-from dataset.splits import Sample
+from dataset.splits import Sample, SampleReader, read_label, read_sample
 from dataset.transforms import random_view
 from utils import IGNORE
 from utils.config import AugmentSection, QuerySection
@@ -61,7 +60,7 @@ def build_query_index(labeled: Iterable[Sample], rule: QueryRule) -> QueryIndex:
     """
     index: QueryIndex = {}
     for sample in labeled:
-        for label in rule.classes_in(read_mask(sample.mask)):
+        for label in rule.classes_in(read_label(sample)):
             index.setdefault(label, []).append(sample.name)
     return dict(sorted(index.items()))
 
@@ -100,6 +99,7 @@ class Querier:
         index: which of them show which class.
         rule: which classes of a crop can be queried.
         augment: how the partner is augmented.
+        read: reads a sample's image and label.
     """
 
     def __init__(
@@ -108,12 +108,14 @@ class Querier:
         index: QueryIndex,
         rule: QueryRule,
         augment: AugmentSection,
+        read: SampleReader = read_sample,
     ) -> None:
         self._labeled = labeled
         self._position = {sample.name: position for position, sample in enumerate(labeled)}
         self._index = index
         self._rule = rule
         self._augment = augment
+        self._read = read
 
     def choose(self, name: str, mask: Image.Image, rng: np.random.Generator) -> Choice:
         """Choose a partner for the crop of an image.
@@ -146,7 +148,7 @@ class Querier:
         """
         position, shared = self.choose(name, mask, rng)
         partner = self._labeled[position]
-        image, label = read_image(partner.image), read_mask(partner.mask)
+        image, label = self._read(partner)
         target = _pixel_of(shared, label, rng) if shared != IGNORE else None
         view = random_view((image.height, image.width), self._augment, rng, target)
         image, label = view.image(image), view.mask(label)

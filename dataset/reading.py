@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tf
 
+from utils import IGNORE
 from utils.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -35,20 +36,44 @@ def read_photograph(path: Path) -> Image.Image:
     return ImageOps.exif_transpose(_decoded(path)).convert("RGB")
 
 
-def read_mask(path: Path) -> Image.Image:
-    """Read class ids as a picture of mode L.
+def read_ids(path: Path) -> np.ndarray:
+    """Read the ids that a mask file holds: (H, W), uint8, or uint16 if it has more bits.
 
     Raises:
-        UserError: as ``read_image``, or more than one channel.
+        UserError: as ``read_image``, or more than one channel, or ids that 16 bits do not hold.
     """
     mask = _decoded(path)
-    if mask.mode not in ("L", "P"):
+    if mask.mode not in ("1", "L", "P") and not mask.mode.startswith("I"):
         raise UserError(
-            f"{path}: a mask has one 8-bit channel of class ids, this one is {mask.mode}; "
+            f"{path}: a mask has one channel of class ids, this one is {mask.mode}; "
             "convert its colours to ids"
         )
     # convert() would turn palette entries into grey; the entries' numbers are the ids.
-    return Image.fromarray(np.asarray(mask))
+    ids = np.asarray(mask)
+    if ids.itemsize == 1:
+        return ids.astype(np.uint8, copy=False)
+    if ids.min() < 0 or ids.max() > 65535:
+        raise UserError(f"{path}: ids go from {ids.min()} to {ids.max()}, not from 0 to 65535")
+    return ids.astype(np.uint16, copy=False)
+
+
+def read_mask(path: Path, table: bytes | None = None) -> Image.Image:
+    """Read class ids, 255 = ignored, as a picture of mode L.
+
+    Args:
+        path: the file.
+        table: what its ids mean, the bytes of ``dataset.ids.id_table``; ids without meaning count
+            as ignored. None: they are class ids, and those above 255 ignored.
+
+    Raises:
+        UserError: as ``read_ids``.
+    """
+    ids = read_ids(path)
+    if table is not None:
+        ids = np.frombuffer(table, np.int16)[ids]
+    elif ids.dtype != np.uint8:
+        ids = np.minimum(ids, IGNORE)
+    return Image.fromarray(ids.astype(np.uint8, copy=False))
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -63,7 +88,8 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 def to_input(image: Image.Image) -> Tensor:
     """Return an RGB picture as a network takes it: (3, H, W) float32, normalised."""
-    return tf.normalize(tf.to_dtype(tf.pil_to_tensor(image), scale=True), MEAN, STD)
+    pixels = tf.pil_to_tensor(image).contiguous()  # planes now, as bytes, not later as floats
+    return tf.normalize(tf.to_dtype(pixels, scale=True), MEAN, STD)
 
 
 def to_label(mask: Image.Image) -> Tensor:

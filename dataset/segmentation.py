@@ -1,7 +1,6 @@
 """What networks are trained on: labeled pairs, unlabeled images with what they query."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -9,24 +8,11 @@ from torch.utils.data import Dataset
 
 from dataset.loader import Chance, SampleKey
 from dataset.query import Querier
-from dataset.reading import (
-    read_image,
-    read_mask,
-    to_input,
-    to_label,
-)
-from dataset.splits import Sample
+from dataset.reading import to_input, to_label
+from dataset.splits import Sample, SampleReader, read_sample
 from dataset.transforms import StrongColours, random_view
 from utils.config import AugmentSection
-from utils.records import (
-    Queried,
-    QueriedImage,
-    QueriedPrototype,
-    QueryPair,
-    RetrainSample,
-)
-
-ImageReader = Callable[[Path], Image.Image]
+from utils.records import Queried, QueriedImage, QueriedPrototype, QueryPair, RetrainSample
 
 
 class LabeledPairs(Dataset[QueryPair]):
@@ -39,9 +25,10 @@ class LabeledPairs(Dataset[QueryPair]):
         augment: AugmentSection,
         chance: Chance,
         repeat: int = 1,
+        read: SampleReader = read_sample,
     ) -> None:
         self._labeled, self._querier, self._augment = labeled, querier, augment
-        self._chance, self._repeat = chance, repeat
+        self._chance, self._repeat, self._read = chance, repeat, read
 
     def __len__(self) -> int:
         """Return the number of pairs an epoch."""
@@ -51,7 +38,7 @@ class LabeledPairs(Dataset[QueryPair]):
         """Read, augment and pair a labeled image."""
         rng = self._chance.of(*key)
         sample = self._labeled[key.index % len(self._labeled)]
-        image, mask = _weak_view(sample, self._augment, rng)
+        image, mask = _weak_view(*self._read(sample), self._augment, rng)
         query = self._querier.draw(sample.name, mask, rng)
         return QueryPair(
             to_input(image),
@@ -76,6 +63,7 @@ class RetrainSamples(Dataset[RetrainSample]):
         augment: the weak augmentation of all, and the strong one of unlabeled images.
         chance: of the stage.
         strong_teacher: show the teacher the strong colours too, as the published code does.
+        read: reads an image and its label.
     """
 
     def __init__(
@@ -86,8 +74,10 @@ class RetrainSamples(Dataset[RetrainSample]):
         augment: AugmentSection,
         chance: Chance,
         strong_teacher: bool = False,
+        read: SampleReader = read_sample,
     ) -> None:
         self._unlabeled, self._labeled, self._query = unlabeled, labeled, query
+        self._read = read
         self._augment, self._chance, self._strong_teacher = augment, chance, strong_teacher
         self._colours = StrongColours(augment.strong)
 
@@ -99,10 +89,10 @@ class RetrainSamples(Dataset[RetrainSample]):
         """Read and augment an unlabeled image, a labeled image, and what is queried."""
         rng = self._chance.of(*key)
         sample = self._unlabeled[key.index]
-        weak, mask = _weak_view(sample, self._augment, rng)
+        weak, mask = _weak_view(*self._read(sample), self._augment, rng)
         strong = to_input(self._colours(weak, rng))
         labeled = self._labeled[(key.index + key.epoch) % len(self._labeled)]
-        labeled_image, labeled_mask = _weak_view(labeled, self._augment, rng)
+        labeled_image, labeled_mask = _weak_view(*self._read(labeled), self._augment, rng)
         return RetrainSample(
             strong if self._strong_teacher else to_input(weak),
             to_label(mask),
@@ -130,9 +120,8 @@ def queried_prototype(
 
 
 def _weak_view(
-    sample: Sample, augment: AugmentSection, rng: np.random.Generator
+    image: Image.Image, mask: Image.Image, augment: AugmentSection, rng: np.random.Generator
 ) -> tuple[Image.Image, Image.Image]:
-    """Read a sample and cut the same random view from image and mask."""
-    image, mask = read_image(sample.image), read_mask(sample.mask)
+    """Cut the same random view from image and mask."""
     view = random_view((image.height, image.width), augment, rng)
     return view.image(image), view.mask(mask)

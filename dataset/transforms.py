@@ -29,28 +29,45 @@ class View(NamedTuple):
     flip: bool
 
     def image(self, image: Image.Image) -> Image.Image:
-        """Cut an RGB picture, antialiased; padding is 0."""
-        return self._cut(image, Image.Resampling.BILINEAR, 0)
-
-    def mask(self, mask: Image.Image) -> Image.Image:
-        """Cut a mask by nearest neighbour; padding is 255."""
-        return self._cut(mask, Image.Resampling.NEAREST, IGNORE)
-
-    def _cut(self, picture: Image.Image, resample: Image.Resampling, padding: int) -> Image.Image:
-        """Resample the kept window alone: the same pixels as resize, then crop."""
-        height, width = (min(self.crop, side) for side in self.scaled)
-        rows, columns = picture.height / self.scaled[0], picture.width / self.scaled[1]
+        """Cut an RGB picture, antialiased: resize, then crop, within rounding; padding is 0."""
+        height, width = self._window
+        rows, columns = image.height / self.scaled[0], image.width / self.scaled[1]
         box = (
             self.left * columns,
             self.top * rows,
-            min((self.left + width) * columns, picture.width),
-            min((self.top + height) * rows, picture.height),
+            min((self.left + width) * columns, image.width),
+            min((self.top + height) * rows, image.height),
         )
-        window = picture.resize((width, height), resample, box)
+        window = image.resize((width, height), Image.Resampling.BILINEAR, box)
         if self.flip:
             window = window.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         border = (0, 0, self.crop - width, self.crop - height)  # none if the window fills it
-        return ImageOps.expand(window, border, fill=padding)
+        return ImageOps.expand(window, border, fill=0)
+
+    def mask(self, mask: Image.Image) -> Image.Image:
+        """Cut a mask by nearest neighbour: exactly resize, then crop; padding is 255."""
+        height, width = self._window
+        rows = _nearest(mask.height, self.scaled[0])[self.top : self.top + height]
+        columns = _nearest(mask.width, self.scaled[1])[self.left : self.left + width]
+        ids = np.full((self.crop, self.crop), IGNORE, np.uint8)
+        ids[:height, :width] = np.asarray(mask)[rows][:, columns[::-1] if self.flip else columns]
+        return Image.fromarray(ids)
+
+    @property
+    def _window(self) -> tuple[int, int]:
+        """(height, width) of what the scaled image has for the crop."""
+        return min(self.crop, self.scaled[0]), min(self.crop, self.scaled[1])
+
+
+def _nearest(length: int, scaled: int) -> np.ndarray:
+    """(scaled,) int: the pixel of a line that each pixel of its resized line takes.
+
+    Pillow adds up steps, and so settles which of two pixels, equally near, is taken; its ``resize``
+    of a window starts to add at the window, and settles some otherwise.
+    """
+    steps = np.full(scaled, length / scaled)
+    steps[0] /= 2
+    return np.add.accumulate(steps).astype(np.intp).clip(max=length - 1)
 
 
 def random_view(

@@ -11,12 +11,11 @@ from torch.utils.data import DataLoader, Dataset
 from dataset.reading import (
     picture_size,
     read_image,
-    read_mask,
     read_photograph,
     to_input,
     to_label,
 )
-from dataset.splits import Sample
+from dataset.splits import Sample, read_label
 from utils import IGNORE
 from utils.config import InferenceSection
 from utils.records import WholeImage
@@ -43,7 +42,7 @@ class WholeImages(Dataset[WholeImage]):
         if sample.mask is None:
             label = torch.full((image.height, image.width), IGNORE)
         else:
-            label = to_label(read_mask(sample.mask))
+            label = to_label(read_label(sample))
         if self._long_side is not None:
             shrink = self._long_side / max(image.size)
             if shrink < 1:

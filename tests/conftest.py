@@ -15,7 +15,7 @@ from dataset.catalog import KINDS
 from dataset.demo import write_demo
 from dataset.splits import Splits, read_splits
 from utils.config import AugmentSection, DatasetSection
-from utils.errors import exit_with_one_line
+from utils.errors import UserError, exit_with_one_line
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -126,6 +126,34 @@ def read_back():
         return read_splits(DatasetSection(kind=kind, root=str(root), **lists))
 
     return read
+
+
+@pytest.fixture
+def answer(monkeypatch, capsys):
+    """Type a command that ends well; return what the program printed, in lines."""
+
+    def typed(program, *words) -> list[str]:
+        monkeypatch.setattr(sys, "argv", [program.__file__, *map(str, words)])
+        program.main()
+        return capsys.readouterr().out.splitlines()
+
+    return typed
+
+
+@pytest.fixture(scope="session")
+def value_or_line():
+    """Read a file; None if it is refused, which must be in one line that begins with its path."""
+
+    def attempt(read, path, *arguments):
+        try:
+            return read(path, *arguments)
+        except UserError as error:
+            line = str(error)
+        assert line.startswith(str(path))
+        assert "\n" not in line
+        return None
+
+    return attempt
 
 
 @pytest.fixture(scope="session")

@@ -120,9 +120,15 @@ def unlabeled_in_val(root):
         (text_for_an_image, ["0001.jpg", "cannot read this picture", "replace it or take it off"]),
         (truncated_images, [".jpg", "cannot read this picture (", "truncated", "replace it"]),
         (truncated_mask, ["1002.png", "cannot read this picture (", "truncated", "replace it"]),
-        (mask_with_a_wrong_id, ["0002.png", "id 9 is no class", "0 to 6", "255 is ignored"]),
+        (
+            mask_with_a_wrong_id,
+            ["0002.png", "id 9 is no class", "0 to 6", "255 is ign", "class_map"],
+        ),
         (mask_of_another_size, ["1001.png", "47 x 64", "1001.jpg", "48 x 64", "must agree"]),
-        (mask_in_colour, ["0003.png", "one 8-bit channel", "RGB", "convert its colours to ids"]),
+        (
+            mask_in_colour,
+            ["0003.png", "one channel of class ids", "RGB", "convert its colours to ids"],
+        ),
         (labeled_in_val, ["dataset.labeled and dataset.val share 1", "0000.jpg", "one list only"]),
         (labeled_in_unlabeled, ["dataset.labeled and dataset.unlabeled share 1", "0002.jpg"]),
         (unlabeled_in_val, ["dataset.unlabeled and dataset.val share 1", "0006.jpg"]),

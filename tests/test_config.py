@@ -46,6 +46,11 @@ def test_cpu_recipe_changes_its_base_key_by_key():
         ("augment.scale=[2, 1]", r"the smaller number comes first"),
         ("query.exclude=fish", r"query\.exclude: 'fish' is not allowed: .*list"),
         ("name=a/b", r"name: 'a/b' is not allowed"),
+        ("cache=disk", r"cache: 'disk' is not allowed: .*'ram'"),
+        ("dataset.ignore=[255, -1]", r"dataset\.ignore: -1 is not allowed: .*equal to 0"),
+        ("dataset.class_map.70000=a", r"dataset\.class_map\.70000: .* from 0 to 65535; 'other'"),
+        ("dataset.class_map={70000: a}", r"dataset\.class_map: 70000 is not allowed: ids in mask"),
+        ("dataset.class_map={7: yes}", r"dataset\.class_map: True is not allowed: a class is its"),
     ],
 )
 def test_wrong_value_names_key_value_and_what_is_allowed(setting, message):
@@ -84,3 +89,15 @@ def test_half_a_pair_is_not_called_a_missing_key():
     with pytest.raises(UserError, match=r"augment\.scale") as caught:
         config_from(SMALL, "a checkpoint", ["augment.scale=[1]"])
     assert "augment.scale.1" not in str(caught.value)
+
+
+def test_class_map_is_kept_and_changed_id_by_id():
+    dataset = {"kind": "custom", "root": "data", "classes": ["a", "b"]}
+    values = {**SMALL, "dataset": {**dataset, "class_map": {3: "a", 4: 1, "other": None}}}
+    config = config_from(values, "mine.yaml", ["dataset.ignore=9"])
+    assert config.dataset.class_map == {3: "a", 4: 1, "other": None}
+    assert config.dataset.ignore == [9]
+    kept = config.model_dump(mode="json")  # where ids are text
+    assert config_from(kept, "config.yaml") == config
+    changed = config_from(kept, "config.yaml", ["dataset.class_map.3=b"])
+    assert changed.dataset.class_map == {3: "b", 4: 1, "other": None}

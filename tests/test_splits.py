@@ -91,15 +91,31 @@ def test_line_ends_and_blank_lines_do_not_count(tmp_path, newline, end):
         ("a.jpg\n./a.jpg", r"list\.txt:2: .*a\.jpg is listed twice"),
         ("a.jpg\na.png", r"list\.txt:2: a\.png .*a\.jpg"),  # their predicted masks are one file
         ("a.jpg a.png 3", r"list\.txt:1: a line reads 'image \[mask\]', not 'a\.jpg a\.png 3'"),
+        ("a.jpg UserError: x", r"list\.txt:1: a line reads .*, not 'a\.jpg UserError: x'"),
         ("a.jpg\n/data/b.jpg", r"list\.txt:2: /data/b\.jpg leaves the data root root"),
         ("a.jpg ../b.png", r"list\.txt:1: \.\./b\.png leaves the data root root"),
         ("x/../../b.jpg", r"list\.txt:1: .* leaves the data root"),
         ("../2007_000033", r"list\.txt:1: .* leaves the data root"),
+        (". a.png", r"list\.txt:1: '\.' names no file; correct the line"),
+        ("a.jpg ./", r"list\.txt:1: '\./' names no file"),
+        ("a\0.jpg", r"list\.txt:1: 'a\\x00\.jpg' names no file"),
+        ("a.jpg\n" + 300 * "x" + ".jpg", r"list\.txt:2: 'x+' names no file"),
     ],
 )
 def test_bad_list_names_file_and_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, text)
+
+
+def test_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    assert [sample.name for sample in read(tmp_path, "\ufeffa.jpg\r\nb.jpg")] == ["a.jpg", "b.jpg"]
+
+
+@given(text=st.text(max_size=40) | st.text("./ a\0\n", max_size=8))
+def test_any_text_is_a_list_or_one_line_that_says_why_not(text, value_or_line, tmp_path_factory):
+    path = tmp_path_factory.mktemp("any") / "list.txt"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert value_or_line(read_list, path, Path("root"), PASCAL) != []
 
 
 def test_list_that_is_no_text(tmp_path):

@@ -98,10 +98,10 @@ def test_other_settings_are_refused_with_the_keys(finished, demo_root, tiny_sett
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_weights_do_not_depend_on_workers(finished, demo_root, tmp_path, workers, tiny_settings):
+@pytest.mark.parametrize("change", [{"workers": 1}, {"workers": 2}, {"workers": 1, "cache": "ram"}])
+def test_weights_depend_on_no_loader(finished, demo_root, tmp_path, change, tiny_settings):
     words = tiny_settings(demo_root, tmp_path)
-    again = start(words, "again", workers=workers)
+    again = start(words, "again", **change)
     masks, final = outcome(again)
     expected_masks, expected = outcome(finished[0])
     assert masks == expected_masks

@@ -1,8 +1,15 @@
 """A run's settings: typed, explained, read from YAML, checked before anything starts."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+)
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -20,7 +27,29 @@ def _distinct(names: list[str]) -> list[str]:
     return names
 
 
+def _file_id(key: Any) -> int | str:
+    if key == "other" or (type(key) is int and 0 <= key <= 65535):
+        return key
+    if isinstance(key, str) and key.isdecimal():  # on the command line, and in a kept config
+        return _file_id(int(key))
+    raise ValueError("ids in mask files go from 0 to 65535; 'other' stands for all that remain")
+
+
+def _class(value: Any) -> int | str | None:
+    if value is None or isinstance(value, str) or (type(value) is int and value >= 0):
+        return value
+    raise ValueError("a class is its name or its id; null is ignored")
+
+
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
+
+
+FileId = Annotated[int, Field(ge=0, le=65535)]
+FileIds = Annotated[list[FileId], BeforeValidator(lambda x: x if isinstance(x, list) else [x])]
+ClassMap = dict[
+    Annotated[int | str, PlainValidator(_file_id)],
+    Annotated[int | str | None, PlainValidator(_class)],
+]
 
 
 class Section(BaseModel):
@@ -41,6 +70,10 @@ class DatasetSection(Section):
     classes: Annotated[list[str], AfterValidator(_distinct)] | None = Field(
         None, min_length=2, max_length=255
     )
+    # Id in mask files to class name, class id, or null for ignored; 'other' stands for the ids that
+    # neither class_map nor ignore names. null: ids in files are class ids.
+    class_map: ClassMap | None = None
+    ignore: FileIds = [255]  # ids in mask files that count as ignored
 
 
 class StrongSection(Section):
@@ -178,6 +211,8 @@ class Config(Section):
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     workers: int = Field(4, ge=0)  # processes that read images
+    # 'ram': a training stage decodes its images once and keeps them in memory, 4 bytes a pixel.
+    cache: Literal["ram"] | None = None
     dataset: DatasetSection
     augment: AugmentSection
     model: ModelSection = ModelSection()

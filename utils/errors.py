@@ -14,7 +14,7 @@ class UserError(Exception):
 
     def __init__(self, message: str, rows: Sequence[str] = ()) -> None:
         # A DataLoader worker hands its error over as the text of a traceback that ends in ours.
-        super().__init__(" ".join(message.rsplit("UserError: ", 1)[-1].split()))
+        super().__init__(" ".join(message.rsplit(f"\n{__name__}.UserError: ", 1)[-1].split()))
         self.rows = rows
 
 

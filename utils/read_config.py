@@ -121,7 +121,7 @@ def _explain(error: ValidationError, layers: Sequence[Layer]) -> str:
     first = next((each for each in errors if each["type"] in unknown), errors[0])
     # A place in a list, such as the 1 of augment.scale.1, is no key of its own.
     path = [part for part in first["loc"] if not isinstance(part, int) or first["type"] in unknown]
-    path = [str(part) for part in path]
+    path = [str(part) for part in path if part != "[key]"]  # pydantic's word for a wrong id
     key = ".".join(path)
     sources = [layer.source for layer in layers if _has(layer, path)]
     if first["type"] in unknown:

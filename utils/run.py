@@ -22,7 +22,7 @@ from utils.read_config import config_from
 from utils.results import environment, stage_table
 from utils.stage import Report, Stage
 
-_FREE_KEYS = ("workers", "outdir")  # they change no result
+_FREE_KEYS = ("workers", "cache", "outdir")  # they change no result
 
 
 class Run:

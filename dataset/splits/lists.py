@@ -1,13 +1,16 @@
 """The three lists of a run: read them, and refuse what would spoil a result."""
 
-from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Iterator
+from itertools import combinations
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from dataset.catalog import Kind, describe
-from dataset.reading import picture_size, read_mask
+from dataset.ids import UNKNOWN, id_table
+from dataset.reading import picture_size, read_ids
+from dataset.splits.lines import read_list
 from dataset.splits.samples import Sample
 from utils import IGNORE
 from utils.config import DatasetSection
@@ -22,6 +25,27 @@ class Splits(NamedTuple):
     val: list[Sample]
 
 
+class Overlap(NamedTuple):
+    """Images that stand in two lists.
+
+    Attributes:
+        one, other: the lists.
+        names: of the images, one at least.
+    """
+
+    one: str
+    other: str
+    names: list[str]
+
+    @property
+    def line(self) -> str:
+        """What is wrong, and what to do."""
+        return (
+            f"dataset.{self.one} and dataset.{self.other} share {len(self.names)} images, "
+            f"{self.names[0]} among them; an image may stand in one list only"
+        )
+
+
 def read_splits(section: DatasetSection) -> Splits:
     """Read and check the lists of a config, before anything trains.
 
@@ -30,12 +54,13 @@ def read_splits(section: DatasetSection) -> Splits:
             two lists overlap; a mask is not a one-channel picture of class ids or 255, or its
             size differs from its image's.
     """
-    kind, root = describe(section), _root(section)
+    kind, root = describe(section), find_root(section)
     labeled, unlabeled, val = (
-        read_list(_find_list(section, field, root), root, kind) for field in Splits._fields
+        read_list(find_list(section, field, root), root, kind) for field in Splits._fields
     )
     splits = Splits(labeled, [sample._replace(mask=None) for sample in unlabeled], val)
-    _refuse_overlap(splits)
+    for overlap in overlaps(splits):
+        raise UserError(overlap.line)
     for sample in splits.unlabeled:
         picture_size(sample.image)
     check_masks(splits.labeled, kind, "dataset.labeled")
@@ -49,59 +74,10 @@ def read_val(section: DatasetSection) -> list[Sample]:
     Raises:
         UserError: as ``read_splits``.
     """
-    kind, root = describe(section), _root(section)
-    samples = read_list(_find_list(section, "val", root), root, kind)
+    kind, root = describe(section), find_root(section)
+    samples = read_list(find_list(section, "val", root), root, kind)
     check_masks(samples, kind, "dataset.val")
     return samples
-
-
-def read_list(path: Path, root: Path, kind: Kind) -> list[Sample]:
-    """Read ``image [mask]`` lines, or U2PL's bare ids; blank lines do not count.
-
-    Args:
-        path: the list; a missing final newline is fine.
-        root: folder that the paths in it are relative to.
-        kind: tells where bare ids lie.
-
-    Raises:
-        UserError: no list, no lines, a malformed or repeated line, a path that leaves the root.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read this list ({error})") from error
-    samples: dict[PurePosixPath, Sample] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        sample = _read_line(line, f"{path}:{number}", root, kind)
-        key = PurePosixPath(sample.name).with_suffix("")
-        if key in samples and samples[key].name == sample.name:
-            raise UserError(f"{path}:{number}: {sample.name} is listed twice; remove one line")
-        if key in samples:
-            raise UserError(
-                f"{path}:{number}: {sample.name} and {samples[key].name} would share one predicted "
-                "mask; rename one"
-            )
-        samples[key] = sample
-    if not samples:
-        raise UserError(f"{path}: this list is empty; it needs an image a line")
-    return list(samples.values())
-
-
-def _read_line(line: str, place: str, root: Path, kind: Kind) -> Sample:
-    words = line.split()
-    if len(words) > 2:
-        raise UserError(f"{place}: a line reads 'image [mask]', not {line!r}")
-    if len(words) == 1 and not PurePosixPath(words[0]).suffix:
-        words = [kind.image_pattern.format(words[0]), kind.mask_pattern.format(words[0])]
-    for word in words:
-        if PurePosixPath(word).is_absolute() or ".." in PurePosixPath(word).parts:
-            raise UserError(
-                f"{place}: {word} leaves the data root {root}; paths are relative to it"
-            )
-    name = str(PurePosixPath(words[0]))  # one spelling: a//b and a/./b are a/b
-    return Sample(name, root / name, root / words[1] if len(words) == 2 else None)
 
 
 def check_masks(samples: Iterable[Sample], kind: Kind, key: str) -> None:
@@ -109,33 +85,54 @@ def check_masks(samples: Iterable[Sample], kind: Kind, key: str) -> None:
 
     Raises:
         UserError: a sample without mask; a mask that is missing, unreadable, not one channel of
-            class ids or 255, or not of its image's size.
+            ids that mean a class or ignored, or not of its image's size.
     """
-    valid = 0
+    table = id_table(kind.classes) if kind.ids is None else np.frombuffer(kind.ids, np.int16)
+    valid, unknown = 0, {}
     for sample in samples:
         if sample.mask is None:
             raise UserError(f"{key}: {sample.name} stands there without a mask; name it beside it")
-        size, ids = picture_size(sample.image), np.asarray(read_mask(sample.mask))
+        size, ids = picture_size(sample.image), read_ids(sample.mask)
         if ids.shape != size:
             raise UserError(
                 f"{sample.mask}: this mask is {ids.shape[0]} x {ids.shape[1]} and its image "
                 f"{sample.image} is {size[0]} x {size[1]} (height x width); they must agree"
             )
-        valid += int((ids != IGNORE).sum())
-        ids = np.unique(ids)
-        wrong = ids[(ids >= len(kind.classes)) & (ids != IGNORE)]
-        if len(wrong):
-            raise UserError(
-                f"{sample.mask}: id {wrong[0]} is no class: ids go from 0 to "
-                f"{len(kind.classes) - 1}, and {IGNORE} is ignored"
-            )
+        area = np.bincount(ids.ravel())
+        shown = np.flatnonzero(area)
+        for id_ in shown[table[shown] == UNKNOWN].tolist():
+            unknown.setdefault(id_, sample.mask)
+        valid += int(area[table[: len(area)] != IGNORE].sum())
+    if unknown:
+        raise UserError(_complaint(unknown, kind))
     if valid == 0:
         raise UserError(
-            f"{key}: every pixel of its masks is {IGNORE}; nothing can be learnt or told"
+            f"{key}: every pixel of its masks is ignored; nothing can be learnt or told"
         )
 
 
-def _root(section: DatasetSection) -> Path:
+def _complaint(unknown: dict[int, Path], kind: Kind) -> str:
+    """Name all ids that mean nothing, a mask that shows one, and what would give them a meaning."""
+    ids = sorted(unknown)
+    named = ", ".join(map(str, ids[:20])) + (" ..." if len(ids) > 20 else "")
+    those = f"{unknown[ids[0]]}: " + (f"id {named} is" if len(ids) == 1 else f"ids {named} are")
+    if kind.ids is None:
+        return (
+            f"{those} no class: ids go from 0 to {len(kind.classes) - 1}, and {IGNORE} is ignored; "
+            "dataset.class_map and dataset.ignore give others a meaning"
+        )
+    return (
+        f"{those} neither in dataset.class_map nor in dataset.ignore; add what is missing "
+        "('other: null' ignores every id that is not named)"
+    )
+
+
+def find_root(section: DatasetSection) -> Path:
+    """Return the folder that paths are relative to.
+
+    Raises:
+        UserError: no such folder.
+    """
     root = Path(section.root).expanduser()
     if not root.is_dir():
         drawn = f" (python -m dataset.demo {root} draws it)" if section.kind == "demo" else ""
@@ -145,7 +142,12 @@ def _root(section: DatasetSection) -> Path:
     return root
 
 
-def _find_list(section: DatasetSection, field: str, root: Path) -> Path:
+def find_list(section: DatasetSection, field: str, root: Path) -> Path:
+    """Find a list in the working folder, then in the root.
+
+    Raises:
+        UserError: in neither.
+    """
     name = getattr(section, field)
     for candidate in (Path(name), root / name):
         if candidate.is_file():
@@ -156,15 +158,13 @@ def _find_list(section: DatasetSection, field: str, root: Path) -> Path:
     )
 
 
-def _refuse_overlap(splits: Splits) -> None:
+def overlaps(splits: Splits) -> Iterator[Overlap]:
+    """Find what stands in two lists, for every pair of lists that overlaps."""
     files = {  # links followed: one picture under two names is one picture
         field: {sample.image.resolve(): sample.name for sample in getattr(splits, field)}
         for field in Splits._fields
     }
-    for one, other in (("labeled", "unlabeled"), ("labeled", "val"), ("unlabeled", "val")):
+    for one, other in combinations(Splits._fields, 2):
         shared = sorted(files[one][file] for file in files[one].keys() & files[other].keys())
         if shared:
-            raise UserError(
-                f"dataset.{one} and dataset.{other} share {len(shared)} images, {shared[0]} "
-                "among them; an image may stand in one list only"
-            )
+            yield Overlap(one, other, shared)

@@ -1,11 +1,12 @@
 """Samples: the images of a list, and where their labels or pseudo labels are."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from PIL import Image
 
+from dataset.reading import read_image, read_mask
 from utils.errors import UserError
 
 
@@ -16,11 +17,26 @@ class Sample(NamedTuple):
         name: the image's path as the list has it, relative to the root; names the sample.
         image: where to read it.
         mask: where its label or pseudo label is; None where there is none.
+        ids: what ids in its mask mean, as in ``Kind``.
     """
 
     name: str
     image: Path
     mask: Path | None
+    ids: bytes | None = None
+
+
+def read_label(sample: Sample) -> Image.Image:
+    """Read a sample's label as class ids and 255, whatever ids its file holds: mode L."""
+    return read_mask(sample.mask, sample.ids)
+
+
+def read_sample(sample: Sample) -> tuple[Image.Image, Image.Image]:
+    """Read a sample's image, RGB, and its label, mode L."""
+    return read_image(sample.image), read_label(sample)
+
+
+SampleReader = Callable[[Sample], tuple[Image.Image, Image.Image]]  # ``read_sample``, or its like
 
 
 def pick(samples: Sequence[Sample], names: Iterable[str]) -> list[Sample]:
@@ -58,4 +74,4 @@ def mask_file(folder: Path, sample: Sample) -> Path:
 
 def with_pseudo_masks(samples: Iterable[Sample], folder: Path) -> list[Sample]:
     """Return the samples with the pseudo labels that a folder keeps for them."""
-    return [sample._replace(mask=mask_file(folder, sample)) for sample in samples]
+    return [sample._replace(mask=mask_file(folder, sample), ids=None) for sample in samples]

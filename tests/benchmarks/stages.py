@@ -48,6 +48,14 @@ from utils.stage import Stage, checkpoint_of
 SIZE, SCALES, BATCH, IMAGES = (360, 480), [0.5, 0.75, 1.0, 1.5, 2.0], 2, 4
 CHANCE = Chance(0, "benchmark")
 FORMS = ("plain", "ours")
+COLUMNS = {  # of the table, with decimals
+    "plain_images_per_second": 3,
+    "images_per_second": 3,
+    "ratio": 2,
+    "plain_peak_mib": 0,
+    "peak_mib": 0,
+    "share_of_floor": 2,
+}
 
 
 class Row(NamedTuple):
@@ -314,12 +322,8 @@ def main() -> None:
         rows = {}
         for stage in [typed.only] if typed.only else STAGES:
             rows[stage] = row = measure(bench, stage, rate, typed.pairs)
-            print(
-                f"| {stage} | {row['plain_images_per_second']:.3f} | {row['images_per_second']:.3f} "
-                f"| {row['ratio']:.2f} | {row['plain_peak_mib']:.0f} | {row['peak_mib']:.0f} "
-                f"| {100 * row['share_of_floor']:.0f} % |",
-                flush=True,
-            )
+            cells = [f"{row[key]:.{digits}f}" for key, digits in COLUMNS.items()]
+            print(f"| {stage} | {' | '.join(cells)} |", flush=True)
     if typed.json is not None:
         typed.json.write_text(json.dumps({"best_flop_per_second": rate, "stages": rows}, indent=2))
 

@@ -1,0 +1,118 @@
+"""Lists of images: ``python -m dataset.splits make | import | check``.
+
+make    draw a labeled list from a training list, for example 1/8 of it
+import  take in lists of ST++, CISC-R, UniMatch and U2PL
+check   look for what would spoil a result: counts, overlaps, files, classes, a query index
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from dataset.catalog import KINDS, describe
+from dataset.query import QueryRule
+from dataset.splits.audit import audit
+from dataset.splits.foreign import import_lists
+from dataset.splits.lists import Splits, find_root
+from dataset.splits.make import make_lists
+from dataset.splits.report import audit_table
+from utils.errors import UserError, exit_with_one_line
+from utils.files import write_json
+from utils.read_config import read_config
+
+
+def make(words: Sequence[str]) -> None:
+    """Draw a labeled list from a training list; the rest is unlabeled."""
+    parser = _parser(make, "make")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="such as dataset.root=DIR")
+    parser.add_argument(
+        "--train", type=Path, required=True, metavar="LIST", help="image mask lines"
+    )
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument(
+        "--fraction", type=_fraction, metavar="SHARE", help="such as 1/8 or 0.125, rounded up"
+    )
+    size.add_argument("--count", type=int, help="of labeled images, instead")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed nests the lists (0)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets both lists")
+    parser.add_argument("--config", help="data, for --stratify and bare ids")
+    parser.add_argument("--stratify", action="store_true", help="keep every class; reads the masks")
+    typed = parser.parse_intermixed_args(words)
+    share = typed.count if typed.fraction is None else typed.fraction
+    root, kind, rule = Path(), None, None
+    if typed.config is not None:
+        config = read_config(typed.config, typed.settings)
+        kind = describe(config.dataset)
+        if typed.stratify:
+            root, rule = find_root(config.dataset), QueryRule.of(config.query, kind)
+    elif typed.stratify or typed.settings:
+        raise UserError("--config: missing; --stratify and settings need the config of the data")
+    report = make_lists(typed.train, share, typed.seed, typed.out, root, kind, rule)
+    print(*report, sep="\n")
+
+
+def import_(words: Sequence[str]) -> None:
+    """Take in lists of ST++, CISC-R, UniMatch and U2PL; the images need not be there yet."""
+    parser = _parser(import_, "import")
+    for name in Splits._fields:
+        parser.add_argument(f"--{name}", type=Path, metavar="LIST", help=f"for {name}.txt")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets our lists")
+    parser.add_argument("--kind", choices=KINDS, help="data set of bare ids such as 2007_000033")
+    typed = parser.parse_args(words)
+    lists = {name: getattr(typed, name) for name in Splits._fields}
+    lists = {name: path for name, path in lists.items() if path is not None}
+    if not lists:
+        raise UserError("--labeled, --unlabeled, --val: all missing; name the lists to import")
+    print(*import_lists(lists, typed.out, KINDS.get(typed.kind)), sep="\n")
+
+
+def check(words: Sequence[str]) -> None:
+    """Look for what would spoil a result; exit with 2 if training or a query index would."""
+    parser = _parser(check, "check")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="such as dataset.root=DIR")
+    parser.add_argument("--config", required=True, help="names lists, root and query rule")
+    index = "JSON {class: [image]}, a folder of lists, or a list: are its images labeled?"
+    parser.add_argument("--foreign-index", type=Path, metavar="PATH", help=index)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found here")
+    typed = parser.parse_intermixed_args(words)
+    found = audit(read_config(typed.config, typed.settings), typed.foreign_index)
+    print(audit_table(found))
+    if typed.json is not None:
+        write_json(typed.json, found.to_json())
+    if found.problems:
+        sorts = len(found.problems)
+        more = f" ({sorts} sorts of problems are listed above)" if sorts > 1 else ""
+        raise UserError(f"{found.problems[0].example}{more}")
+
+
+def main() -> None:
+    """Make, import and check lists of images."""
+    commands = {"make": make, "import": import_, "check": check}
+    parser = argparse.ArgumentParser(
+        prog="python -m dataset.splits",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=commands, help="with --help behind it: its options")
+    # No sub-parsers: they cannot take settings on both sides of an option.
+    parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    typed = parser.parse_args()
+    commands[typed.command](typed.words)
+
+
+def _parser(command: Callable[[Sequence[str]], None], name: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"python -m dataset.splits {name}", description=command.__doc__
+    )
+
+
+def _fraction(text: str) -> Fraction:
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"--fraction: '{text}' is no share; write 1/8 or 0.125") from None
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)

@@ -1,0 +1,119 @@
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from dataset import cache
+from dataset.cache import Memory, sample_reader
+from dataset.catalog import KINDS
+from dataset.loader import Chance, SampleKey
+from dataset.query import Querier, QueryRule, build_query_index
+from dataset.segmentation import RetrainSamples, queried_image
+from dataset.splits import read_sample, read_splits, with_pseudo_masks
+from utils.config import DatasetSection, QuerySection
+from utils.errors import UserError
+from utils.read_config import read_config
+from utils.run import Run
+
+KEYS = [[SampleKey(0, 0), SampleKey(0, 1)], [SampleKey(1, 3), SampleKey(0, 2)]]
+
+
+@pytest.fixture
+def splits(demo_root):
+    return read_splits(DatasetSection(kind="demo", root=str(demo_root)))
+
+
+@pytest.fixture
+def sets(splits, augment):
+    """The same retraining set, read from files and from memory."""
+    rule = QueryRule.of(QuerySection(), KINDS["demo"])
+    index = build_query_index(splits.labeled, rule)
+
+    def retraining(read):
+        querier = Querier(splits.labeled, index, rule, augment, read)
+        chance = Chance(0, "4_retrain")
+        query = partial(queried_image, querier)
+        return RetrainSamples(splits.val, splits.labeled, query, augment, chance, read=read)
+
+    return [retraining(read) for read in (read_sample, Memory(splits.val + splits.labeled, 2))]
+
+
+def test_memory_holds_what_the_files_hold(splits):
+    read = sample_reader("ram", splits.labeled, threads=3)
+    for sample in splits.labeled:
+        for ours, theirs in zip(read(sample), read_sample(sample), strict=True):
+            assert ours.mode == theirs.mode
+            assert np.array_equal(ours, theirs)
+    assert sample_reader(None, splits.labeled, threads=3) is read_sample
+
+
+def test_memory_holds_merged_classes(demo_root):
+    section = DatasetSection(
+        kind="custom", root=str(demo_root), classes=["a", "b"], class_map={0: "b", "other": "a"}
+    )
+    sample = read_splits(section).labeled[0]
+    image, label = Memory([sample], 0)(sample)
+    assert image.size == label.size
+    assert np.array_equal(label, read_sample(sample)[1])
+    assert set(np.unique(label)) == {0, 1, 255}
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_share_the_memory_and_give_the_same_batches(sets, start, splits, monkeypatch):
+    if start not in torch.multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system does not {start}")
+    plain, cached = sets
+    expected = list(DataLoader(plain, batch_sampler=KEYS))
+    spoilt = with_pseudo_masks(splits.val, splits.val[0].image / "nowhere")  # by name alone
+    monkeypatch.setattr(cached, "_unlabeled", spoilt)
+    loader = DataLoader(cached, batch_sampler=KEYS, num_workers=1, multiprocessing_context=start)
+    for ours, theirs in zip(loader, expected, strict=True):
+        assert torch.equal(ours.student_image, theirs.student_image)
+        assert torch.equal(ours.labeled_image, theirs.labeled_image)
+        assert torch.equal(ours.labeled_label, theirs.labeled_label)
+        assert torch.equal(ours.pseudo_label, theirs.pseudo_label)
+        assert all(map(torch.equal, ours.queried, theirs.queried))
+
+
+def test_block_is_one_and_shared(splits):
+    memory = Memory(splits.labeled, 1)
+    assert memory._block.is_shared()
+    assert memory._block.shape == (4 * 48 * 64 * len(splits.labeled),)
+
+
+@pytest.mark.parametrize("free", [0, 4 * 48 * 64 * 6])
+def test_set_that_does_not_fit_is_refused_in_one_line(splits, monkeypatch, free):
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(cache.Path, "is_dir", lambda _: True)
+    message = r"^cache: the decoded images do not fit .* 0\.00 GB, and 0\.00 GB are free; set cache"
+    with pytest.raises(UserError, match=message):
+        Memory(splits.labeled, 1)
+
+
+def test_block_that_the_system_refuses_is_told_in_one_line(splits, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("unable to allocate\nshared memory")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    with pytest.raises(UserError, match=r"^cache: .*unable to allocate shared memory; set cache"):
+        Memory(splits.labeled, 1)
+
+
+def test_unreadable_picture_ends_the_filling_in_one_line(demo_copy):
+    splits = read_splits(DatasetSection(kind="demo", root=str(demo_copy)))
+    image = splits.labeled[2].image
+    image.write_bytes(image.read_bytes()[:600])
+    with pytest.raises(UserError, match=rf"^{image}: cannot read this picture"):
+        Memory(splits.labeled, 2)
+
+
+def test_cache_may_change_between_the_stages_of_a_run(demo_overrides):
+    plain, cached = (
+        read_config("demo.yaml", [*demo_overrides, f"cache={value}"]) for value in ("null", "ram")
+    )
+    with Run(plain) as run:
+        run.stage("1_supervised", lambda _: {})
+    assert Run(cached).stages == {}  # not refused

@@ -1,0 +1,286 @@
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset.splits import __main__ as program
+from dataset.splits import read_splits
+from dataset.splits.audit import Audit, audit
+from dataset.splits.report import audit_table
+from utils.errors import UserError
+from utils.read_config import read_config
+
+SHARED = Path(__file__).parents[2] / "shared"
+LISTS, CAMVID = SHARED / "lists", SHARED / "camvid"
+
+
+def append(path, *lines):
+    with path.open("a") as file:
+        file.writelines(f"{line}\n" for line in lines)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Settings of four 10 x 10 labels: cars on 40, 10, 10 and 10 of 100, 100, 50, 100 pixels that
+    count, a bus on 10 of the 50, no tram; one unlabeled image, one for validation."""
+    labels = {
+        "a": [[0]] * 6 + [[1]] * 4,
+        "b": [[0]] * 9 + [[1]],
+        "c": [[1]] + [[2]] + [[0]] * 3 + [[255]] * 5,
+        "d": [[1]] + [[0]] * 9,
+        "u": [[9]] * 10,  # no label of ours: nobody may open it
+        "v": [[0]] * 10,
+    }
+    for name, ids in labels.items():
+        ids = np.broadcast_to(np.array(ids, np.uint8), (10, 10))
+        Image.fromarray(ids).save(tmp_path / f"{name}_ids.png")
+        Image.new("RGB", (10, 10)).save(tmp_path / f"{name}.png")
+    for name, images in {"labeled": "abcd", "unlabeled": "u", "val": "v"}.items():
+        append(tmp_path / f"{name}.txt", *(f"{image}.png {image}_ids.png" for image in images))
+    return [
+        f"dataset.root={tmp_path}",
+        "dataset.kind=custom",
+        "dataset.classes=[ground,car,bus,tram]",
+        "query={min_area: 0.2, exclude: [ground]}",
+    ]
+
+
+@pytest.fixture
+def check(rows, answer):
+    """``python -m dataset.splits check`` on the rows, without problems."""
+    return lambda *words: answer(
+        program, "check", *rows[:2], "--config", "demo.yaml", *rows, *words
+    )
+
+
+def look(rows, *settings, index=None) -> Audit:
+    return audit(read_config("demo.yaml", [*rows, *settings]), index)
+
+
+def test_classes_are_counted_by_hand(rows):
+    found = look(rows)
+    assert found.images == {"labeled": 4, "unlabeled": 1, "val": 1}
+    assert (found.problems, found.index) == ([], None)
+    assert [(name, round(350 * share), *rest) for name, share, *rest in found.classes] == [
+        ("ground", 270, 4, None),  # excluded: nobody asks for it
+        ("car", 70, 4, 2),
+        ("bus", 10, 1, 1),  # exactly min_area
+        ("tram", 0, 0, 0),
+    ]
+    assert (found.unreachable, found.hardly_reachable) == (["tram"], [])
+
+
+def test_class_that_is_too_small_in_most_images_is_hardly_reachable(rows):
+    found = look(rows, "query.min_area=0.3")
+    assert (found.unreachable, found.hardly_reachable) == (["bus", "tram"], ["car"])
+
+
+def test_table(check):
+    assert check() == [
+        "list         images",
+        "labeled           4",
+        "unlabeled         1",
+        "val               1",
+        "",
+        "labeled    pixels  images  with 0.2 of the pixels",
+        "ground    77.143%       4  excluded",
+        "car       20.000%       4         2",
+        "bus        2.857%       1         1",
+        "tram       0.000%       0         0",
+        "",
+        "no query can reach tram: lower query.min_area?",
+        "nothing found that training would refuse",
+    ]
+
+
+def test_json_holds_the_same(check, rows, tmp_path):
+    check("--json", tmp_path / "audit.json")
+    found = json.loads((tmp_path / "audit.json").read_text())
+    assert found["classes"][2] == {"name": "bus", "share": 10 / 350, "images": 1, "guides": 1}
+    assert found["unreachable"] == ["tram"]
+    assert found == json.loads(json.dumps(look(rows).to_json()))
+
+
+def same_image_in_two_lists(root):
+    append(root / "val.txt", "a.png a_ids.png", "./b.png b_ids.png")
+    return {("labeled, val", "images in both"): 2}
+
+
+def missing_files(root):
+    for name in ("a.png", "b_ids.png", "u.png"):
+        (root / name).unlink()
+    return {("labeled", "files missing"): 2, ("unlabeled", "files missing"): 1}
+
+
+def unreadable_files(root):
+    for name in ("a.png", "b_ids.png", "v_ids.png"):
+        (root / name).write_text("no picture")
+    return {("labeled", "files unreadable"): 2, ("val", "files unreadable"): 1}
+
+
+def wrong_ids(root):
+    Image.fromarray(np.array([[4, 9], [0, 255]], np.uint8)).resize((10, 10), 0).save(
+        root / "a_ids.png"
+    )
+    Image.new("L", (10, 10), 7).save(root / "d_ids.png")
+    return {("labeled", "masks with wrong ids"): 2}
+
+
+def sizes_that_differ(root):
+    Image.new("RGB", (10, 9)).save(root / "a.png")
+    Image.new("L", (9, 10), 200).save(root / "b_ids.png")
+    return {("labeled", "sizes that differ"): 2, ("labeled", "masks with wrong ids"): 1}
+
+
+def lines_without_a_mask(root):
+    (root / "labeled.txt").write_text("a.png\nb.png\nc.png c_ids.png")
+    return {("labeled", "lines without a mask"): 2}
+
+
+def nothing_that_counts(root):
+    Image.new("L", (10, 10), 255).save(root / "v_ids.png")
+    return {("val", "list without a pixel that counts"): 1}
+
+
+def lists_that_do_not_read(root):
+    (root / "labeled.txt").write_text("\n")
+    append(root / "unlabeled.txt", "u.png")
+    (root / "val.txt").unlink()
+    return {(name, "list that cannot be read"): 1 for name in ("labeled", "unlabeled", "val")}
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        same_image_in_two_lists,
+        missing_files,
+        unreadable_files,
+        wrong_ids,
+        sizes_that_differ,
+        lines_without_a_mask,
+        nothing_that_counts,
+        lists_that_do_not_read,
+    ],
+)
+def test_everything_that_training_refuses_is_found_and_counted(rows, spoil, tmp_path, complaint):
+    expected = spoil(tmp_path)
+    problems = look(rows).problems
+    assert {(each.where, each.what): each.count for each in problems} == expected
+    with pytest.raises(UserError):
+        read_splits(read_config("demo.yaml", rows).dataset)
+    line = complaint(program, "check", "--config", "demo.yaml", *rows)
+    assert problems[0].example in line
+
+
+def test_all_problems_are_in_the_table_and_the_first_is_the_line(rows, tmp_path, complaint):
+    missing_files(tmp_path)
+    told = "no such file; correct the list or dataset.root"
+    assert audit_table(look(rows)).splitlines()[-2:] == [
+        f"labeled: 2 files missing: {tmp_path}/a.png: {told}",
+        f"unlabeled: 1 files missing: {tmp_path}/u.png: {told}",
+    ]
+    line = complaint(program, "check", "--config", "demo.yaml", *rows)
+    assert line == f"error: {tmp_path}/a.png: {told} (2 sorts of problems are listed above)"
+
+
+@pytest.mark.parametrize(
+    ("images", "standing", "line"),
+    [
+        ("ab", (2, 0, 0, 0), None),
+        ("abu", (2, 1, 0, 0), "1 of 3 images are unlabeled: their true masks would be trained on"),
+        ("av", (1, 0, 1, 0), "1 of 2 images are for validation: their true masks would be"),
+        ("xy", (0, 0, 0, 2), "2 of 2 images are in no list: their true masks would be trained on"),
+    ],
+)
+def test_images_of_a_foreign_index_must_be_labeled(
+    rows, check, complaint, tmp_path, images, standing, line
+):
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps({"car": [f"{each}.png" for each in images], "bus": ["/a.png"]}))
+    if images == "xy":
+        index.write_text(json.dumps({"car": ["x.png x_ids.png", "y.png"]}))
+    found = look(rows, index=index)
+    assert found.index == dict(
+        zip(("labeled", "unlabeled", "val", "nowhere"), standing, strict=True)
+    )
+    if line is None:
+        assert check("--foreign-index", index)[-2:] == [
+            "query index: 2 images: 2 labeled, 0 unlabeled, 0 val, 0 nowhere",
+            "nothing found that training would refuse",
+        ]
+    else:
+        words = ["check", "--config", "demo.yaml", *rows, "--foreign-index", index]
+        assert complaint(program, *words).startswith(f"error: {index}: {line}")
+
+
+@pytest.fixture
+def trainaug(tmp_path):
+    """A stand-in for Pascal's 10,582 images and masks: two pictures under many names."""
+    for folder, suffix, mode in (("JPEGImages", "jpg", "RGB"), ("SegmentationClass", "png", "L")):
+        (tmp_path / folder).mkdir()
+        first = tmp_path / folder / f"00000.{suffix}"
+        Image.new(mode, (4, 4)).save(first)
+        for number in range(1, 10583):
+            os.link(first, tmp_path / folder / f"{number:05}.{suffix}")
+    append(tmp_path / "val.txt", "10582")
+    return tmp_path
+
+
+def test_the_published_leak_is_found(trainaug, complaint):
+    ids = [f"{number:05}" for number in range(10582)]
+    append(trainaug / "labeled.txt", *ids[:662])
+    append(trainaug / "unlabeled.txt", *ids[662:])
+    index, out = trainaug / "index", trainaug / "audit.json"
+    index.mkdir()
+    listed = ids[623 : 623 + 662]  # the last 39 labeled images, and 623 that are not
+    for label in range(1, 21):  # classes share images
+        append(index / f"{label}.txt", *listed[label % 3 :: 3], *listed[:20])
+    settings = [f"dataset.{name}={name}.txt" for name in ("labeled", "unlabeled")]
+    words = ["check", "--config", "pascal.yaml", *settings, f"dataset.root={trainaug}"]
+    line = complaint(program, *words, "--foreign-index", index, "--json", out)
+    leak = "623 of 662 images are unlabeled: their true masks would be trained on"
+    assert line == f"error: {index}: {leak}"
+    found = json.loads(out.read_text())
+    assert found["index"] == {"labeled": 39, "unlabeled": 623, "val": 0, "nowhere": 0}
+    assert found["images"] == {"labeled": 662, "unlabeled": 9920, "val": 1}
+
+
+def test_real_lists_of_two_projects_leak_into_each_other(tmp_path, complaint):
+    if not LISTS.is_dir():
+        pytest.skip("needs the published lists ../shared/lists")
+    one, val = LISTS / "st++/pascal/1_16", LISTS / "st++/pascal/val.txt"
+    settings = [f"dataset.root={tmp_path}", f"dataset.val={val}"]
+    settings += [f"dataset.{name}={one / name}.txt" for name in ("labeled", "unlabeled")]
+    index = LISTS / "u2pl/pascal/662/labeled.txt"
+    line = complaint(
+        program, "check", "--config", "pascal.yaml", *settings, "--foreign-index", index
+    )
+    assert "627 of 662 images are unlabeled: their true masks would be trained on" in line
+
+
+@pytest.mark.parametrize(
+    ("share", "unreachable", "hardly"),
+    [
+        ("1_8", ["pedestrian", "bicyclist"], ["pole", "sign", "fence"]),
+        ("1_16", ["fence", "pedestrian", "bicyclist"], ["pole", "sign"]),
+    ],
+)
+def test_five_classes_of_camvid_are_out_of_reach_at_pascals_min_area(share, unreachable, hardly):
+    if not CAMVID.is_dir():
+        pytest.skip("needs the CamVid set in ../shared/camvid")
+    lists = [f"dataset.{name}={share}/{name}.txt" for name in ("labeled", "unlabeled")]
+    config = read_config("camvid.yaml", [f"dataset.root={CAMVID}", "query.min_area=0.03", *lists])
+    found = audit(config)
+    assert found.problems == []
+    assert (found.unreachable, found.hardly_reachable) == (unreachable, hardly)
+
+
+def test_what_leaves_nothing_to_look_at(rows, complaint, tmp_path):
+    for setting, told in {
+        f"dataset.root={tmp_path}/gone": "gone is no folder",
+        "query.exclude=[sky]": "query.exclude: 'sky' is no class",
+    }.items():
+        assert told in complaint(program, "check", "--config", "demo.yaml", *rows, setting)
