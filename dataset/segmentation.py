@@ -1,32 +1,24 @@
-"""What networks are fed: labeled pairs, unlabeled images with partners, whole images."""
+"""What networks learn from: labeled pairs, and unlabeled images with partners."""
 
-from collections.abc import Callable, Sequence
-from itertools import groupby
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dataset.loader import Chance, SampleKey
 from dataset.query import Querier
 from dataset.reading import (
-    picture_size,
     read_image,
     read_mask,
-    read_photograph,
     to_input,
     to_label,
 )
 from dataset.splits import Sample
 from dataset.transforms import StrongColours, random_view
-from utils import IGNORE
-from utils.config import AugmentSection, InferenceSection
-
-ImageReader = Callable[[Path], Image.Image]
+from utils.config import AugmentSection
 
 
 class QueryPair(NamedTuple):
@@ -81,6 +73,10 @@ class LabeledPairs(Dataset[QueryPair]):
         """Return the number of pairs an epoch."""
         return len(self._labeled) * self._repeat
 
+    def names(self, keys: Iterable[SampleKey]) -> list[str]:
+        """Tell which images keys ask for, beside the partners drawn for them."""
+        return [self._labeled[key.index % len(self._labeled)].name for key in keys]
+
     def __getitem__(self, key: SampleKey) -> QueryPair:
         """Read, augment and pair a labeled image."""
         rng = self._chance.of(*key)
@@ -128,6 +124,17 @@ class RetrainSamples(Dataset[RetrainSample]):
         """Return the number of unlabeled images."""
         return len(self._unlabeled)
 
+    def names(self, keys: Iterable[SampleKey]) -> list[str]:
+        """Tell which images keys ask for, beside the partners drawn for them."""
+        return [
+            sample.name
+            for key in keys
+            for sample in (self._unlabeled[key.index], self._labeled_at(key))
+        ]
+
+    def _labeled_at(self, key: SampleKey) -> Sample:
+        return self._labeled[(key.index + key.epoch) % len(self._labeled)]
+
     def __getitem__(self, key: SampleKey) -> RetrainSample:
         """Read and augment an unlabeled image, its partner and a labeled image."""
         rng = self._chance.of(*key)
@@ -135,8 +142,7 @@ class RetrainSamples(Dataset[RetrainSample]):
         weak, mask = _weak_view(sample, self._augment, rng)
         strong = to_input(self._colours(weak, rng))
         query = self._querier.draw(sample.name, mask, rng)
-        labeled = self._labeled[(key.index + key.epoch) % len(self._labeled)]
-        labeled_image, labeled_mask = _weak_view(labeled, self._augment, rng)
+        labeled_image, labeled_mask = _weak_view(self._labeled_at(key), self._augment, rng)
         pair = QueryPair(
             strong if self._strong_teacher else to_input(weak),
             to_label(mask),
@@ -145,77 +151,6 @@ class RetrainSamples(Dataset[RetrainSample]):
             query.shared_class,
         )
         return RetrainSample(pair, strong, to_input(labeled_image), to_label(labeled_mask))
-
-
-class WholeImage(NamedTuple):
-    """An image as inference takes it. A batch adds a first dimension.
-
-    Attributes:
-        image: (3, h, w) float, normalised, shrunk to ``long_side`` if there is one.
-        label: (H, W) long at the file's own size, 255 everywhere if the sample has no mask.
-        index: position in the list.
-    """
-
-    image: Tensor
-    label: Tensor
-    index: Tensor | int
-
-
-class WholeImages(Dataset[WholeImage]):
-    """Whole images, without chance, for validation, labeling and selection."""
-
-    def __init__(
-        self, samples: Sequence[Sample], long_side: int | None, read: ImageReader = read_image
-    ) -> None:
-        self._samples, self._long_side, self._read = samples, long_side, read
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> WholeImage:
-        """Read an image and its mask."""
-        sample = self._samples[index]
-        image = self._read(sample.image)
-        if sample.mask is None:
-            label = torch.full((image.height, image.width), IGNORE)
-        else:
-            label = to_label(read_mask(sample.mask))
-        if self._long_side is not None:
-            shrink = self._long_side / max(image.size)
-            if shrink < 1:
-                size = [max(1, round(side * shrink)) for side in image.size]
-                image = image.resize(size, Image.Resampling.BILINEAR)
-        return WholeImage(to_input(image), label, index)
-
-
-def whole_images(
-    samples: Sequence[Sample], settings: InferenceSection, workers: int
-) -> DataLoader[WholeImage]:
-    """Iterate over whole images in the list's order; neighbours of one size share a batch."""
-    batches = _batches_of_one_size(samples, settings.batch_size)
-    return _loader(WholeImages(samples, settings.long_side), batches, workers)
-
-
-def photographs(
-    samples: Sequence[Sample], settings: InferenceSection, workers: int
-) -> DataLoader[WholeImage]:
-    """Iterate over photographs, turned upright, one by one."""
-    dataset = WholeImages(samples, settings.long_side, read_photograph)
-    return _loader(dataset, [[index] for index in range(len(samples))], workers)
-
-
-def _loader(dataset: WholeImages, batches: list[list[int]], workers: int) -> DataLoader[WholeImage]:
-    pinned = torch.cuda.is_available()
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pinned)
-
-
-def _batches_of_one_size(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
-    if batch_size == 1:
-        return [[index] for index in range(len(samples))]
-    sizes = [picture_size(sample.image) for sample in samples]
-    runs = [list(run) for _, run in groupby(range(len(samples)), key=sizes.__getitem__)]
-    return [run[i : i + batch_size] for run in runs for i in range(0, len(run), batch_size)]
 
 
 def _weak_view(

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from dataset.catalog import KINDS
 from dataset.loader import Chance, EpochBatches, SampleKey, training_batches
 from dataset.query import Querier, QueryRule, build_query_index
-from dataset.segmentation import LabeledPairs, RetrainSamples, whole_images
+from dataset.segmentation import LabeledPairs, RetrainSamples
 from dataset.splits import read_splits
+from dataset.whole_images import whole_images
 from utils.config import AugmentSection, DatasetSection, InferenceSection, QuerySection
 from utils.errors import UserError
 

@@ -172,6 +172,8 @@ class Config(Section):
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     workers: int = Field(4, ge=0)  # processes that read images
+    checkpoint_every: int | None = Field(None, gt=0)  # iterations; null: only whole epochs are kept
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # 'skip' leaves a batch with such a loss out
     dataset: DatasetSection
     augment: AugmentSection
     model: ModelSection = ModelSection()

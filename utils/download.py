@@ -1,6 +1,5 @@
 """Files from the web: checked against their sha256, taken up where they were interrupted."""
 
-import hashlib
 from collections.abc import Iterator
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
@@ -10,7 +9,7 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import write_atomically
+from utils.files import sha256, write_atomically
 
 TIMEOUT = 30.0  # seconds without a word from the server
 _BLOCK = 1 << 16  # bytes
@@ -34,7 +33,7 @@ def download(url: str, path: Path, sha256_prefix: str) -> None:
     if not url.lower().startswith(("http://", "https://")):
         raise UserError(f"{url}: not an http or https address")
     if path.exists():
-        found = _sha256(path)[: len(sha256_prefix)]
+        found = sha256(path)[: len(sha256_prefix)]
         if found == sha256_prefix:
             return
         raise UserError(
@@ -44,7 +43,7 @@ def download(url: str, path: Path, sha256_prefix: str) -> None:
 
     def fetch_and_check(partial: Path) -> None:
         _fetch(url, path, partial)
-        found = _sha256(partial)[: len(sha256_prefix)]
+        found = sha256(partial)[: len(sha256_prefix)]
         if found != sha256_prefix:
             partial.unlink()
             raise UserError(
@@ -53,19 +52,6 @@ def download(url: str, path: Path, sha256_prefix: str) -> None:
             )
 
     write_atomically(path, fetch_and_check)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot read this file ({error.strerror}); delete it or name another place"
-        ) from error
-    return digest.hexdigest()
 
 
 def _fetch(url: str, path: Path, partial: Path) -> None:
