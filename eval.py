@@ -18,11 +18,11 @@ from tqdm import tqdm
 from dataset.catalog import describe
 from dataset.reading import read_image, read_photograph
 from dataset.splits import Sample, find_pictures, mask_file, read_label, read_val
-from dataset.whole import photographs, whole_images
+from dataset.whole_images import photographs, whole_images
 from model import build_model
 from utils import checkpoint
 from utils.config import Config, InferenceSection, PseudoLabelSection
-from utils.errors import UserError, exit_with_one_line
+from utils.errors import Parser, UserError, exit_with_one_line
 from utils.export import export
 from utils.files import write_json
 from utils.frozen import frozen
@@ -32,6 +32,7 @@ from utils.panels import in_colour, save_legend, save_mask, save_overlay, save_p
 from utils.precision import Device
 from utils.read_config import config_from, read_config
 from utils.records import WholeImage
+from utils.signals import stop_here
 from utils.stage import checkpoint_of
 
 Load = Callable[[Sequence[Sample], InferenceSection, int], DataLoader[WholeImage]]
@@ -52,10 +53,12 @@ def whole_batches(
 ) -> Iterator[tuple[list[Sample], WholeImage]]:
     """Pass over whole images under a progress bar; yield samples and their batch, on the device."""
     loader = load(samples, config.inference, config.workers)
-    with tqdm(desc=title, total=len(samples), disable=None, leave=False, unit="image") as bar:
+    total = sum(map(len, loader.batch_sampler))
+    with tqdm(desc=title, total=total, disable=None, leave=False, unit="image") as bar:
         for batch in loader:
             yield [samples[index] for index in batch.index.tolist()], device.move(batch)
             bar.update(len(batch.index))
+            stop_here()
 
 
 def predictor(
@@ -153,7 +156,7 @@ def table(results: dict[str, Any]) -> str:
 
 def read_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="of train.py, or of ST++, CISC-R, UniMatch")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="such as dataset.root=DIR")
     parser.add_argument("--config", help="instead of the config that the checkpoint holds")

@@ -1,22 +1,19 @@
 """Train a segmentation network on few labels and many images: the six stages of CISC-R.
 
-python train.py --config pascal.yaml [section.key=value ...] [--from-stage N]
+python train.py --config pascal.yaml [section.key=value ...] [--from-stage N | --fresh NAME]
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from dataset.cache import sample_reader
 from dataset.catalog import describe
-from dataset.loader import Chance, training_batches
+from dataset.loader import Chance, batch_keys, training_batches
 from dataset.query import Querier, QueryIndex, QueryRule, build_query_index
 from dataset.segmentation import (
     LabeledPairs,
@@ -33,6 +30,7 @@ from dataset.splits import (
     read_splits,
     with_pseudo_masks,
 )
+from dataset.whole_images import whole_images
 from eval import build_network, draw_examples, predictor, report, validate, whole_batches
 from model.cisc import class_prototypes, image_reliability, reliability
 from model.losses import cross_entropy, ohem_cross_entropy
@@ -47,24 +45,25 @@ from model.objectives import (
 )
 from utils.checkpoint import load_weights
 from utils.config import Config, TrainingSection
-from utils.errors import UserError, exit_with_one_line
+from utils.errors import Parser, UserError, exit_with_one_line
 from utils.frozen import frozen
 from utils.optimization import Optimization
 from utils.panels import save_mask
 from utils.progress import StageBar
 from utils.read_config import read_config
 from utils.records import Queried
+from utils.resume import Journal, Progress
 from utils.run import Run
 from utils.spill import Spill
 from utils.stage import Report, Stage, checkpoint_of
 
 
-def train(config: Config, from_stage: int | None = None) -> None:
+def train(config: Config, from_stage: int | None = None, fresh: bool = False) -> None:
     """Run the six stages, or those that are left of them."""
     kind, splits = describe(config.dataset), read_splits(config.dataset)
     _refuse_large_batches(config, splits)
     index = build_query_index(splits.labeled, QueryRule.of(config.query, kind))
-    with Run(config, from_stage) as run:
+    with Run(config, from_stage, fresh) as run:
         first = run.stage("1_supervised", train_supervised, splits, index)
         masks = run.stage("2_pseudo_label", write_pseudo_labels, first, splits.unlabeled)
         chosen = run.stage("3_select", select, first, splits, masks, index)
@@ -74,8 +73,8 @@ def train(config: Config, from_stage: int | None = None) -> None:
         masks = run.stage("5_relabel", write_pseudo_labels, second, unreliable)
         pseudo_labeled += with_pseudo_masks(unreliable, masks / "masks")
         final = run.stage("6_retrain", retrain, splits, pseudo_labeled, second, index)
-        run.finish()
         draw_examples(run.folder / "examples.png", splits.val, config, run.device, first, final)
+        run.finish()
 
 
 def train_supervised(stage: Stage, splits: Splits, index: QueryIndex) -> Report:
@@ -95,13 +94,17 @@ def write_pseudo_labels(stage: Stage, teacher: Path, unlabeled: Sequence[Sample]
     settings, palette = stage.config.pseudo_label, describe(stage.config.dataset).palette()
     net = _teacher(stage, teacher)
     predict = predictor(net, stage.device, stage.config.inference, settings)
-    confidences: dict[str, float] = {}
-    for chosen, batch in whole_batches(unlabeled, stage.config, stage.device, stage.name):
+    journal = Journal(stage)
+    done = journal.read()
+    load = partial(whole_images, done=frozenset(done))
+    for chosen, batch in whole_batches(unlabeled, stage.config, stage.device, stage.name, load):
         probabilities, ids = predict(batch.image, tuple(batch.label.shape[-2:])).max(dim=1)
         means = probabilities.mean(dim=(1, 2)).tolist()
-        for sample, mask, mean in zip(chosen, ids.byte().cpu().numpy(), means, strict=True):
-            save_mask(mask_file(stage.folder / "masks", sample), mask, palette)
-            confidences[sample.name] = mean
+        files = [mask_file(stage.folder / "masks", sample) for sample in chosen]
+        for file, mask in zip(files, ids.byte().cpu().numpy(), strict=True):
+            save_mask(file, mask, palette)
+        done |= journal.add([sample.name for sample in chosen], files, means)
+    confidences = {sample.name: done[sample.name] for sample in unlabeled}
     write_csv(stage.folder / "confidence.csv", ("image", "confidence"), confidences.items())
     mean = sum(confidences.values()) / max(1, len(confidences))
     return {"images": len(confidences), "confidence": mean}
@@ -122,7 +125,7 @@ def select(stage: Stage, teacher: Path, splits: Splits, masks: Path, index: Quer
             yield chosen, features, batch.label
 
     total, count = 0.0, 0
-    kept = Spill(stage.folder / "features", stage.device.device)
+    kept = Spill(stage.unfinished / "features", stage.device.device)
     for chosen, features, label in passed(splits.labeled, "labeled"):
         prototypes, present = class_prototypes(features, label, len(classes))
         total, count = total + prototypes.sum(dim=0), count + present.sum(dim=0).unsqueeze(1)
@@ -168,28 +171,33 @@ def fit(
     stage: Stage,
     net: nn.Module,
     loss: Callable[[Any], Loss],
-    dataset: Dataset,
+    dataset: LabeledPairs | RetrainSamples,
     settings: TrainingSection,
     val: Sequence[Sample],
 ) -> Report:
-    """The one training loop; writes ``checkpoint.pth``, and goes on after the last whole epoch."""
-    config, device = stage.config, stage.device
-    chance, steps = Chance(config.seed, stage.name), len(dataset) // settings.batch_size
+    """The one training loop; writes ``checkpoint.pth``, and goes on where it was stopped."""
+    config, device, size = stage.config, stage.device, settings.batch_size
+    chance, steps = Chance(config.seed, stage.name), len(dataset) // size
     optimization = Optimization(net, config.optimizer, steps * settings.epochs, device.scaler())
-    first, outcome = stage.resume(net, optimization)
-    epochs = range(first, settings.epochs)
-    batches = training_batches(dataset, settings.batch_size, epochs, chance, config.workers)
     best = config.evaluate.checkpoint == "best"
-    with StageBar(stage.name, epochs, steps, images=2 * settings.batch_size) as bar:
+    bar = StageBar(stage.name, settings.epochs, steps, images=2 * size)
+    with bar, Progress(stage, net, optimization, bar) as at:
+        epochs, outcome = range(at.epoch, settings.epochs), at.report
+        batches = training_batches(dataset, size, epochs, chance, config.workers, at.step)
         for epoch in epochs:
             net.train()
-            torch.manual_seed(chance.torch_seed(epoch))  # dropout
-            bar.start(epoch)
-            for batch in islice(batches, steps):
+            bar.start(epoch, at.seen)
+            for step in range(at.step, steps):
+                torch.manual_seed(chance.torch_seed(epoch, step))  # dropout
                 with device.autocast():
-                    step = loss(device.move(batch))
-                bar.update(step.shown, optimization.lr)
-                optimization.step(step.total, f"{stage.name}, epoch {epoch + 1}")
+                    answer = loss(device.move(next(batches)))
+                rate = optimization.lr
+                if optimization.step(answer.total):
+                    bar.update(answer.shown, rate)
+                else:
+                    names = dataset.names(batch_keys(len(dataset), size, epoch, step, chance))
+                    stage.leave_out(epoch, step, answer.total.item(), names)
+                at.step_done()
             numbers, last = bar.means(), epoch + 1 == settings.epochs
             if last or (epoch + 1) % config.evaluate.every == 0:
                 matrix = validate(net, val, config, device)
@@ -198,7 +206,7 @@ def fit(
                     outcome = {**numbers, **report(matrix, config), "epoch": epoch + 1}
                     stage.save(net, epoch + 1)
             stage.record(epoch + 1, numbers)
-            stage.suspend(net, optimization, epoch + 1, outcome)
+            at.epoch_done(outcome)
     return outcome
 
 
@@ -274,14 +282,19 @@ def _labeled_loss(config: Config) -> LabeledLoss:
 
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, help="a YAML file, here or in configs/")
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="such as retrain.epochs=40"
     )
-    parser.add_argument("--from-stage", type=int, choices=range(1, 7), help="do it and later again")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--from-stage", type=int, choices=range(1, 7), help="do it and later again")
+    again.add_argument("--fresh", metavar="NAME", help="remove all that the run of this name made")
     arguments = parser.parse_intermixed_args()
-    train(read_config(arguments.config, arguments.settings), arguments.from_stage)
+    config = read_config(arguments.config, arguments.settings)
+    if arguments.fresh not in (None, config.name):
+        raise UserError(f"--fresh: this run is called '{config.name}', not '{arguments.fresh}'")
+    train(config, arguments.from_stage, arguments.fresh is not None)
 
 
 if __name__ == "__main__":

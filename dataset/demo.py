@@ -1,6 +1,5 @@
 """The embedded demo set: scenes drawn from a seed, in Pascal's folder layout."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from PIL import Image
 from dataset.catalog import KINDS
 from dataset.demo_objects import CLASSES
 from dataset.demo_scene import draw_scene
+from utils.errors import Parser, exit_with_one_line
 
 VERSION = 1  # of the drawing: raise it when the same seed draws something else
 SPLIT_IDS = {"train": 0, "val": 1}
@@ -82,7 +82,7 @@ def _write_scene(
 
 def main() -> None:
     """``python -m dataset.demo ROOT``: draw the demo set."""
-    parser = argparse.ArgumentParser(prog="python -m dataset.demo", description=main.__doc__)
+    parser = Parser(prog="python -m dataset.demo", description=main.__doc__)
     parser.add_argument("root", type=Path, help="folder to write, such as data/demo")
     parser.add_argument("--seed", type=int, default=0, help="draws other scenes")
     arguments = parser.parse_args()
@@ -90,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_one_line(main)

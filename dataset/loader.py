@@ -1,12 +1,14 @@
 """Batches whose chance is a function of (seed, stage, epoch, sample) and of nothing else."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from utils.signals import leave_to_parent
 
 Record = TypeVar("Record", bound=tuple)
 
@@ -38,28 +40,37 @@ class Chance(NamedTuple):
 class EpochBatches(Sampler[list[SampleKey]]):
     """Shuffled batches of the epochs ``first`` to ``last - 1``; what does not fill one is left out.
 
-    One loader serves all epochs: workers start once, and read ahead over an epoch's end.
+    One loader serves all epochs: workers start once, and read ahead over an epoch's end. The first
+    epoch begins with batch ``step``, for a run that goes on in its middle.
     """
 
-    def __init__(self, length: int, batch_size: int, epochs: range, chance: Chance) -> None:
+    def __init__(
+        self, length: int, batch_size: int, epochs: range, chance: Chance, step: int = 0
+    ) -> None:
         self._length, self._batch_size = length, batch_size
-        self._epochs, self._chance = epochs, chance
+        self._epochs, self._chance, self._step = epochs, chance, step
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         """Yield batches of keys."""
         for epoch in self._epochs:
             order = self._chance.of(epoch).permutation(self._length).tolist()
-            for start in range(0, self._length - self._batch_size + 1, self._batch_size):
-                chosen = order[start : start + self._batch_size]
+            first = self._step if epoch == self._epochs.start else 0
+            for step in range(first, self._length // self._batch_size):
+                chosen = order[step * self._batch_size : (step + 1) * self._batch_size]
                 yield [SampleKey(epoch, index) for index in chosen]
 
     def __len__(self) -> int:
         """Return the number of batches of all epochs."""
-        return len(self._epochs) * (self._length // self._batch_size)
+        return len(self._epochs) * (self._length // self._batch_size) - self._step
 
 
 def training_batches(
-    dataset: Dataset[Record], batch_size: int, epochs: range, chance: Chance, workers: int
+    dataset: Dataset[Record],
+    batch_size: int,
+    epochs: range,
+    chance: Chance,
+    workers: int,
+    step: int = 0,
 ) -> Iterator[Record]:
     """Iterate over the batches of all epochs, ``len(dataset) // batch_size`` an epoch.
 
@@ -69,8 +80,27 @@ def training_batches(
         epochs: which epochs; a run that goes on starts later.
         chance: orders each epoch.
         workers: processes that read; the batches do not depend on it.
+        step: batch of the first epoch to begin with.
     """
-    sampler = EpochBatches(len(dataset), batch_size, epochs, chance)
-    pinned = torch.cuda.is_available()
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=pinned)
-    return iter(loader)
+    sampler = EpochBatches(len(dataset), batch_size, epochs, chance, step)
+    return iter(open_loader(dataset, sampler, workers))
+
+
+def batch_keys(
+    length: int, batch_size: int, epoch: int, step: int, chance: Chance
+) -> list[SampleKey]:
+    """Tell what a batch of an epoch was made of; batches are a function of their place."""
+    return next(iter(EpochBatches(length, batch_size, range(epoch, epoch + 1), chance, step)))
+
+
+def open_loader(
+    dataset: Dataset[Record], batches: Iterable[list], workers: int
+) -> DataLoader[Record]:
+    """Read batches of keys in processes that leave signals to this one."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=leave_to_parent,
+    )

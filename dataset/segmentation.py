@@ -1,6 +1,6 @@
 """What networks are trained on: labeled pairs, unlabeled images with what they query."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -33,6 +33,10 @@ class LabeledPairs(Dataset[QueryPair]):
     def __len__(self) -> int:
         """Return the number of pairs an epoch."""
         return len(self._labeled) * self._repeat
+
+    def names(self, keys: Iterable[SampleKey]) -> list[str]:
+        """Tell which images keys ask for, beside the partners drawn for them."""
+        return [self._labeled[key.index % len(self._labeled)].name for key in keys]
 
     def __getitem__(self, key: SampleKey) -> QueryPair:
         """Read, augment and pair a labeled image."""
@@ -85,14 +89,26 @@ class RetrainSamples(Dataset[RetrainSample]):
         """Return the number of unlabeled images."""
         return len(self._unlabeled)
 
+    def names(self, keys: Iterable[SampleKey]) -> list[str]:
+        """Tell which images keys ask for, beside the partners drawn for them."""
+        return [
+            sample.name
+            for key in keys
+            for sample in (self._unlabeled[key.index], self._labeled_at(key))
+        ]
+
+    def _labeled_at(self, key: SampleKey) -> Sample:
+        return self._labeled[(key.index + key.epoch) % len(self._labeled)]
+
     def __getitem__(self, key: SampleKey) -> RetrainSample:
         """Read and augment an unlabeled image, a labeled image, and what is queried."""
         rng = self._chance.of(*key)
         sample = self._unlabeled[key.index]
         weak, mask = _weak_view(*self._read(sample), self._augment, rng)
         strong = to_input(self._colours(weak, rng))
-        labeled = self._labeled[(key.index + key.epoch) % len(self._labeled)]
-        labeled_image, labeled_mask = _weak_view(*self._read(labeled), self._augment, rng)
+        labeled_image, labeled_mask = _weak_view(
+            *self._read(self._labeled_at(key)), self._augment, rng
+        )
         return RetrainSample(
             strong if self._strong_teacher else to_input(weak),
             to_label(mask),

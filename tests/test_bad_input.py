@@ -205,7 +205,7 @@ def test_backbone_weights_that_do_not_fit(train, tmp_path, content, told):
 def test_run_folder_that_cannot_be_made(train, tmp_path):
     (tmp_path / "file").write_text("")
     line = train(f"outdir={tmp_path / 'file'}")
-    assert f"{tmp_path / 'file' / 'demo' / 'config.yaml'}: cannot write this file" in line
+    assert f"{tmp_path / 'file' / 'demo' / 'lock'}: cannot write this file" in line
 
 
 def test_config_that_is_not_there(complaint):

@@ -11,7 +11,7 @@ from dataset.loader import Chance, SampleKey
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.segmentation import LabeledPairs
 from dataset.splits import read_label, read_splits, read_val, with_pseudo_masks
-from dataset.whole import whole_images
+from dataset.whole_images import whole_images
 from utils.config import DatasetSection, InferenceSection, QuerySection
 from utils.errors import UserError
 

@@ -18,7 +18,7 @@ from dataset.segmentation import (
     queried_prototype,
 )
 from dataset.splits import read_splits
-from dataset.whole import whole_images
+from dataset.whole_images import whole_images
 from utils.config import AugmentSection, DatasetSection, InferenceSection, QuerySection
 from utils.errors import UserError
 

@@ -1,6 +1,8 @@
+import hashlib
 import json
 
 import pytest
+import torch
 import yaml
 
 from utils.errors import UserError
@@ -10,7 +12,8 @@ from utils.run import Run
 
 
 def config(tmp_path, *words):
-    return read_config("demo.yaml", [f"outdir={tmp_path}", "device=cpu", *words])
+    settings = [f"outdir={tmp_path}", "device=cpu", "precision=fp32"]
+    return read_config("demo.yaml", [*settings, *words])
 
 
 def work(log):
@@ -22,9 +25,9 @@ def work(log):
     return do
 
 
-def run_stages(settings, from_stage=None):
+def run_stages(settings, from_stage=None, fresh=False):
     log = []
-    with Run(settings, from_stage) as run:
+    with Run(settings, from_stage, fresh) as run:
         first = run.stage("1_supervised", work(log), 1, 2)
         run.stage("2_pseudo_label", work(log), first)
         run.finish()
@@ -57,13 +60,13 @@ def test_from_stage_removes_that_stage_and_later_ones(tmp_path):
 def test_another_config_is_refused_with_the_keys_that_differ(tmp_path):
     run_stages(config(tmp_path))
     other = config(tmp_path, "optimizer.lr=0.5", "query.min_area=0.1")
-    with pytest.raises(UserError) as error:
-        Run(other)
+    with pytest.raises(UserError) as error, Run(other):
+        pass
     assert "optimizer.lr=" in str(error.value)
     assert "query.min_area=" in str(error.value)
     assert "--from-stage 1" in str(error.value)
-    with pytest.raises(UserError):
-        Run(other, from_stage=2)
+    with pytest.raises(UserError), Run(other, from_stage=2):
+        pass
     assert len(run_stages(other, from_stage=1)) == 2
 
 
@@ -89,7 +92,95 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
 
 def test_settings_that_change_no_result_may_differ(tmp_path):
     run_stages(config(tmp_path))
-    assert run_stages(config(tmp_path, "workers=0")) == []
+    free = ["workers=0", "checkpoint_every=7", "on_nonfinite=skip"]
+    assert run_stages(config(tmp_path, *free)) == []
+
+
+def test_every_file_is_in_the_results_with_its_sha256(tmp_path):
+    run_stages(config(tmp_path))
+    folder = tmp_path / "demo"
+    files = json.loads((folder / "results.json").read_text())["files"]
+    assert list(files) == [
+        "config.yaml",
+        "environment.json",
+        "1_supervised/made.txt",
+        "2_pseudo_label/made.txt",
+    ]
+    for name, digest in files.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+
+
+def test_a_file_that_changed_after_its_stage_is_named_with_the_way_out(tmp_path):
+    run_stages(config(tmp_path))
+    made = tmp_path / "demo" / "1_supervised" / "made.txt"
+    for spoil in (lambda: made.write_text("else"), made.unlink):
+        spoil()
+        with pytest.raises(UserError) as error:
+            run_stages(config(tmp_path))
+        assert str(error.value) == (
+            f"{made}: has changed or is gone since 1_supervised ended; restore, or do the stage "
+            "and later ones again with --from-stage 1"
+        )
+    made.write_text("1_supervised")
+    assert run_stages(config(tmp_path)) == []
+
+
+def test_many_changed_files_are_counted(tmp_path):
+    def work(stage):
+        for number in range(5):
+            (stage.folder / f"{number}.txt").write_text("")
+        return {}
+
+    with Run(config(tmp_path)) as run:
+        folder = run.stage("1_supervised", work)
+    for file in folder.glob("?.txt"):
+        file.unlink()
+    with (
+        Run(config(tmp_path)) as run,
+        pytest.raises(UserError, match=r"0\.txt, 1\.txt, 2\.txt and 2"),
+    ):
+        run.stage("1_supervised", work)
+
+
+def test_a_fresh_run_leaves_nothing_of_the_old_one(tmp_path):
+    run_stages(config(tmp_path))
+    folder = tmp_path / "demo"
+    (folder / "notes.txt").write_text("mine")
+    other = config(tmp_path, "optimizer.lr=0.5")
+    assert len(run_stages(other, fresh=True)) == 2
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "log.txt").read_text().count(f"{folder} on cpu") == 1
+    assert len(list((folder / "tensorboard").iterdir())) == 1
+
+
+def test_another_precision_is_refused_and_another_device_told(tmp_path):
+    run_stages(config(tmp_path))
+    with pytest.raises(
+        UserError, match="holds a run in fp32, and this is bf16; set precision=fp32"
+    ):
+        run_stages(config(tmp_path, "precision=bf16"))
+    path = tmp_path / "demo" / "environment.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "device": "cuda:1"}))
+    assert run_stages(config(tmp_path)) == []
+    log = (tmp_path / "demo" / "log.txt").read_text()
+    assert f"cuda before, cpu, {torch.get_num_threads()} threads now; what follows may" in log
+
+
+def test_seconds_count_all_sittings_whatever_the_clock_of_the_wall_does(tmp_path, monkeypatch):
+    now = iter([100.0, 130.0, 7.0, 9.0])  # two sittings, of 30 and 2 seconds
+    monkeypatch.setattr("utils.stage.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("time.time", lambda: 0.0)
+
+    def interrupted(stage):
+        stage.unfinished.mkdir()
+        raise KeyboardInterrupt
+
+    with Run(config(tmp_path)) as run, pytest.raises(KeyboardInterrupt):
+        run.stage("1_supervised", interrupted)
+    with Run(config(tmp_path)) as run:
+        folder = run.stage("1_supervised", lambda stage: {})
+    assert run.stages["1_supervised"] == {"seconds": 32.0}
+    assert not (folder / "unfinished").exists()
 
 
 def test_results_are_the_last_stages(tmp_path):
@@ -119,8 +210,8 @@ def test_epochs_are_kept_as_json_lines_and_in_the_log(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write this file"):
-        Run(config(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot write this file"), Run(config(tmp_path / "file")):
+        pass
 
 
 def test_table():

@@ -10,7 +10,7 @@ from PIL import Image
 from dataset.catalog import KINDS
 from dataset.query import QueryRule, build_query_index
 from dataset.splits import pick, read_list, read_splits, read_val, with_pseudo_masks
-from dataset.whole import whole_images
+from dataset.whole_images import whole_images
 from utils.config import DatasetSection, InferenceSection, QuerySection
 from utils.errors import UserError
 

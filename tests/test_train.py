@@ -147,15 +147,15 @@ def test_an_interrupted_stage_goes_on_to_the_same_weights(
     finished, demo_root, tmp_path, tiny_settings, monkeypatch, stage, workers
 ):
     words = [*tiny_settings(demo_root, tmp_path), f"workers={workers}", "name=cut"]
-    config, suspend = read_config("demo.yaml", words), train.Stage.suspend
+    config, epoch_done = read_config("demo.yaml", words), train.Progress.epoch_done
 
-    def interrupted(self, net, optimization, epoch, report):
-        suspend(self, net, optimization, epoch, report)
-        if self.name == stage:
+    def interrupted(self, report):
+        epoch_done(self, report)
+        if self._stage.name == stage:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(train.Stage, "suspend", interrupted)
+        patched.setattr(train.Progress, "epoch_done", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train.train(config)
     train.train(config)
@@ -163,7 +163,7 @@ def test_an_interrupted_stage_goes_on_to_the_same_weights(
     expected_masks, expected = outcome(finished[0])
     assert masks == expected_masks
     assert same_weights(final, expected)
-    assert not list((tmp_path / "cut").rglob("resume.pth"))
+    assert not list((tmp_path / "cut").rglob("unfinished"))
 
 
 @pytest.mark.slow

@@ -23,8 +23,25 @@ _SHOWN = 8  # keys of each kind in the table of a mismatch
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write tensors, numbers, strings and containers of them, atomically."""
-    write_atomically(path, lambda partial: torch.save(content, partial))
+    """Write tensors, numbers, strings and containers of them, atomically.
+
+    Raises:
+        UserError: the disk is full, or the place is not to be written to.
+    """
+    write_atomically(path, lambda partial: write(partial, content))
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write as ``save``, but not atomically; what fails leaves no file.
+
+    Raises:
+        OSError: the disk is full, or the place is not to be written to.
+    """
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # what torch makes of a write that fails
+        path.unlink(missing_ok=True)
+        raise OSError(f"torch writes no further, the disk may be full: {error}") from error
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -213,6 +213,8 @@ class Config(Section):
     workers: int = Field(4, ge=0)  # processes that read images
     # 'ram': a training stage decodes its images once and keeps them in memory, 4 bytes a pixel.
     cache: Literal["ram"] | None = None
+    checkpoint_every: int | None = Field(None, gt=0)  # iterations; null: only whole epochs are kept
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # 'skip' leaves a batch with such a loss out
     dataset: DatasetSection
     augment: AugmentSection
     model: ModelSection = ModelSection()

@@ -1,6 +1,5 @@
 """Files from the web: checked against their digest, taken up where they were interrupted."""
 
-import hashlib
 from collections.abc import Iterator
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
@@ -10,7 +9,7 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import write_atomically
+from utils.files import file_digest, write_atomically
 
 TIMEOUT = 30.0  # seconds without a word from the server
 _BLOCK = 1 << 16  # bytes
@@ -36,7 +35,7 @@ def download(url: str, path: Path, digest: str, algorithm: str = "sha256") -> No
     if not url.lower().startswith(("http://", "https://")):
         raise UserError(f"{url}: not an http or https address")
     if path.exists():
-        found = _digest_start(path, algorithm, len(digest))
+        found = file_digest(path, algorithm)[: len(digest)]
         if found == digest:
             return
         raise UserError(
@@ -46,7 +45,7 @@ def download(url: str, path: Path, digest: str, algorithm: str = "sha256") -> No
 
     def fetch_and_check(partial: Path) -> None:
         _fetch(url, path, partial)
-        found = _digest_start(partial, algorithm, len(digest))
+        found = file_digest(partial, algorithm)[: len(digest)]
         if found != digest:
             partial.unlink()
             raise UserError(
@@ -55,24 +54,6 @@ def download(url: str, path: Path, digest: str, algorithm: str = "sha256") -> No
             )
 
     write_atomically(path, fetch_and_check)
-
-
-def _digest_start(path: Path, algorithm: str, length: int) -> str:
-    """Return the first hex digits of a file's digest; a length of 0 reads nothing."""
-    if length == 0:
-        return ""
-    digest = hashlib.new(algorithm, usedforsecurity=False)
-    bar = {"desc": f"check {path.name}", "disable": None, "leave": False}
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as plain, tqdm.wrapattr(plain, "read", size, **bar) as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot read this file ({error.strerror}); delete it or name another place"
-        ) from error
-    return digest.hexdigest()[:length]
 
 
 def _fetch(url: str, path: Path, partial: Path) -> None:

@@ -1,7 +1,10 @@
-"""The one error that users see."""
+"""The one error that users see, and how a program ends."""
 
+import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -18,16 +21,49 @@ class UserError(Exception):
         self.rows = rows
 
 
+class Stopped(BaseException):
+    """A signal asked the program to end, and it has come to a place where it can."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are errors like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise argparse's complaint as a ``UserError``."""
+        raise UserError(f"{self.prog}: {message}; {self.prog} --help lists what there is")
+
+
 def exit_with_one_line(program: Callable[[], None]) -> None:
     """Run a program; a ``UserError`` ends it with its line on stderr and exit code 2.
 
-    Ctrl-C ends it with 130, as shells have it.
+    SIGINT and SIGTERM end it with 130 and 143, as shells have it.
     """
+    code, line = _run(program)
+    if code:
+        print(line, file=sys.stderr)
+        sys.exit(code)
+
+
+def _run(program: Callable[[], None]) -> tuple[int, str]:
+    """Return a program's exit code and last words."""
     try:
         program()
     except UserError as error:
-        print(f"error: {error}", *error.rows, sep="\n  ", file=sys.stderr)
-        sys.exit(2)
+        return 2, "\n  ".join([f"error: {error}", *error.rows])
+    except RuntimeError as error:
+        # Raised wherever the program is when the system tells of a worker's death.
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        what = str(error).split(". ")[0]
+        hint = "if memory ran out take fewer; the same command goes on"
+        return 2, f"error: workers: {what}, a process that reads images; {hint}"
+    except Stopped as stopped:
+        hint = "the same command, without --from-stage and --fresh, goes on"
+        return 128 + stopped.number, f"{stopped}, all that is done is saved; {hint}"
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        return 130, "interrupted; the same command goes on"
+    return 0, ""

@@ -1,11 +1,31 @@
 """Files that are whole or absent."""
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+
+_BLOCK = 1 << 20  # bytes
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write to a place into an error for people.
+
+    Raises:
+        UserError: the disk is full, or the place is not to be written to.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write this file ({error.strerror or error}); make room there, or name "
+            "another place; what was done is kept"
+        ) from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -19,14 +39,20 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         UserError: the disk is full, or the place is not to be written to.
     """
     partial = path.with_name(f".{path.name}.partial")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
         partial.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot write this file ({error.strerror or error}); name another place"
-        ) from error
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append UTF-8 text; of the last line a killed run may leave a part.
+
+    Raises:
+        UserError: as ``write_atomically``.
+    """
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -40,5 +66,50 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read JSON.
+
+    Raises:
+        UserError: no such file, or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: holds no JSON ({error}); restore or delete it") from error
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read JSON objects, one a line; lines that are none do not count, nor does a missing file."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file, in hex digits; raises as ``file_digest``."""
+    return file_digest(path, "sha256")
+
+
+def file_digest(path: Path, algorithm: str) -> str:
+    """Return the hex digest of a file, by an algorithm of ``hashlib``.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read this file ({error.strerror}); delete it or name another place"
+        ) from error
+    return digest.hexdigest()

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from utils.config import OptimizerSection
-from utils.errors import UserError
 
 
 class Optimization:
@@ -36,6 +35,8 @@ class Optimization:
             # A fused first step that the scaler skips would leave momentum uninitialised.
             fused=not scaler.is_enabled(),
         )
+        self._buffers = list(net.buffers())
+        self._keep_buffers()
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._sgd, lambda step: max(0.0, 1.0 - step / steps) ** settings.power
         )
@@ -46,26 +47,29 @@ class Optimization:
         """The backbone's learning rate now."""
         return self._sgd.param_groups[0]["lr"]
 
-    def step(self, loss: Tensor, place: str) -> None:
-        """Go one step down the gradient of a scalar loss.
+    def step(self, loss: Tensor) -> bool:
+        """Go one step down the gradient of a scalar loss, if it is finite.
 
-        Args:
-            loss: scalar.
-            place: stage and epoch, for the error.
-
-        Raises:
-            UserError: the loss is not finite; no weight has changed by it.
+        Returns:
+            Whether it was. If not, the rate has gone on and nothing else has changed: weights and
+            momentum are untouched, and the buffers are those before the forward pass, which may
+            have put its infinities into the running means of batch norm.
         """
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"{place}: the loss is {loss.item()}; lower optimizer.lr or set precision=fp32, "
-                "and start over with --from-stage 1 or another name"
-            )
-        self._sgd.zero_grad()
-        self._scaler.scale(loss).backward()
-        self._scaler.step(self._sgd)
-        self._scaler.update()
+        finite = bool(torch.isfinite(loss))
+        if finite:
+            self._sgd.zero_grad()
+            self._scaler.scale(loss).backward()
+            self._scaler.step(self._sgd)
+            self._scaler.update()
+            self._keep_buffers()
+        else:
+            for buffer, kept in zip(self._buffers, self._kept, strict=True):
+                buffer.copy_(kept)
         self._schedule.step()
+        return finite
+
+    def _keep_buffers(self) -> None:
+        self._kept = [buffer.clone() for buffer in self._buffers]
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a run needs to go on."""
@@ -73,7 +77,8 @@ class Optimization:
         return {name: part.state_dict() for name, part in parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what ``state_dict`` returned."""
+        """Take up what ``state_dict`` returned; the network has its own state back already."""
         self._sgd.load_state_dict(state["sgd"])
         self._schedule.load_state_dict(state["schedule"])
         self._scaler.load_state_dict(state["scaler"])
+        self._keep_buffers()

@@ -2,6 +2,7 @@
 
 import time
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,16 +16,16 @@ class StageBar:
 
     Args:
         stage: name of the stage.
-        epochs: those still to do.
+        epochs: of the whole stage.
         steps: iterations an epoch.
         images: labeled and unlabeled images that the student sees an iteration.
     """
 
-    def __init__(self, stage: str, epochs: range, steps: int, images: int) -> None:
+    def __init__(self, stage: str, epochs: int, steps: int, images: int) -> None:
         self._stage, self._epochs, self._images = stage, epochs, images
+        self._an_epoch = steps * images
         self._bar = tqdm(
-            total=epochs.stop * steps * images,
-            initial=epochs.start * steps * images,
+            total=epochs * self._an_epoch,
             unit="img",
             unit_scale=True,
             disable=None,
@@ -44,17 +45,35 @@ class StageBar:
         """Clear the bar."""
         self._bar.close()
 
-    def start(self, epoch: int) -> None:
-        """Begin the means of an epoch, counted from 0."""
-        self._bar.set_description(f"{self._stage} epoch {epoch + 1}/{self._epochs.stop}")
-        self._sums: dict[str, Tensor] = {}
-        self._steps, self._lr, self._started = 0, 0.0, time.monotonic()
+    def start(self, epoch: int, seen: dict[str, Any]) -> None:
+        """Begin the means of an epoch, counted from 0.
+
+        Args:
+            epoch: which.
+            seen: ``state_dict`` of a sitting that began it; empty if none did.
+        """
+        self._sums: dict[str, Tensor] = dict(seen.get("sums", {}))
+        self._steps, self._lr = seen.get("steps", 0), seen.get("lr", 0.0)
+        self._started = time.monotonic() - seen.get("seconds", 0.0)
+        done = epoch * self._an_epoch + self._steps * self._images
+        if self._bar.n == 0:
+            self._bar.initial = done  # what earlier sittings did tells nothing of the speed now
+        self._bar.n = done
+        self._bar.set_description(f"{self._stage} epoch {epoch + 1}/{self._epochs}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what ``start`` takes to go on with the epoch."""
+        seconds = time.monotonic() - self._started
+        return {"sums": self._sums, "steps": self._steps, "lr": self._lr, "seconds": seconds}
 
     def update(self, shown: dict[str, Tensor], lr: float) -> None:
         """Count an iteration with its scalars, which stay on their device."""
         self._steps, self._lr = self._steps + 1, lr
         for name, value in shown.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
+            value = value.detach()
+            self._sums[name] = (
+                self._sums.get(name, torch.zeros_like(value)).to(value.device) + value
+            )
         if not self._bar.disable:
             means = {name: f"{value:.3g}" for name, value in self._term_means().items()}
             self._bar.set_postfix({**means, "lr": f"{lr:.2g}"}, refresh=False)

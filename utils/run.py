@@ -1,60 +1,67 @@
-"""The run folder: which stages are done, what they gave, and everything that is logged."""
+"""The run folder: which stages are done, what they gave, and who may work in it."""
 
-import json
 import shutil
-import time
 from collections.abc import Callable
-from datetime import datetime, timezone
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import yaml
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from utils.config import Config
-from utils.errors import UserError
-from utils.files import read_json, write_json, write_text
+from utils.errors import Stopped
+from utils.files import sha256, write_json, write_text, writing
+from utils.lock import locked
+from utils.log import Log
 from utils.precision import Device
-from utils.read_config import config_from
 from utils.results import environment, stage_table
-from utils.stage import Report, Stage
+from utils.same_run import refuse_other_config, refuse_other_precision
+from utils.signals import stopping_later
+from utils.stage import Report, Stage, Stopwatch, finish, is_finished, read_finished
 
-_FREE_KEYS = ("workers", "cache", "outdir")  # they change no result
+_RESULTS = ("results.json", "examples.png")  # what a run writes after its last stage
 
 
 class Run:
     """A folder ``<outdir>/<name>`` with a folder a stage. Use it in a ``with`` block.
 
+    The block holds the folder's lock; SIGINT and SIGTERM end it where work can go on later.
+
     Args:
         config: the run's settings; kept as ``config.yaml``.
         from_stage: do stages of this number and later again; None goes on where the run stopped.
+        fresh: remove all that the run has made, its logs too.
 
     Attributes:
         device: where and in which precision networks run.
+        folder: of the run.
         stages: what each finished stage reported, by its name.
+        log: takes lines and numbers.
 
     Raises:
-        UserError: the folder holds a run with other settings; the device does not exist.
+        UserError: the device does not exist. The block's begin raises it where another run works
+            in the folder, or it holds a run with other settings.
     """
 
-    def __init__(self, config: Config, from_stage: int | None = None) -> None:
+    def __init__(self, config: Config, from_stage: int | None = None, fresh: bool = False) -> None:
         self.config = config
         self.device = Device(config.device, config.precision)
         self.folder = Path(config.outdir) / config.name
         self.stages: dict[str, Report] = {}
-        if from_stage != 1:
-            self._refuse_other_config()
-        if from_stage is not None:
-            self._remove_stages(from_stage)
-        write_text(self.folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json")))
-        self._board = SummaryWriter(str(self.folder / "tensorboard"))
+        self.log = Log(self.folder)
+        self._from_stage, self._fresh = from_stage, fresh
+        self._files: dict[str, str] = {}
 
     def __enter__(self) -> "Run":
-        """Open the run."""
-        self.say(f"{self.folder} on {self.device}")
+        """Lock the folder, compare settings, open the logs."""
+        with ExitStack() as opened:
+            opened.enter_context(locked(self.folder / "lock", self.log.say))
+            self._prepare()
+            opened.enter_context(self.log)
+            opened.enter_context(stopping_later())
+            self._opened = opened.pop_all()
+        self.log.say(f"{self.folder} on {self.device}")
         return self
 
     def __exit__(
@@ -63,8 +70,10 @@ class Run:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the logs."""
-        self._board.close()
+        """Close the logs and let go of the folder."""
+        with self._opened:
+            if isinstance(error, Stopped):
+                self.log.say(str(error))
 
     def stage(self, name: str, work: Callable[..., Report], *inputs: Any) -> Path:
         """Do a stage, unless it is done, and return its folder.
@@ -74,87 +83,76 @@ class Run:
             work: called with the ``Stage`` and the inputs; fills the stage's folder and returns
                 what results.json shall say of it.
             *inputs: for ``work``.
+
+        Raises:
+            UserError: the stage is done, and a file of it is gone or has changed.
         """
         folder = self.folder / name
-        done = folder / "stage.json"
-        if done.is_file():
-            self.say(f"{name}: done before")
+        if is_finished(folder):
+            self.log.say(f"{name}: done before")
         else:
-            folder.mkdir(exist_ok=True)
-            start = time.monotonic()
-            write_json(self.folder / "environment.json", environment(self.device))
-            record = partial(self._record, name)
-            stage = Stage(name, folder, self.config, self.device, record)
-            report = work(stage, *inputs)
-            write_json(done, {**report, "seconds": round(time.monotonic() - start, 1)})
-            stage.close()
-        self.stages[name] = read_json(done)
+            self._work(name, work, inputs)
+        self.stages[name], files = read_finished(folder)
+        self._files |= {f"{name}/{file}": digest for file, digest in files.items()}
         return folder
 
-    def say(self, text: str) -> None:
-        """Print a line above any progress bar, and keep it in log.txt."""
-        tqdm.write(text)
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as log:
-            log.write(f"{datetime.now(timezone.utc).isoformat(timespec='seconds')} {text}\n")
-
     def finish(self) -> None:
-        """Write results.json: the last stage's mIoU, and what every stage reported."""
+        """Write results.json: the last stage's mIoU, every stage's report, every file's sha256."""
         last = next(reversed(self.stages.values()))
+        others = ("config.yaml", "environment.json", "metrics.jsonl", "examples.png")
+        there = [self.folder / name for name in others if (self.folder / name).is_file()]
         results = {
             "name": self.config.name,
             "checkpoint": self.config.evaluate.checkpoint,
             "miou": last["miou"],
             "per_class_iou": last["per_class_iou"],
             "stages": self.stages,
+            "files": {path.name: sha256(path) for path in there} | self._files,
         }
         write_json(self.folder / "results.json", results)
-        self.say(stage_table(self.stages, self.config.evaluate.checkpoint))
+        self.log.say(stage_table(self.stages, self.config.evaluate.checkpoint))
 
-    def _record(self, stage: str, epoch: int, numbers: dict[str, float]) -> None:
-        """Keep an epoch's numbers in metrics.jsonl, in TensorBoard and as a line of the log."""
-        line = json.dumps({"stage": stage, "epoch": epoch, **numbers})
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
-            metrics.write(line + "\n")
-        for key, value in numbers.items():
-            self._board.add_scalar(f"{stage}/{key}", value, epoch)
-        shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
-        self.say(f"{stage}  epoch {epoch}  {shown}")
+    def _work(self, name: str, work: Callable[..., Report], inputs: tuple[Any, ...]) -> None:
+        folder = self.folder / name
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+        write_json(self.folder / "environment.json", environment(self.device))
+        watch = Stopwatch(folder / "unfinished" / "seconds")
+        stage = Stage(name, folder, self.config, self.device, self.log, watch)
+        try:
+            report = work(stage, *inputs)
+        except BaseException:
+            if stage.unfinished.is_dir():
+                watch.note()
+            raise
+        finish(folder, {**report, "seconds": watch.seconds})
+
+    def _prepare(self) -> None:
+        """Compare with what the folder holds, and remove what shall be done again."""
+        if self._fresh or self._from_stage == 1:
+            self._remove_stages(1)
+        else:
+            if any(self.folder.glob("[1-6]_*/*")):
+                refuse_other_config(self.folder, self.config)
+                refuse_other_precision(self.folder, self.device, self.log.say)
+            if self._from_stage is not None:
+                self._remove_stages(self._from_stage)
+        if self._fresh:
+            self._remove("config.yaml", "environment.json", "metrics.jsonl", "log.txt")
+            shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
+        settings = yaml.safe_dump(self.config.model_dump(mode="json"))
+        write_text(self.folder / "config.yaml", settings)
 
     def _remove_stages(self, first: int) -> None:
         """Forget stages and what was said of them; a kill halfway leaves none that looks done."""
         folders = [f for f in sorted(self.folder.glob("[1-6]_*")) if int(f.name[0]) >= first]
-        for name in ("results.json", "examples.png"):
-            (self.folder / name).unlink(missing_ok=True)
+        self._remove(*_RESULTS, *(f"{folder.name}/stage.json" for folder in folders))
         for folder in folders:
-            (folder / "stage.json").unlink(missing_ok=True)
-        for folder in folders:
-            shutil.rmtree(folder)
-        metrics = self.folder / "metrics.jsonl"
-        if metrics.is_file():
-            lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_text(metrics, "".join(x for x in lines if int(json.loads(x)["stage"][0]) < first))
+            with writing(folder):
+                shutil.rmtree(folder)
+        self.log.rewind(str(first), 0)
 
-    def _refuse_other_config(self) -> None:
-        path = self.folder / "config.yaml"
-        if not path.is_file() or not any(self.folder.glob("[1-6]_*/*")):
-            return  # nothing has come of it yet
-        kept = config_from(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-        there, here = (_flat(config.model_dump(mode="json")) for config in (kept, self.config))
-        keys = sorted((there.keys() | here.keys()) - set(_FREE_KEYS))
-        differing = [f"{key}={there.get(key)}" for key in keys if there.get(key) != here.get(key)]
-        if differing:
-            raise UserError(
-                f"{self.folder}: holds a run with {', '.join(differing)}; set name=... for "
-                "another run, or start this one over with --from-stage 1"
-            )
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return {dotted key: value}."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
+    def _remove(self, *names: str) -> None:
+        for name in names:
+            with writing(self.folder / name):
+                (self.folder / name).unlink(missing_ok=True)

@@ -5,7 +5,6 @@
 configs read, with its lists.
 """
 
-import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from dataset.prepare.cityscapes import prepare_cityscapes
 from dataset.prepare.coco import prepare_coco
 from dataset.prepare.pascal import prepare_pascal
 from dataset.prepare.weights import PRETRAINED, WEIGHTS, fetch_weights
-from utils.errors import exit_with_one_line
+from utils.errors import Parser, exit_with_one_line
 
 DATA_SETS = {
     "pascal": (prepare_pascal, "VOC 2012 with the masks of SBD"),
@@ -27,7 +26,7 @@ DATA_SETS = {
 
 def main() -> None:
     """Fetch what training reads and git does not keep."""
-    parser = argparse.ArgumentParser(prog="python -m dataset.prepare", description=main.__doc__)
+    parser = Parser(prog="python -m dataset.prepare", description=main.__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     about = "ImageNet weights of backbones"
     weights = commands.add_parser("weights", help=about, description=about)
@@ -43,7 +42,7 @@ def main() -> None:
     arguments.run(arguments)
 
 
-def _add_data_set(parser: argparse.ArgumentParser, prepare: Callable[..., None]) -> None:
+def _add_data_set(parser: Parser, prepare: Callable[..., None]) -> None:
     parser.add_argument(
         "--root", type=Path, required=True, metavar="DIR", help="where archives lie and files go"
     )

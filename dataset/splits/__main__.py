@@ -17,7 +17,7 @@ from dataset.splits.foreign import import_lists
 from dataset.splits.lists import Splits, find_root
 from dataset.splits.make import make_lists
 from dataset.splits.report import audit_table
-from utils.errors import UserError, exit_with_one_line
+from utils.errors import Parser, UserError, exit_with_one_line
 from utils.files import write_json
 from utils.read_config import read_config
 
@@ -89,7 +89,7 @@ def check(words: Sequence[str]) -> None:
 def main() -> None:
     """Make, import and check lists of images."""
     commands = {"make": make, "import": import_, "check": check}
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dataset.splits",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -101,10 +101,8 @@ def main() -> None:
     commands[typed.command](typed.words)
 
 
-def _parser(command: Callable[[Sequence[str]], None], name: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"python -m dataset.splits {name}", description=command.__doc__
-    )
+def _parser(command: Callable[[Sequence[str]], None], name: str) -> Parser:
+    return Parser(prog=f"python -m dataset.splits {name}", description=command.__doc__)
 
 
 def _fraction(text: str) -> Fraction:

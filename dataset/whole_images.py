@@ -1,6 +1,6 @@
-"""Whole images, without chance, for validation, labeling and selection."""
+"""What inference takes: whole images, without chance."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -8,13 +8,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from dataset.reading import (
-    picture_size,
-    read_image,
-    read_photograph,
-    to_input,
-    to_label,
-)
+from dataset.loader import open_loader
+from dataset.reading import picture_size, read_image, read_photograph, to_input, to_label
 from dataset.splits import Sample, read_label
 from utils import IGNORE
 from utils.config import InferenceSection
@@ -52,11 +47,26 @@ class WholeImages(Dataset[WholeImage]):
 
 
 def whole_images(
-    samples: Sequence[Sample], settings: InferenceSection, workers: int
+    samples: Sequence[Sample],
+    settings: InferenceSection,
+    workers: int,
+    done: Container[str] = frozenset(),
 ) -> DataLoader[WholeImage]:
-    """Iterate over whole images in the list's order; neighbours of one size share a batch."""
-    batches = _batches_of_one_size(samples, settings.batch_size)
-    return _loader(WholeImages(samples, settings.long_side), batches, workers)
+    """Iterate over whole images in the list's order; neighbours of one size share a batch.
+
+    Args:
+        samples: the list.
+        settings: the size of images and batches.
+        workers: processes that read.
+        done: names to leave out, by whole batches: an image's numbers can depend, in their last
+            digits, on the batch that it is in.
+    """
+    batches = [
+        batch
+        for batch in _batches_of_one_size(samples, settings.batch_size)
+        if not all(samples[index].name in done for index in batch)
+    ]
+    return open_loader(WholeImages(samples, settings.long_side), batches, workers)
 
 
 def photographs(
@@ -64,12 +74,7 @@ def photographs(
 ) -> DataLoader[WholeImage]:
     """Iterate over photographs, turned upright, one by one."""
     dataset = WholeImages(samples, settings.long_side, read_photograph)
-    return _loader(dataset, [[index] for index in range(len(samples))], workers)
-
-
-def _loader(dataset: WholeImages, batches: list[list[int]], workers: int) -> DataLoader[WholeImage]:
-    pinned = torch.cuda.is_available()
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pinned)
+    return open_loader(dataset, [[index] for index in range(len(samples))], workers)
 
 
 def _batches_of_one_size(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:

@@ -1,0 +1,157 @@
+"""Kill runs at random moments, go on, and compare with a run that nothing disturbed.
+
+python tests/faults.py [--kills 20] [--seed 0]
+
+A tiny demo run is done once in peace. Then, for every kill, it is begun anew, killed with SIGKILL
+(each kill in its own share of the run's duration), and gone on with by the same command. Weights,
+masks, lists, CSVs, metrics.jsonl and results.json must be the same to the last bit, but for times.
+Exit code 1 if one is not.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a thread pool would not survive the forks
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+from dataset.catalog import KINDS  # noqa: E402
+from dataset.demo import write_demo  # noqa: E402
+from utils.errors import exit_with_one_line  # noqa: E402
+from utils.files import sha256  # noqa: E402
+
+_TIMES = ("seconds", "images_per_second")
+_SETTINGS = """outdir=out device=cpu precision=fp32 workers=1 checkpoint_every=3 evaluate.every=1
+    inference.batch_size=3 augment.base_size=64 augment.crop_size=48 pseudo_label.scales=[1.0]
+    supervised.epochs=2 supervised.batch_size=2 retrain.epochs=2 retrain.batch_size=2"""
+
+
+class Kill(NamedTuple):
+    """What came of a run that was killed and gone on with."""
+
+    moment: float  # seconds after its start
+    place: str  # stage under way
+    differing: list[str]  # what is not as in the quiet run
+
+
+def quiet_run(folder: Path) -> tuple[dict[str, Any], float]:
+    """Do the run in peace; return its outcome and its seconds."""
+    start = time.monotonic()
+    _wait(_start(folder))
+    return outcome(folder / "out" / "demo"), time.monotonic() - start
+
+
+def killed_run(folder: Path, moment: float, expected: dict[str, Any]) -> Kill:
+    """Kill a run, go on, and compare; a run that is over before its kill is done again, sooner."""
+    while True:
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        process = _start(folder)
+        time.sleep(moment)
+        os.kill(process, signal.SIGKILL)
+        _, status = os.waitpid(process, 0)
+        if os.WIFSIGNALED(status):
+            break
+        moment *= 0.9
+    place = stage_under_way(folder / "out" / "demo")
+    _wait(_start(folder))
+    found = outcome(folder / "out" / "demo")
+    names = sorted(expected.keys() | found.keys())
+    return Kill(moment, place, [name for name in names if expected.get(name) != found.get(name)])
+
+
+def moments(kills: int, duration: float, seed: int) -> list[float]:
+    """Draw a moment from each of as many equal shares of the duration."""
+    chance = random.Random(seed)
+    return [duration * (share + chance.random()) / kills for share in range(kills)]
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """Return all that a run computed, by file: digests, and logs without times."""
+    made = [path for path in run.glob("[1-6]_*/**/*") if path.is_file()]
+    found: dict[str, Any] = {
+        str(path.relative_to(run)): sha256(path) for path in made if path.name != "stage.json"
+    }
+    results = json.loads((run / "results.json").read_text())
+    for name in ("environment.json", "metrics.jsonl"):  # they tell times
+        del results["files"][name]
+    for stage in results["stages"].values():
+        for key in _TIMES:
+            stage.pop(key, None)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{key: line[key] for key in line if key not in _TIMES} for line in lines]
+    return {**found, "results.json": results, "metrics.jsonl": metrics}
+
+
+def stage_under_way(run: Path) -> str:
+    """Name the last stage that has begun, and whether it has ended."""
+    begun = sorted(run.glob("[1-6]_*"))
+    if not begun:
+        return "before stage 1"
+    return f"after {begun[-1].name}" if (begun[-1] / "stage.json").exists() else begun[-1].name
+
+
+def draw_data(folder: Path) -> None:
+    """Draw the few images that the runs see."""
+    palette = KINDS["demo"].palette()
+    write_demo(folder / "data", palette, train=12, labeled=4, val=2, size=(48, 64))
+
+
+def _start(folder: Path) -> int:
+    """Begin ``train.py`` in a process of its own, with all imports done; return its id."""
+    process = os.fork()
+    if process:
+        return process
+    os.chdir(folder)
+    with Path("printed.txt").open("a") as printed:
+        os.dup2(printed.fileno(), 1)
+        os.dup2(printed.fileno(), 2)
+    words = [*_SETTINGS.split(), "dataset.root=data"]
+    sys.argv = ["train.py", "--config", str(ROOT / "configs" / "demo.yaml"), *words]
+    code = 1
+    try:
+        exit_with_one_line(train.main)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _wait(process: int) -> None:
+    _, status = os.waitpid(process, 0)
+    if os.waitstatus_to_exitcode(status):
+        raise SystemExit(f"a run failed with {os.waitstatus_to_exitcode(status)}")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Print a line a kill."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="draws other moments")
+    arguments = parser.parse_args(words)
+    failed = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        draw_data(folder)
+        expected, duration = quiet_run(folder)
+        print(f"quiet run: {duration:.1f} s, {len(expected)} files", flush=True)
+        for number, moment in enumerate(moments(arguments.kills, duration, arguments.seed)):
+            kill = killed_run(folder, moment, expected)
+            verdict = f"differs: {', '.join(kill.differing)}" if kill.differing else "identical"
+            failed += bool(kill.differing)
+            print(f"{number + 1:>3} {kill.moment:7.2f} s  {kill.place:<22} {verdict}", flush=True)
+    print(f"{arguments.kills - failed} of {arguments.kills} identical")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Run folders that someone spoilt, and command lines that make no sense: each earns a line."""
+
+import json
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as eval_program
+import train as train_program
+from utils.errors import UserError
+
+
+@pytest.fixture
+def run(demo_overrides, tmp_path, monkeypatch) -> Path:
+    """A run that did stages 1 and 2, and fails in stage 3; what stages do is a stub."""
+
+    def train_supervised(stage, *_):
+        torch.save({"model": {}}, stage.folder / "checkpoint.pth")
+        stage.record(1, {"ce": 0.5})
+        return {"miou": 0.5, "per_class_iou": {}}
+
+    def write_pseudo_labels(stage, *_):
+        (stage.folder / "masks").mkdir(exist_ok=True)
+        for name in "abcd":
+            (stage.folder / "masks" / f"{name}.png").write_text(name)
+        return {"images": 4}
+
+    def select(stage, *_):
+        raise UserError("as far as this goes")
+
+    for stub in (train_supervised, write_pseudo_labels, select):
+        monkeypatch.setattr(train_program, stub.__name__, stub)
+    return tmp_path / "outdir" / "demo"
+
+
+@pytest.fixture
+def train(complaint, demo_overrides, run):
+    """``train.py --config demo.yaml`` on that run."""
+    return lambda *words: complaint(train_program, "--config", "demo.yaml", *demo_overrides, *words)
+
+
+def garbage(name):
+    return lambda run: (run / name).write_bytes(b"\xff\x00 garbage")
+
+
+def text(name, content):
+    return lambda run: (run / name).write_text(content)
+
+
+def gone(name):
+    return lambda run: (run / name).unlink()
+
+
+def folder_for_a_file(name):
+    def spoil(run):
+        (run / name).unlink(missing_ok=True)
+        (run / name).mkdir()
+
+    return spoil
+
+
+def file_for_a_folder(name):
+    def spoil(run):
+        for file in sorted((run / name).rglob("*"), reverse=True):
+            file.unlink() if file.is_file() else file.rmdir()
+        (run / name).rmdir()
+        (run / name).write_text("")
+
+    return spoil
+
+
+def half(name):
+    return lambda run: (run / name).write_bytes((run / name).read_bytes()[:-9])
+
+
+AGAIN_1 = "--from-stage 1"
+AGAIN_2 = "--from-stage 2"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (garbage("config.yaml"), ["demo/config.yaml: not YAML", "restore this file", AGAIN_1]),
+        (text("config.yaml", "- 1"), ["demo/config.yaml: holds no 'key: value' lines", AGAIN_1]),
+        (text("config.yaml", "sead: 1"), ["demo/config.yaml: unknown key 'sead'", AGAIN_1]),
+        (gone("config.yaml"), ["demo/config.yaml: is gone", "restore it", AGAIN_1]),
+        (folder_for_a_file("config.yaml"), ["demo/config.yaml: is gone", AGAIN_1]),
+        (garbage("environment.json"), ["demo/environment.json: holds no JSON", "delete it"]),
+        (text("environment.json", "[]"), ["demo/environment.json: is no record", "delete it"]),
+        (
+            text("environment.json", '{"precision": "bf16"}'),
+            ["holds a run in bf16, and this is fp32; set precision=bf16"],
+        ),
+        (text("lock", "pid 7 on mars"), ["demo/lock: a run on another machine", "delete this"]),
+        (garbage("lock"), ["demo/lock: a run on another machine", "delete this file"]),
+        (folder_for_a_file("lock"), ["demo/lock: cannot write this file (Is a directory)"]),
+        (garbage("1_supervised/stage.json"), ["1_supervised/stage.json: holds no JSON"]),
+        (text("1_supervised/stage.json", "3"), ["stage.json: is no report of a stage", AGAIN_1]),
+        (text("2_pseudo_label/stage.json", "{}"), ["is no report of a stage", AGAIN_2]),
+        (gone("1_supervised/checkpoint.pth"), ["checkpoint.pth: has changed or is gone", AGAIN_1]),
+        (half("1_supervised/checkpoint.pth"), ["checkpoint.pth: has changed or is gone", AGAIN_1]),
+        (garbage("2_pseudo_label/masks/b.png"), ["masks/b.png: has changed or is gone", AGAIN_2]),
+        (
+            file_for_a_folder("2_pseudo_label/masks"),
+            ["masks/a.png, masks/b.png, masks/c.png and 1 more: have changed or are gone", AGAIN_2],
+        ),
+        (file_for_a_folder("3_select"), ["demo/3_select: cannot write this file (File exists)"]),
+        (file_for_a_folder("tensorboard"), ["demo/tensorboard: cannot write this file"]),
+        (folder_for_a_file("log.txt"), ["demo/log.txt: cannot write this file (Is a directory)"]),
+    ],
+)
+def test_bad_run_folder(train, run, spoil, told):
+    assert train() == "error: as far as this goes"
+    spoil(run)
+    line = train()
+    assert [part for part in told if part not in line] == []
+
+
+def test_the_way_out_leads_out(train, run):
+    train()
+    gone("2_pseudo_label/masks/b.png")(run)
+    assert AGAIN_2 in train()
+    assert train("--from-stage", "2") == "error: as far as this goes"
+    garbage("config.yaml")(run)
+    assert AGAIN_1 in train()
+    assert train("--from-stage", "1") == "error: as far as this goes"
+    garbage("environment.json")(run)
+    assert train("--fresh", "demo") == "error: as far as this goes"
+
+
+def test_garbage_in_metrics_is_left_out_when_stages_are_done_again(train, run):
+    train()
+    metrics = run / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    metrics.write_bytes(b'\xff\n[1]\n{"stage": 3}\n' + whole + b'{"stage": "2_')
+    assert train("--from-stage", "2") == "error: as far as this goes"
+    assert metrics.read_bytes() == whole
+    assert json.loads(whole)["stage"] == "1_supervised"
+
+
+def test_a_dead_runs_lock_on_this_machine_is_no_obstacle(train, run):
+    train()
+    (run / "lock").write_text(f"pid 1 on {platform.node()}")
+    assert train() == "error: as far as this goes"
+    assert "taken over from pid 1" in (run / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], ["the following arguments are required: --config", "--help"]),
+        (["--config"], ["--config: expected one argument"]),
+        (["--config", "demo.yaml", "--from-stage", "7"], ["--from-stage: invalid choice: 7"]),
+        (["--config", "demo.yaml", "--from-stage", "two"], ["--from-stage: invalid int value"]),
+        (["--config", "demo.yaml", "--fresh"], ["--fresh: expected one argument"]),
+        (["--config", "demo.yaml", "--fresh", "demos"], ["--fresh", "is called 'demo', not 'demo"]),
+        (
+            ["--config", "demo.yaml", "--fresh", "demo", "--from-stage", "2"],
+            ["--from-stage: not allowed with argument --fresh"],
+        ),
+        (["--config", "demo.yaml", "--resume"], ["unrecognized arguments: --resume"]),
+        (["--config", "demo.yaml", "name=a/b"], ["name", "'a/b' is not allowed"]),
+        (["--config", "demo.yaml", "checkpoint_every=0"], ["checkpoint_every", "greater than 0"]),
+        (["--config", "demo.yaml", "on_nonfinite=go"], ["on_nonfinite", "'go'", "'stop' or 'skip"]),
+        (["--config", "."], [".: no such config here"]),
+    ],
+)
+def test_bad_command_line_of_train(complaint, words, told):
+    line = complaint(train_program, *words)
+    assert [part for part in told if part not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], ["the following arguments are required: checkpoint"]),
+        (["nowhere.pth"], ["nowhere.pth: no such checkpoint"]),
+        (["nowhere.pth", "--jsn", "x"], ["unrecognized arguments: --jsn"]),
+        (["nowhere.pth", "--out", "x"], ["--images and --out go together"]),
+    ],
+)
+def test_bad_command_line_of_eval(complaint, words, told):
+    line = complaint(eval_program, *words)
+    assert [part for part in told if part not in line] == []

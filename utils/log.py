@@ -1,0 +1,69 @@
+"""What a run tells while it works: log.txt, metrics.jsonl, TensorBoard, the terminal."""
+
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from utils.files import append_text, read_records, write_text, writing
+
+Numbers = dict[str, float]
+
+
+class Log:
+    """The logs of a run folder. Numbers of epochs are kept in a ``with`` block alone.
+
+    Args:
+        folder: of the run; exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._text, self._metrics = folder / "log.txt", folder / "metrics.jsonl"
+        self._curves = folder / "tensorboard"
+
+    def __enter__(self) -> "Log":
+        """Open TensorBoard's file."""
+        with writing(self._curves):
+            self._board = SummaryWriter(str(self._curves))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        with writing(self._curves):
+            self._board.close()
+
+    def say(self, text: str) -> None:
+        """Print a line above any progress bar, and keep it in log.txt."""
+        tqdm.write(text)
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        append_text(self._text, f"{now} {text}\n")
+
+    def record(self, stage: str, epoch: int, numbers: Numbers) -> None:
+        """Keep an epoch's numbers in metrics.jsonl, in TensorBoard and as a line of the log."""
+        line = json.dumps({"stage": stage, "epoch": epoch, **numbers})
+        append_text(self._metrics, line + "\n")
+        with writing(self._curves):
+            for key, value in numbers.items():
+                self._board.add_scalar(f"{stage}/{key}", value, epoch)
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+        self.say(f"{stage}  epoch {epoch}  {shown}")
+
+    def rewind(self, stage: str, epochs: int) -> None:
+        """Forget the epochs after a stage's first ``epochs``, later stages', and broken lines."""
+        kept = [
+            json.dumps(record) + "\n"
+            for record in read_records(self._metrics)
+            if isinstance(record.get("stage"), str)
+            and isinstance(record.get("epoch"), int)
+            and (record["stage"], record["epoch"]) <= (stage, epochs)
+        ]
+        if kept or self._metrics.exists():
+            write_text(self._metrics, "".join(kept))
