@@ -51,7 +51,7 @@ from utils.optimization import Optimization
 from utils.panels import save_mask
 from utils.progress import StageBar
 from utils.read_config import read_config
-from utils.records import Queried
+from utils.records import Queried, parts
 from utils.resume import Journal, Progress
 from utils.run import Run
 from utils.spill import Spill
@@ -180,7 +180,8 @@ def fit(
     chance, steps = Chance(config.seed, stage.name), len(dataset) // size
     optimization = Optimization(net, config.optimizer, steps * settings.epochs, device.scaler())
     best = config.evaluate.checkpoint == "best"
-    bar = StageBar(stage.name, settings.epochs, steps, images=2 * size)
+    count = settings.accumulate
+    bar = StageBar(stage.name, settings.epochs, steps * count, images=2 * size // count)
     with bar, Progress(stage, net, optimization, bar) as at:
         epochs, outcome = range(at.epoch, settings.epochs), at.report
         batches = training_batches(dataset, size, epochs, chance, config.workers, at.step)
@@ -189,14 +190,16 @@ def fit(
             bar.start(epoch, at.seen)
             for step in range(at.step, steps):
                 torch.manual_seed(chance.torch_seed(epoch, step))  # dropout
-                with device.autocast():
-                    answer = loss(device.move(next(batches)))
-                rate = optimization.lr
-                if optimization.step(answer.total):
-                    bar.update(answer.shown, rate)
-                else:
+                for part in parts(device.move(next(batches)), count):
+                    with device.autocast():
+                        answer = loss(part)
+                    if optimization.add(answer.total / count):
+                        bar.update(answer.shown, optimization.lr)
+                    else:
+                        lost = answer.total
+                if not optimization.step():
                     names = dataset.names(batch_keys(len(dataset), size, epoch, step, chance))
-                    stage.leave_out(epoch, step, answer.total.item(), names)
+                    stage.leave_out(epoch, step, lost.item(), names)
                 at.step_done()
             numbers, last = bar.means(), epoch + 1 == settings.epochs
             if last or (epoch + 1) % config.evaluate.every == 0:
@@ -213,7 +216,10 @@ def fit(
 def _new_network(stage: Stage, chance: Chance) -> nn.Module:
     """Build a network from the backbone's weights and the stage's random numbers."""
     torch.manual_seed(chance.torch_seed())
-    return stage.device.place(build_network(stage.config, stage.config.model.pretrained))
+    net = stage.device.place(build_network(stage.config, stage.config.model.pretrained))
+    if stage.config.model.compile:
+        net.compile(dynamic=False)
+    return net
 
 
 def _teacher(stage: Stage, folder: Path) -> nn.Module:

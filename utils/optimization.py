@@ -41,30 +41,42 @@ class Optimization:
             self._sgd, lambda step: max(0.0, 1.0 - step / steps) ** settings.power
         )
         self._scaler = scaler
+        self._finite = True  # all losses of this step, so far
 
     @property
     def lr(self) -> float:
         """The backbone's learning rate now."""
         return self._sgd.param_groups[0]["lr"]
 
-    def step(self, loss: Tensor) -> bool:
-        """Go one step down the gradient of a scalar loss, if it is finite.
+    def add(self, loss: Tensor) -> bool:
+        """Add the gradient of a scalar loss to those of this step, if it is finite.
 
         Returns:
-            Whether it was. If not, the rate has gone on and nothing else has changed: weights and
-            momentum are untouched, and the buffers are those before the forward pass, which may
-            have put its infinities into the running means of batch norm.
+            Whether it was. If not, ``step`` will change no weight.
         """
         finite = bool(torch.isfinite(loss))
         if finite:
-            self._sgd.zero_grad()
             self._scaler.scale(loss).backward()
+        self._finite = self._finite and finite
+        return finite
+
+    def step(self) -> bool:
+        """Go one step down the gradients that were added.
+
+        Returns:
+            Whether all losses were finite. If not, the rate has gone on and nothing else has
+            changed: weights and momentum are untouched, and the buffers are those before the
+            forward pass, which may have put its infinities into the running means of batch norm.
+        """
+        finite, self._finite = self._finite, True
+        if finite:
             self._scaler.step(self._sgd)
             self._scaler.update()
             self._keep_buffers()
         else:
             for buffer, kept in zip(self._buffers, self._kept, strict=True):
                 buffer.copy_(kept)
+        self._sgd.zero_grad()
         self._schedule.step()
         return finite
 
