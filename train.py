@@ -178,7 +178,8 @@ def fit(
     """The one training loop; writes ``checkpoint.pth``, and goes on where it was stopped."""
     config, device, size = stage.config, stage.device, settings.batch_size
     chance, steps = Chance(config.seed, stage.name), len(dataset) // size
-    optimization = Optimization(net, config.optimizer, steps * settings.epochs, device.scaler())
+    skip, iterations = config.on_nonfinite == "skip", steps * settings.epochs
+    optimization = Optimization(net, config.optimizer, iterations, device.scaler(), undo=skip)
     best = config.evaluate.checkpoint == "best"
     count = settings.accumulate
     bar = StageBar(stage.name, settings.epochs, steps * count, images=2 * size // count)

@@ -21,7 +21,7 @@ class Net(nn.Module):
 def optimization(net, steps=4, **settings):
     plain = {"lr": 0.1, "head_multiple": 2, "momentum": 0, "weight_decay": 0, "power": 1}
     section = OptimizerSection(**{**plain, **settings})
-    return Optimization(net, section, steps, Device("cpu", "fp32").scaler())
+    return Optimization(net, section, steps, Device("cpu", "fp32").scaler(), undo=True)
 
 
 def test_steps_match_hand_count():

@@ -16,10 +16,16 @@ class Optimization:
         settings: rates, momentum, weight decay, power of the decay.
         steps: iterations of the whole stage; the rate reaches zero after the last.
         scaler: of the precision.
+        undo: put buffers back where a loss is not finite, at the price of a copy an iteration.
     """
 
     def __init__(
-        self, net: nn.Module, settings: OptimizerSection, steps: int, scaler: torch.amp.GradScaler
+        self,
+        net: nn.Module,
+        settings: OptimizerSection,
+        steps: int,
+        scaler: torch.amp.GradScaler,
+        undo: bool = False,
     ) -> None:
         backbone = list(net.backbone.parameters())
         of_backbone = {id(parameter) for parameter in backbone}
@@ -35,7 +41,7 @@ class Optimization:
             # A fused first step that the scaler skips would leave momentum uninitialised.
             fused=not scaler.is_enabled(),
         )
-        self._buffers = list(net.buffers())
+        self._buffers = list(net.buffers()) if undo else []
         self._keep_buffers()
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._sgd, lambda step: max(0.0, 1.0 - step / steps) ** settings.power
@@ -64,9 +70,9 @@ class Optimization:
         """Go one step down the gradients that were added.
 
         Returns:
-            Whether all losses were finite. If not, the rate has gone on and nothing else has
-            changed: weights and momentum are untouched, and the buffers are those before the
-            forward pass, which may have put its infinities into the running means of batch norm.
+            Whether all losses were finite. If not, the rate has gone on; weights and momentum are
+            untouched, and with ``undo`` the buffers are those before the forward pass, which may
+            have put its infinities into the running means of batch norm.
         """
         finite, self._finite = self._finite, True
         if finite:
