@@ -14,6 +14,7 @@ from model.cisc import (
 )
 from model.losses import rectified_cross_entropy
 from utils import IGNORE
+from utils.distributed import total
 from utils.records import QueriedImage, QueriedPrototype, QueryPair, RetrainSample
 
 LabeledLoss = Callable[[Tensor, Tensor], Tensor]  # of logits and true labels
@@ -21,7 +22,10 @@ Guide = Callable[[RetrainSample], Tensor]  # weighs the pixels of pseudo labels
 
 
 class Loss(NamedTuple):
-    """A scalar to go down, and the scalars to show: its terms, and what else tells how it goes."""
+    """A scalar to go down, and the scalars to show: its terms, and what else tells how it goes.
+
+    Of several processes each has its part; the parts add up.
+    """
 
     total: Tensor
     shown: dict[str, Tensor]
@@ -74,12 +78,12 @@ def retrain_loss(
     student_logits, labeled_logits = logits.chunk(2)
     unlabeled = rectified_cross_entropy(student_logits, batch.pseudo_label, weight)
     labeled = labeled_loss(labeled_logits, batch.labeled_label)
-    valid = batch.pseudo_label != IGNORE
+    valid, shares = batch.pseudo_label != IGNORE, batch.queried.shared_class != IGNORE
     shown = {
         "unlabeled": unlabeled,
         "labeled": labeled,
-        "weight": (weight * valid).sum() / valid.sum().clamp_min(1),
-        "queried": (batch.queried.shared_class != IGNORE).float().mean(),
+        "weight": (weight * valid).sum() / total(valid.sum()).clamp_min(1),
+        "queried": shares.sum() / total(torch.ones_like(shares).sum()),
     }
     return Loss(unlabeled + labeled, shown)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.config import OptimizerSection
+from utils.distributed import total
 
 
 class Optimization:
@@ -50,12 +51,14 @@ class Optimization:
     def step(self, loss: Tensor) -> bool:
         """Go one step down the gradient of a scalar loss, if it is finite.
 
+        Of several processes each brings its part of the loss; they decide together.
+
         Returns:
             Whether it was. If not, the rate has gone on and nothing else has changed: weights and
             momentum are untouched, and the buffers are those before the forward pass, which may
             have put its infinities into the running means of batch norm.
         """
-        finite = bool(torch.isfinite(loss))
+        finite = bool(torch.isfinite(total(loss.detach())))
         if finite:
             self._sgd.zero_grad()
             self._scaler.scale(loss).backward()
