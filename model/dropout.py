@@ -57,4 +57,4 @@ def _noise(draws: Tensor, maps: Tensor, layer: Dropout | Dropout2d) -> Tensor:
     for index, own in enumerate(draws):
         own.random_(generator=layer.generators[index % len(layer.generators)])
     kept = round((1.0 - layer.p) * _DRAWS)
-    return (draws < kept).to(maps.dtype).mul_(_DRAWS / max(1, kept))
+    return (draws <= kept - 1).to(maps.dtype).mul_(_DRAWS / max(1, kept))

@@ -121,6 +121,7 @@ def parallel(net: nn.Module) -> nn.Module:
 
     A process's loss is its part of the whole one, so gradients add up; DistributedDataParallel by
     itself would average them. ``net`` stays the one to save and to load: it shares its weights.
+    Gradients are summed for as long as what is returned lives.
     """
     if world() == 1:
         return net
