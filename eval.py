@@ -7,6 +7,7 @@ python eval.py outdir/demo/6_retrain/checkpoint.pth --export net.onnx
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dataset.whole_images import photographs, whole_images
 from model import build_model
 from utils import checkpoint
 from utils.config import Config, InferenceSection, PseudoLabelSection
+from utils.distributed import by_first, gathered, joined, shared
 from utils.errors import Parser, UserError, exit_with_one_line
 from utils.export import export
 from utils.files import write_json
@@ -30,9 +32,10 @@ from utils.inference import Predictor
 from utils.metrics import ConfusionMatrix
 from utils.panels import in_colour, save_legend, save_mask, save_overlay, save_panel
 from utils.precision import Device
+from utils.progress import no_bar
 from utils.read_config import config_from, read_config
 from utils.records import WholeImage
-from utils.signals import stop_here
+from utils.signals import shall_stop, stop_here
 from utils.stage import checkpoint_of
 
 Load = Callable[[Sequence[Sample], InferenceSection, int], DataLoader[WholeImage]]
@@ -51,14 +54,19 @@ def build_network(config: Config, pretrained: str | None) -> nn.Module:
 def whole_batches(
     samples: Sequence[Sample], config: Config, device: Device, title: str, load: Load = whole_images
 ) -> Iterator[tuple[list[Sample], WholeImage]]:
-    """Pass over whole images under a progress bar; yield samples and their batch, on the device."""
+    """Pass over whole images under a progress bar; yield samples and their batch, on the device.
+
+    Of several processes each passes over its part; they have to come to the end together.
+    """
     loader = load(samples, config.inference, config.workers)
     total = sum(map(len, loader.batch_sampler))
-    with tqdm(desc=title, total=total, disable=None, leave=False, unit="image") as bar:
+    with tqdm(desc=title, total=total, disable=no_bar(), leave=False, unit="image") as bar:
         for batch in loader:
             yield [samples[index] for index in batch.index.tolist()], device.move(batch)
             bar.update(len(batch.index))
-            stop_here()
+            if shall_stop():
+                break
+    stop_here()
 
 
 def predictor(
@@ -91,7 +99,10 @@ def validate(
     device: Device,
     masks: Path | None = None,
 ) -> ConfusionMatrix:
-    """Compare predictions with labels, at the labels' own size; write them below ``masks``."""
+    """Compare predictions with labels, at the labels' own size; write them below ``masks``.
+
+    Collective: of several processes each predicts its part, and all get the matrix of the whole.
+    """
     kind = describe(config.dataset)
     matrix = ConfusionMatrix(len(kind.classes), device.device)
     for chosen, ids, labels in predictions(net, samples, config, device):
@@ -99,7 +110,7 @@ def validate(
         if masks is not None:
             for sample, mask in zip(chosen, ids.byte().cpu().numpy(), strict=True):
                 save_mask(mask_file(masks, sample), mask, kind.palette())
-    return matrix
+    return matrix.reduce()
 
 
 def report(matrix: ConfusionMatrix, config: Config) -> dict[str, Any]:
@@ -123,11 +134,12 @@ def draw_examples(
     for stage in stages:
         net = device.place(build_network(config, pretrained=None))
         checkpoint.load_weights(net, checkpoint_of(stage))
-        seen = (ids for _, batch, _ in predictions(net, chosen, config, device) for ids in batch)
-        for row, ids in zip(rows, seen, strict=True):
-            row.append(in_colour(ids.byte().cpu().numpy(), palette))
+        batches = predictions(net, chosen, config, device)
+        seen = gathered([ids.byte().cpu().numpy() for _, ids, _ in batches])
+        for row, ids in zip(rows, chain.from_iterable(seen), strict=True):
+            row.append(in_colour(ids, palette))
     titles = ["image", "label", *(stage.name for stage in stages)]
-    save_panel(path, titles, rows, list(zip(kind.classes, kind.colours, strict=True)))
+    by_first(save_panel)(path, titles, rows, list(zip(kind.classes, kind.colours, strict=True)))
 
 
 def segment(net: nn.Module, config: Config, device: Device, pictures: Path, out: Path) -> int:
@@ -139,7 +151,8 @@ def segment(net: nn.Module, config: Config, device: Device, pictures: Path, out:
         save_mask(mask_file(out / "masks", sample), ids, palette)
         overlay = mask_file(out / "overlays", sample).with_suffix(".jpg")
         save_overlay(overlay, read_photograph(sample.image), ids, palette)
-    save_legend(out / "legend.png", list(zip(kind.classes, kind.colours, strict=True)))
+    legend = list(zip(kind.classes, kind.colours, strict=True))
+    by_first(save_legend)(out / "legend.png", legend)
     return len(samples)
 
 
@@ -176,7 +189,13 @@ def read_arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Evaluate, segment pictures, or export."""
-    arguments = read_arguments()
+    with joined():
+        run(read_arguments())
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Do what the command line says; of several processes the first prints."""
+    say = by_first(print)
     path, content = arguments.checkpoint, checkpoint.load(arguments.checkpoint)
     if arguments.config is not None:
         config = read_config(arguments.config, arguments.settings)
@@ -187,21 +206,21 @@ def main() -> None:
     device, net = Device(config.device, config.precision), build_network(config, pretrained=None)
     checkpoint.load_weights(net, path, arguments.reset_classifier)
     if arguments.export is not None:
-        difference = export(net, arguments.export)
-        print(f"{arguments.export}: logits differ from the network's by {difference:.1e} at most")
+        difference = shared(export, net, arguments.export)
+        say(f"{arguments.export}: logits differ from the network's by {difference:.1e} at most")
         return
     net = device.place(net)
     if arguments.images is not None:
         count = segment(net, config, device, arguments.images, arguments.out)
-        print(f"{arguments.out}: {count} masks, {count} overlays, legend.png")
+        say(f"{arguments.out}: {count} masks, {count} overlays, legend.png")
         return
     matrix = validate(net, read_val(config.dataset), config, device, arguments.save_masks)
     results = report(matrix, config)
-    print(table(results))
+    say(table(results))
     if arguments.json is not None:
         stage = {"miou": results["miou"], "epoch": content.get("epoch")}
         stages = {content.get("stage", "checkpoint"): stage}
-        write_json(arguments.json, {"name": config.name, **results, "stages": stages})
+        by_first(write_json)(arguments.json, {"name": config.name, **results, "stages": stages})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 python train.py --config pascal.yaml [section.key=value ...] [--from-stage N | --fresh NAME]
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from dataset.cache import sample_reader
 from dataset.catalog import describe
-from dataset.loader import Chance, batch_keys, training_batches
+from dataset.epochs import refuse_batch_sizes, repeats
+from dataset.loader import Chance, batch_keys, batch_seeds, training_batches
 from dataset.query import Querier, QueryIndex, QueryRule, build_query_index
 from dataset.segmentation import (
     LabeledPairs,
@@ -21,7 +23,7 @@ from dataset.segmentation import (
     queried_image,
     queried_prototype,
 )
-from dataset.selection import count_kept, read_selection, write_csv, write_selection
+from dataset.selection import read_selection, write_csv, write_selection
 from dataset.splits import (
     Sample,
     SampleReader,
@@ -33,18 +35,20 @@ from dataset.splits import (
 from dataset.whole_images import whole_images
 from eval import build_network, draw_examples, predictor, report, validate, whole_batches
 from model.cisc import class_prototypes, image_reliability, reliability
-from model.losses import cross_entropy, ohem_cross_entropy
+from model.dropout import seed_dropout
 from model.objectives import (
     Guide,
-    LabeledLoss,
     Loss,
+    labeled_loss_of,
     retrain_loss,
     supervised_loss,
     weight_by_bank,
     weight_by_image,
 )
+from utils.batch_norm import synchronised
 from utils.checkpoint import load_weights
 from utils.config import Config, TrainingSection
+from utils.distributed import by_first, gathered, joined, merged, parallel, shared, total
 from utils.errors import Parser, UserError, exit_with_one_line
 from utils.frozen import frozen
 from utils.optimization import Optimization
@@ -61,7 +65,7 @@ from utils.stage import Report, Stage, checkpoint_of
 def train(config: Config, from_stage: int | None = None, fresh: bool = False) -> None:
     """Run the six stages, or those that are left of them."""
     kind, splits = describe(config.dataset), read_splits(config.dataset)
-    _refuse_large_batches(config, splits)
+    refuse_batch_sizes(config, splits)
     index = build_query_index(splits.labeled, QueryRule.of(config.query, kind))
     with Run(config, from_stage, fresh) as run:
         first = run.stage("1_supervised", train_supervised, splits, index)
@@ -81,10 +85,14 @@ def train_supervised(stage: Stage, splits: Splits, index: QueryIndex) -> Report:
     """Stage 1: labeled pairs, cross entropy on both images and the consistency loss."""
     config, chance = stage.config, Chance(stage.config.seed, stage.name)
     read = sample_reader(config.cache, splits.labeled, config.workers)
-    querier, repeat = _querier(config, splits, index, read), _repeat(config, splits)
+    querier, repeat = (
+        _querier(config, splits, index, read),
+        repeats(config.supervised, splits.labeled),
+    )
     pairs = LabeledPairs(splits.labeled, querier, config.augment, chance, repeat, read)
     net = _new_network(stage, chance)
-    loss = partial(supervised_loss, net, _labeled_loss(config), config.supervised.consistency)
+    weight = config.supervised.consistency
+    loss = partial(supervised_loss, parallel(net), labeled_loss_of(config.ohem), weight)
     return fit(stage, net, loss, pairs, config.supervised, splits.val)
 
 
@@ -95,17 +103,20 @@ def write_pseudo_labels(stage: Stage, teacher: Path, unlabeled: Sequence[Sample]
     net = _teacher(stage, teacher)
     predict = predictor(net, stage.device, stage.config.inference, settings)
     journal = Journal(stage)
-    done = journal.read()
+    done = shared(journal.read)
     load = partial(whole_images, done=frozenset(done))
+    added: list[dict[str, float]] = []  # of each batch
     for chosen, batch in whole_batches(unlabeled, stage.config, stage.device, stage.name, load):
         probabilities, ids = predict(batch.image, tuple(batch.label.shape[-2:])).max(dim=1)
         means = probabilities.mean(dim=(1, 2)).tolist()
         files = [mask_file(stage.folder / "masks", sample) for sample in chosen]
         for file, mask in zip(files, ids.byte().cpu().numpy(), strict=True):
             save_mask(file, mask, palette)
-        done |= journal.add([sample.name for sample in chosen], files, means)
+        added.append(journal.add([sample.name for sample in chosen], files, means))
+    done |= merged(added)
     confidences = {sample.name: done[sample.name] for sample in unlabeled}
-    write_csv(stage.folder / "confidence.csv", ("image", "confidence"), confidences.items())
+    table = ("image", "confidence"), confidences.items()
+    by_first(write_csv)(stage.folder / "confidence.csv", *table)
     mean = sum(confidences.values()) / max(1, len(confidences))
     return {"images": len(confidences), "confidence": mean}
 
@@ -124,25 +135,27 @@ def select(stage: Stage, teacher: Path, splits: Splits, masks: Path, index: Quer
                 features = net.extract(batch.image)
             yield chosen, features, batch.label
 
-    total, count = 0.0, 0
+    sums: list[Tensor] = []  # of each batch, (C, D + 1): prototypes and how many there are
     kept = Spill(stage.unfinished / "features", stage.device.device)
     for chosen, features, label in passed(splits.labeled, "labeled"):
         prototypes, present = class_prototypes(features, label, len(classes))
-        total, count = total + prototypes.sum(dim=0), count + present.sum(dim=0).unsqueeze(1)
+        sums.append(torch.cat([prototypes, present.unsqueeze(2)], dim=2).sum(dim=0).cpu())
         kept.add([sample.name for sample in chosen], features, label)
-    anchors = total / count  # NaN, 0 / 0, for a class that no label shows
+    summed = torch.stack(gathered(sums)).sum(dim=0).to(stage.device.device)
+    anchors = summed[:, :-1] / summed[:, -1:]  # NaN, 0 / 0, for a class that no label shows
 
-    guides: dict[tuple[int, str], float] = {}
+    guides: list[dict[tuple[int, str], float]] = []  # of each batch, as are images
     for names, features, label in kept:
-        for name, scores in zip(names, reliability(features, label, anchors), strict=True):
-            for class_id in scores.isfinite().nonzero().flatten().tolist():
-                guides[class_id, name] = scores[class_id].item()
-    images: dict[str, float] = {}
+        rows = zip(names, reliability(features, label, anchors).tolist(), strict=True)
+        scores = {(c, name): x for name, row in rows for c, x in enumerate(row)}
+        guides.append({key: score for key, score in scores.items() if math.isfinite(score)})
+    images: list[dict[str, float]] = []
     pseudo_labeled = with_pseudo_masks(splits.unlabeled, masks / "masks")
     for chosen, features, label in passed(pseudo_labeled, "unlabeled"):
         scores = image_reliability(reliability(features, label, anchors), settings.score == "mean")
-        images.update(zip((sample.name for sample in chosen), scores.tolist(), strict=True))
-    reliable = write_selection(stage.folder, images, guides, index, settings.keep, classes)
+        images.append(dict(zip((s.name for s in chosen), scores.tolist(), strict=True)))
+    scored = merged(images), merged(guides)
+    reliable = shared(write_selection, stage.folder, *scored, index, settings.keep, classes)
     return {"images": reliable}
 
 
@@ -162,7 +175,7 @@ def retrain(
         pseudo_labeled, splits.labeled, query, config.augment, chance, strong, read
     )
     net = _new_network(stage, chance)
-    loss = partial(retrain_loss, net, guide, _labeled_loss(config))
+    loss = partial(retrain_loss, parallel(net), guide, labeled_loss_of(config.ohem))
     outcome = fit(stage, net, loss, samples, config.retrain, splits.val)
     return {"images": len(samples), **outcome}
 
@@ -186,21 +199,23 @@ def fit(
     with bar, Progress(stage, net, optimization, bar) as at:
         epochs, outcome = range(at.epoch, settings.epochs), at.report
         batches = training_batches(dataset, size, epochs, chance, config.workers, at.step)
+        seeds = batch_seeds(len(dataset), size, epochs, chance, at.step)
         for epoch in epochs:
             net.train()
             bar.start(epoch, at.seen)
             for step in range(at.step, steps):
-                torch.manual_seed(chance.torch_seed(epoch, step))  # dropout
-                for part in parts(device.move(next(batches)), count):
+                batch = device.move(next(batches))
+                for part, own in zip(parts(batch, count), next(seeds).chunk(count), strict=True):
+                    seed_dropout(net, own.tolist())
                     with device.autocast():
                         answer = loss(part)
                     if optimization.add(answer.total / count):
                         bar.update(answer.shown, optimization.lr)
                     else:
-                        lost = answer.total
+                        lost = total(answer.total).item()
                 if not optimization.step():
                     names = dataset.names(batch_keys(len(dataset), size, epoch, step, chance))
-                    stage.leave_out(epoch, step, lost.item(), names)
+                    stage.leave_out(epoch, step, lost, names)
                 at.step_done()
             numbers, last = bar.means(), epoch + 1 == settings.epochs
             if last or (epoch + 1) % config.evaluate.every == 0:
@@ -217,7 +232,9 @@ def fit(
 def _new_network(stage: Stage, chance: Chance) -> nn.Module:
     """Build a network from the backbone's weights and the stage's random numbers."""
     torch.manual_seed(chance.torch_seed())
-    net = stage.device.place(build_network(stage.config, stage.config.model.pretrained))
+    net = synchronised(
+        stage.device.place(build_network(stage.config, stage.config.model.pretrained))
+    )
     if stage.config.model.compile:
         net.compile(dynamic=False)
     return net
@@ -253,27 +270,8 @@ def prototype_bank(stage: Stage, teacher: nn.Module, labeled: Sequence[Sample]) 
     for _, batch in whole_batches(labeled, stage.config, stage.device, title):
         with stage.device.autocast():
             features = teacher.extract(batch.image)
-        rows.append(class_prototypes(features, batch.label, num_classes)[0])
-    return torch.cat(rows)
-
-
-def _repeat(config: Config, splits: Splits) -> int:
-    """How often stage 1 passes the labeled list an epoch."""
-    return 2 if len(splits.labeled) < config.supervised.repeat_below else 1
-
-
-def _refuse_large_batches(config: Config, splits: Splits) -> None:
-    labeled = len(splits.labeled) * _repeat(config, splits)
-    reliable = count_kept(len(splits.unlabeled), config.select.keep)
-    for key, size, samples in (
-        ("supervised", config.supervised.batch_size, labeled),
-        ("retrain", config.retrain.batch_size, reliable),
-    ):
-        if size > samples:
-            raise UserError(
-                f"{key}.batch_size: {size} is larger than the {samples} samples of an epoch; "
-                "lower it"
-            )
+        rows.append(class_prototypes(features, batch.label, num_classes)[0].cpu())
+    return torch.cat(gathered(rows)).to(stage.device.device)
 
 
 def _querier(config: Config, splits: Splits, index: QueryIndex, read: SampleReader) -> Querier:
@@ -281,14 +279,14 @@ def _querier(config: Config, splits: Splits, index: QueryIndex, read: SampleRead
     return Querier(splits.labeled, index, rule, config.augment, read)
 
 
-def _labeled_loss(config: Config) -> LabeledLoss:
-    if config.ohem is None:
-        return cross_entropy
-    return partial(ohem_cross_entropy, **config.ohem.model_dump())
-
-
 def main() -> None:
-    """Read the command line."""
+    """Read the command line and train; with ``torchrun``, as one of several processes."""
+    with joined():
+        train(*read_arguments())
+
+
+def read_arguments() -> tuple[Config, int | None, bool]:
+    """Read the command line: settings, the stage to start over from, whether to start afresh."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, help="a YAML file, here or in configs/")
     parser.add_argument(
@@ -301,7 +299,7 @@ def main() -> None:
     config = read_config(arguments.config, arguments.settings)
     if arguments.fresh not in (None, config.name):
         raise UserError(f"--fresh: this run is called '{config.name}', not '{arguments.fresh}'")
-    train(config, arguments.from_stage, arguments.fresh is not None)
+    return config, arguments.from_stage, arguments.fresh is not None
 
 
 if __name__ == "__main__":

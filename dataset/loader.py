@@ -6,8 +6,10 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from utils.distributed import mine
 from utils.signals import leave_to_parent
 
 Record = TypeVar("Record", bound=tuple)
@@ -74,16 +76,26 @@ def training_batches(
 ) -> Iterator[Record]:
     """Iterate over the batches of all epochs, ``len(dataset) // batch_size`` an epoch.
 
+    Of several processes each reads its part of every batch.
+
     Args:
         dataset: takes ``SampleKey`` and returns records of tensors.
-        batch_size: samples a batch.
+        batch_size: samples a batch, of all processes together.
         epochs: which epochs; a run that goes on starts later.
         chance: orders each epoch.
         workers: processes that read; the batches do not depend on it.
         step: batch of the first epoch to begin with.
     """
     sampler = EpochBatches(len(dataset), batch_size, epochs, chance, step)
-    return iter(open_loader(dataset, sampler, workers))
+    return iter(open_loader(dataset, map(mine, sampler), workers))
+
+
+def batch_seeds(
+    length: int, batch_size: int, epochs: range, chance: Chance, step: int = 0
+) -> Iterator[Tensor]:
+    """Yield seeds, (B,) long, one for each sample of the batches of ``training_batches``."""
+    for keys in EpochBatches(length, batch_size, epochs, chance, step):
+        yield torch.tensor([chance.torch_seed(*key) for key in mine(keys)])
 
 
 def batch_keys(

@@ -13,6 +13,7 @@ from dataset.reading import picture_size, read_image, read_photograph, to_input,
 from dataset.splits import Sample, read_label
 from utils import IGNORE
 from utils.config import InferenceSection
+from utils.distributed import mine
 from utils.records import WholeImage
 
 ImageReader = Callable[[Path], Image.Image]
@@ -54,6 +55,8 @@ def whole_images(
 ) -> DataLoader[WholeImage]:
     """Iterate over whole images in the list's order; neighbours of one size share a batch.
 
+    Of several processes each gets every ``world()``-th batch, composed as one process would.
+
     Args:
         samples: the list.
         settings: the size of images and batches.
@@ -66,15 +69,15 @@ def whole_images(
         for batch in _batches_of_one_size(samples, settings.batch_size)
         if not all(samples[index].name in done for index in batch)
     ]
-    return open_loader(WholeImages(samples, settings.long_side), batches, workers)
+    return open_loader(WholeImages(samples, settings.long_side), mine(batches), workers)
 
 
 def photographs(
     samples: Sequence[Sample], settings: InferenceSection, workers: int
 ) -> DataLoader[WholeImage]:
-    """Iterate over photographs, turned upright, one by one."""
+    """Iterate over photographs, turned upright, one by one: ``mine`` of them."""
     dataset = WholeImages(samples, settings.long_side, read_photograph)
-    return open_loader(dataset, [[index] for index in range(len(samples))], workers)
+    return open_loader(dataset, mine([[index] for index in range(len(samples))]), workers)
 
 
 def _batches_of_one_size(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:

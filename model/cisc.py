@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.adjoint import at_least_float32, full_precision, pull_back
 from utils import IGNORE
+from utils.distributed import total
 
 _AREA_EPS = 0.0005  # METHOD piece 1: an empty region has a zero prototype
 _NORM_EPS = 1e-8
@@ -77,7 +78,8 @@ def consistency_loss(
     Returns:
         Scalar float32 >= 0: binary cross entropy between each image's CISC map and its region of
         the class, averaged over valid pixels, both directions added, averaged over the pairs
-        that share a class; 0 if none does. A pair whose crop lost the class must say 255.
+        that share a class; 0 if none does. A pair whose crop lost the class must say 255. Of
+        several processes each gets its part: the parts add up (``utils.distributed``).
     """
     region = class_region(label, shared_class)
     query_region = class_region(query_label, shared_class)
@@ -89,7 +91,7 @@ def consistency_loss(
         backward, query_region, query_label
     )
     shares = shared_class != IGNORE
-    return (loss * shares).sum() / shares.sum().clamp_min(1)
+    return (loss * shares).sum() / total(shares.sum()).clamp_min(1)
 
 
 def rectification_weight(region: Tensor, cisc_map: Tensor) -> Tensor:

@@ -1,10 +1,15 @@
-"""Cross entropies: plain, rectified by cross-image consistency, and of hard pixels only."""
+"""Cross entropies: plain, rectified by cross-image consistency, and of hard pixels only.
+
+Of several processes each gets its part of the mean over all their pixels; the parts add up. All
+call a loss together.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from utils import IGNORE
+from utils.distributed import everyones, total
 
 
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
@@ -52,13 +57,14 @@ def ohem_cross_entropy(
     Source: online hard example mining (Shrivastava et al., CVPR 2016) as ST++ and U2PL use it.
     """
     loss = _pixel_loss(logits, label)[label != IGNORE]
-    if loss.numel() == 0:
-        return logits.sum() * 0.0
-    hardest = loss.topk(min(min_kept, loss.numel())).values
+    room = min(min_kept, int(total(torch.tensor(label.numel()))))
+    hardest = loss.detach().topk(min(room, loss.numel())).values
+    hardest = F.pad(hardest, (0, room - len(hardest)), value=-torch.inf)
+    hardest = everyones(hardest).topk(room).values
     # -log(threshold) is the loss at the threshold: ranking by loss is ranking by probability.
     limit = torch.minimum(hardest[-1], loss.new_tensor(threshold).log().neg())
     kept = loss >= limit
-    return (loss * kept).sum() / kept.sum()
+    return (loss * kept).sum() / total(kept.sum()).clamp_min(1)
 
 
 def _pixel_loss(logits: Tensor, label: Tensor) -> Tensor:
@@ -66,4 +72,4 @@ def _pixel_loss(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def _mean_over_valid(loss: Tensor, label: Tensor) -> Tensor:
-    return loss.sum() / (label != IGNORE).sum().clamp_min(1)
+    return loss.sum() / total((label != IGNORE).sum()).clamp_min(1)

@@ -1,6 +1,7 @@
 """What training steps go down: the losses of stage 1 and of stages 4 and 6."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,10 @@ from model.cisc import (
     cross_image_weight,
     masked_average_pooling,
 )
-from model.losses import rectified_cross_entropy
+from model.losses import cross_entropy, ohem_cross_entropy, rectified_cross_entropy
 from utils import IGNORE
+from utils.config import OhemSection
+from utils.distributed import total
 from utils.records import QueriedImage, QueriedPrototype, QueryPair, RetrainSample
 
 LabeledLoss = Callable[[Tensor, Tensor], Tensor]  # of logits and true labels
@@ -21,10 +24,20 @@ Guide = Callable[[RetrainSample], Tensor]  # weighs the pixels of pseudo labels
 
 
 class Loss(NamedTuple):
-    """A scalar to go down, and the scalars to show: its terms, and what else tells how it goes."""
+    """A scalar to go down, and the scalars to show: its terms, and what else tells how it goes.
+
+    Of several processes each has its part; the parts add up.
+    """
 
     total: Tensor
     shown: dict[str, Tensor]
+
+
+def labeled_loss_of(ohem: OhemSection | None) -> LabeledLoss:
+    """Return what labeled images go down: cross entropy, of hard pixels alone if a config asks."""
+    if ohem is None:
+        return cross_entropy
+    return partial(ohem_cross_entropy, **ohem.model_dump())
 
 
 def supervised_loss(
@@ -74,12 +87,12 @@ def retrain_loss(
     student_logits, labeled_logits = logits.chunk(2)
     unlabeled = rectified_cross_entropy(student_logits, batch.pseudo_label, weight)
     labeled = labeled_loss(labeled_logits, batch.labeled_label)
-    valid = batch.pseudo_label != IGNORE
+    valid, shares = batch.pseudo_label != IGNORE, batch.queried.shared_class != IGNORE
     shown = {
         "unlabeled": unlabeled,
         "labeled": labeled,
-        "weight": (weight * valid).sum() / valid.sum().clamp_min(1),
-        "queried": (batch.queried.shared_class != IGNORE).float().mean(),
+        "weight": (weight * valid).sum() / total(valid.sum()).clamp_min(1),
+        "queried": shares.sum() / total(torch.ones_like(shares).sum()),
     }
     return Loss(unlabeled + labeled, shown)
 

@@ -189,7 +189,7 @@ def test_a_mask_that_changed_or_is_gone_is_no_longer_whole(labeling):
 
 def test_lines_that_are_cut_short_or_garbage_do_not_count(labeling):
     stage, masks = labeling
-    path = stage.unfinished / "masks.jsonl"
+    path = stage.unfinished / "masks.0.jsonl"
     path.write_bytes(b"\xff\n[]\n{}\n" + path.read_bytes() + b'{"image": "c.jpg", "conf')
     assert set(Journal(stage).read()) == {"a.jpg", "b.jpg"}
     assert len(path.read_text().splitlines()) == 2

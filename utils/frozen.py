@@ -9,6 +9,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from utils.precision import Device
 
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
 
 def frozen(net: nn.Module, device: Device) -> nn.Module:
     """Copy a network for inference: the same function in eval mode, within rounding, but faster.
@@ -26,7 +28,7 @@ def frozen(net: nn.Module, device: Device) -> nn.Module:
     for module in copy.modules():
         # Every network here registers a batch norm right after the convolution that feeds it.
         for (name, conv), (norm_name, norm) in pairwise(list(module.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, _NORMS):
                 setattr(module, name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, nn.Identity())
     if device.dtype != torch.float32:

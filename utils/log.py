@@ -8,13 +8,16 @@ from types import TracebackType
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from utils.distributed import by_first
 from utils.files import append_text, read_records, write_text, writing
 
 Numbers = dict[str, float]
 
 
 class Log:
-    """The logs of a run folder. Numbers of epochs are kept in a ``with`` block alone.
+    """The logs of a run folder, written by the first process.
+
+    Numbers of epochs are kept in a ``with`` block alone, which the first process alone opens.
 
     Args:
         folder: of the run; exists.
@@ -40,12 +43,14 @@ class Log:
         with writing(self._curves):
             self._board.close()
 
+    @by_first
     def say(self, text: str) -> None:
         """Print a line above any progress bar, and keep it in log.txt."""
         tqdm.write(text)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         append_text(self._text, f"{now} {text}\n")
 
+    @by_first
     def record(self, stage: str, epoch: int, numbers: Numbers) -> None:
         """Keep an epoch's numbers in metrics.jsonl, in TensorBoard and as a line of the log."""
         line = json.dumps({"stage": stage, "epoch": epoch, **numbers})
@@ -56,6 +61,7 @@ class Log:
         shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
         self.say(f"{stage}  epoch {epoch}  {shown}")
 
+    @by_first
     def rewind(self, stage: str, epochs: int) -> None:
         """Forget the epochs after a stage's first ``epochs``, later stages', and broken lines."""
         kept = [

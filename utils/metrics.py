@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from utils.distributed import total
+
 
 class ConfusionMatrix:
     """Counts of (true class, predicted class) over all pixels seen.
@@ -22,6 +24,11 @@ class ConfusionMatrix:
         pairs = label[valid].long() * self.num_classes + prediction[valid].long()
         counted = torch.bincount(pairs, minlength=self.num_classes**2)
         self.counts += counted.view(self.num_classes, self.num_classes)
+
+    def reduce(self) -> "ConfusionMatrix":
+        """Add what all processes counted; return itself. Collective."""
+        self.counts = total(self.counts)
+        return self
 
     def iou(self) -> Tensor:
         """(C,) float64 in [0, 1]; NaN for a class that is in neither labels nor predictions."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.config import OptimizerSection
+from utils.distributed import total, world
 
 
 class Optimization:
@@ -57,12 +58,15 @@ class Optimization:
     def add(self, loss: Tensor) -> bool:
         """Add the gradient of a scalar loss to those of this step, if it is finite.
 
+        Of several processes each brings its part of the loss; they decide together.
+
         Returns:
             Whether it was. If not, ``step`` will change no weight.
         """
-        finite = bool(torch.isfinite(loss))
+        finite = bool(torch.isfinite(total(loss.detach())))
         if finite:
-            self._scaler.scale(loss).backward()
+            # A process has its part of the loss, and parts add up; gradients are averaged.
+            self._scaler.scale(loss * world()).backward()
         self._finite = self._finite and finite
         return finite
 

@@ -5,6 +5,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from utils.distributed import local_rank, world
 from utils.errors import UserError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -16,7 +17,8 @@ class Device:
 
     Args:
         device: ``auto`` (the first accelerator, else the CPU), or a torch device: ``cpu``,
-            ``cuda:1``, ``mps``.
+            ``cuda:1``, ``mps``. Of several processes on a machine each takes a CUDA device of
+            its own.
         precision: ``fp32``; ``bf16`` or ``fp16`` autocast; ``auto`` is bf16 where the hardware
             multiplies it natively (a CPU: AMX), fp16 on older CUDA devices, else fp32.
 
@@ -60,7 +62,19 @@ class Device:
 
 def _find_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    else:
+        device = _existing(name)
+    if device.type != "cuda" or world() == 1:
+        return device
+    if device.index is not None:
+        raise UserError(f"device: '{name}' is one for {world()} processes; take auto or cuda")
+    device = _existing(f"cuda:{local_rank()}")
+    torch.cuda.set_device(device)
+    return device
+
+
+def _existing(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.distributed import is_first, total
+
+
+def no_bar() -> bool | None:
+    """Tell tqdm where to draw nothing: None is wherever stderr is no terminal."""
+    return None if is_first() else True
+
 
 class StageBar:
     """A bar over all epochs of a stage: epoch, loss terms, rate, images a second, time left.
@@ -28,7 +35,7 @@ class StageBar:
             total=epochs * self._an_epoch,
             unit="img",
             unit_scale=True,
-            disable=None,
+            disable=no_bar(),
             leave=False,
         )
 
@@ -67,10 +74,10 @@ class StageBar:
         return {"sums": self._sums, "steps": self._steps, "lr": self._lr, "seconds": seconds}
 
     def update(self, shown: dict[str, Tensor], lr: float) -> None:
-        """Count an iteration with its scalars, which stay on their device."""
+        """Count an iteration with this process's part of its scalars; they stay on their device."""
         self._steps, self._lr = self._steps + 1, lr
         for name, value in shown.items():
-            value = value.detach()
+            value = total(value.detach())
             self._sums[name] = (
                 self._sums.get(name, torch.zeros_like(value)).to(value.device) + value
             )

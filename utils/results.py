@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torchvision
 
+from utils.distributed import world
 from utils.precision import Device
 
 
@@ -48,6 +49,7 @@ def environment(device: Device) -> dict[str, Any]:
         "machine": platform.platform(),
         "device": str(device.device),
         "precision": device.precision,
+        "processes": world(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "commit": _git("rev-parse", "HEAD"),

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from utils import checkpoint
+from utils.distributed import by_first, rank
 from utils.errors import Stopped, UserError
 from utils.files import append_text, read_records, sha256, write_atomically, write_text
 from utils.optimization import Optimization
@@ -21,7 +22,8 @@ class Progress:
     """How far a training stage has come.
 
     A ``with`` block begins where the last sitting left off, as ``resume.pth`` has it, and saves
-    where it stands when a signal ends it. The state before the last is kept too.
+    where it stands when a signal ends it. The state before the last is kept too. The first
+    process saves, and all take up what it has saved.
 
     Args:
         stage: the stage.
@@ -75,6 +77,7 @@ class Progress:
         self._save()
         stop_here()
 
+    @by_first
     def _save(self) -> None:
         state = {
             "net": self._net.state_dict(),
@@ -120,17 +123,24 @@ class Journal:
     """The masks that an unfinished labeling has written, with their confidence and sha256.
 
     Args:
-        stage: its ``unfinished`` folder keeps ``masks.jsonl``.
+        stage: its ``unfinished`` folder keeps a file a process, ``masks.0.jsonl`` and so on.
     """
 
     def __init__(self, stage: Stage) -> None:
-        self._stage, self._path = stage, stage.unfinished / "masks.jsonl"
+        self._stage, self._path = stage, stage.unfinished / f"masks.{rank()}.jsonl"
 
     def read(self) -> dict[str, float]:
-        """Return the confidence of every image whose mask is whole; forget the others."""
-        whole = [record for record in read_records(self._path) if self._is_whole(record)]
-        write_text(self._path, "".join(json.dumps(record) + "\n" for record in whole))
-        return {record["image"]: record["confidence"] for record in whole}
+        """Return the confidence of every image whose mask is whole; forget the others.
+
+        One process reads what all have written, before any of them goes on.
+        """
+        files = sorted(self._stage.unfinished.glob("masks.*.jsonl"))
+        records = [record for file in files for record in read_records(file)]
+        whole = {record["image"]: record for record in records if self._is_whole(record)}
+        write_text(self._path, "".join(json.dumps(record) + "\n" for record in whole.values()))
+        for file in set(files) - {self._path}:
+            file.unlink()
+        return {name: record["confidence"] for name, record in whole.items()}
 
     def add(
         self, images: Sequence[str], masks: Sequence[Path], confidences: Sequence[float]

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from utils.config import Config
+from utils.distributed import barrier, by_first, is_first, shared
 from utils.errors import Stopped
 from utils.files import sha256, write_json, write_text, writing
 from utils.lock import locked
@@ -26,7 +27,8 @@ _RESULTS = ("results.json", "examples.png")  # what a run writes after its last 
 class Run:
     """A folder ``<outdir>/<name>`` with a folder a stage. Use it in a ``with`` block.
 
-    The block holds the folder's lock; SIGINT and SIGTERM end it where work can go on later.
+    The block holds the folder's lock; SIGINT and SIGTERM end it where work can go on later. Of
+    several processes all enter it, and the first alone locks, logs and writes what all share.
 
     Args:
         config: the run's settings; kept as ``config.yaml``.
@@ -56,10 +58,12 @@ class Run:
     def __enter__(self) -> "Run":
         """Lock the folder, compare settings, open the logs."""
         with ExitStack() as opened:
-            opened.enter_context(locked(self.folder / "lock", self.log.say))
-            self._prepare()
-            opened.enter_context(self.log)
+            if is_first():
+                opened.enter_context(locked(self.folder / "lock", self.log.say))
+                self._prepare()
+                opened.enter_context(self.log)
             opened.enter_context(stopping_later())
+            barrier()
             self._opened = opened.pop_all()
         self.log.say(f"{self.folder} on {self.device}")
         return self
@@ -88,14 +92,15 @@ class Run:
             UserError: the stage is done, and a file of it is gone or has changed.
         """
         folder = self.folder / name
-        if is_finished(folder):
+        if shared(is_finished, folder):
             self.log.say(f"{name}: done before")
         else:
             self._work(name, work, inputs)
-        self.stages[name], files = read_finished(folder)
+        self.stages[name], files = shared(read_finished, folder)
         self._files |= {f"{name}/{file}": digest for file, digest in files.items()}
         return folder
 
+    @by_first
     def finish(self) -> None:
         """Write results.json: the last stage's mIoU, every stage's report, every file's sha256."""
         last = next(reversed(self.stages.values()))
@@ -116,7 +121,7 @@ class Run:
         folder = self.folder / name
         with writing(folder):
             folder.mkdir(exist_ok=True)
-        write_json(self.folder / "environment.json", environment(self.device))
+        by_first(write_json)(self.folder / "environment.json", environment(self.device))
         watch = Stopwatch(folder / "unfinished" / "seconds")
         stage = Stage(name, folder, self.config, self.device, self.log, watch)
         try:
@@ -125,7 +130,8 @@ class Run:
             if stage.unfinished.is_dir():
                 watch.note()
             raise
-        finish(folder, {**report, "seconds": watch.seconds})
+        barrier()  # all have written what they make
+        by_first(finish)(folder, {**report, "seconds": watch.seconds})
 
     def _prepare(self) -> None:
         """Compare with what the folder holds, and remove what shall be done again."""

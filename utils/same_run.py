@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from utils.config import Config
+from utils.distributed import world
 from utils.errors import UserError
 from utils.files import read_json
 from utils.precision import Device
@@ -53,7 +54,8 @@ def refuse_other_precision(folder: Path, device: Device, say: Callable[[str], No
     Args:
         folder: of the run.
         device: it goes on there.
-        say: told of another kind of device or number of threads, which round differently.
+        say: told of another kind of device, or number of processes or threads, which round
+            differently.
 
     Raises:
         UserError: the precision differs.
@@ -69,8 +71,8 @@ def refuse_other_precision(folder: Path, device: Device, say: Callable[[str], No
             f"{folder}: holds a run in {before.get('precision')}, and this is {device.precision}; "
             f"set precision={before.get('precision')}, or name=... for another run"
         )
-    now = _rounding(str(device.device), torch.get_num_threads())
-    then = _rounding(str(before.get("device")), before.get("threads"))
+    now = _rounding(str(device.device), torch.get_num_threads(), world())
+    then = _rounding(str(before.get("device")), before.get("threads"), before.get("processes", 1))
     if then != now:
         say(
             f"{then} before, {now} now; what follows may differ in its last digits from an "
@@ -78,10 +80,11 @@ def refuse_other_precision(folder: Path, device: Device, say: Callable[[str], No
         )
 
 
-def _rounding(device: str, threads: object) -> str:
+def _rounding(device: str, threads: object, processes: object) -> str:
     """Name what the last digits depend on."""
     kind = device.partition(":")[0]
-    return f"{kind}, {threads} threads" if kind == "cpu" else kind
+    named = f"{kind}, {threads} threads" if kind == "cpu" else kind
+    return named if processes == 1 else f"{processes} processes, {named}"
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,26 +2,30 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Thread
 from types import FrameType
 
+from utils.distributed import largest, world
 from utils.errors import Stopped
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ECHO = 5.0  # seconds; torchrun hands on a signal that a cluster has sent to every process anyway
 
 
 class _StopLater:
     """A signal handler that remembers the first signal for ``stop_here``."""
 
     def __init__(self) -> None:
-        self.caught: int | None = None
+        self.caught, self._since = 0, 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.caught is not None:
+        if not self.caught:
+            self.caught, self._since = number, time.monotonic()
+        elif world() == 1 or time.monotonic() - self._since > _ECHO:
             os._exit(128 + number)
-        self.caught = number
 
 
 @contextmanager
@@ -37,14 +41,24 @@ def stopping_later() -> Iterator[None]:
 
 
 def stop_here() -> None:
-    """Mark a place where the program can stop and go on later.
+    """Mark a place where the program can stop and go on later. Collective.
 
     Raises:
-        Stopped: a signal came since ``stopping_later`` began.
+        Stopped: a signal came, to this process or another, since ``stopping_later`` began.
     """
+    number = largest(_caught())
+    if number:
+        raise Stopped(number)
+
+
+def shall_stop() -> bool:
+    """Tell whether a signal came to this process, which should hurry to ``stop_here``."""
+    return _caught() != 0
+
+
+def _caught() -> int:
     handler = signal.getsignal(signal.SIGTERM)
-    if isinstance(handler, _StopLater) and handler.caught is not None:
-        raise Stopped(handler.caught)
+    return handler.caught if isinstance(handler, _StopLater) else 0
 
 
 def leave_to_parent(worker: int) -> None:

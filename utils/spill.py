@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from utils import checkpoint
+from utils.distributed import rank
 
 
 class Spill:
@@ -16,13 +17,15 @@ class Spill:
     The system keeps files in memory while it has some to spare, so a small set costs no disk.
 
     Args:
-        folder: holds a file a row until it is read; what a killed run left in it is removed.
+        folder: beside it, with the number of the process in its name, one holds a file a row
+            until it is read; what a killed run left there is removed.
         device: where rows come back to.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        self._folder, self._device, self._count = folder, device, 0
-        shutil.rmtree(folder, ignore_errors=True)
+        self._folder = folder.with_name(f"{folder.name}.{rank()}")
+        self._device, self._count = device, 0
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def add(self, *row: Any) -> None:
         """Put a row away.

@@ -12,6 +12,7 @@ from torch import nn
 
 from utils import checkpoint
 from utils.config import Config
+from utils.distributed import by_first
 from utils.errors import UserError
 from utils.files import read_json, sha256, write_json, write_text, writing
 from utils.log import Log, Numbers
@@ -38,6 +39,7 @@ class Stopwatch:
         """The seconds until now."""
         return round(self._earlier + time.monotonic() - self._start, 1)
 
+    @by_first
     def note(self) -> None:
         """Keep the seconds for the next sitting."""
         write_text(self._path, str(self.seconds))
@@ -63,6 +65,7 @@ class Stage:
     log: Log
     watch: Stopwatch
 
+    @by_first
     def save(self, net: nn.Module, epoch: int) -> None:
         """Write ``checkpoint.pth``: weights, config, stage, and how many epochs they saw."""
         content = {"model": net.state_dict(), "config": self.config.model_dump(mode="json")}
