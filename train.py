@@ -5,6 +5,7 @@ python train.py --config pascal.yaml [section.key=value ...] [--from-stage N | -
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,16 +105,23 @@ def write_pseudo_labels(stage: Stage, teacher: Path, unlabeled: Sequence[Sample]
     predict = predictor(net, stage.device, stage.config.inference, settings)
     journal = Journal(stage)
     done = shared(journal.read)
-    load = partial(whole_images, done=frozenset(done))
-    added: list[dict[str, float]] = []  # of each batch
-    for chosen, batch in whole_batches(unlabeled, stage.config, stage.device, stage.name, load):
-        probabilities, ids = predict(batch.image, tuple(batch.label.shape[-2:])).max(dim=1)
-        means = probabilities.mean(dim=(1, 2)).tolist()
-        files = [mask_file(stage.folder / "masks", sample) for sample in chosen]
-        for file, mask in zip(files, ids.byte().cpu().numpy(), strict=True):
+
+    def keep(samples: Sequence[Sample], masks: Any, means: Sequence[float]) -> dict[str, float]:
+        files = [mask_file(stage.folder / "masks", sample) for sample in samples]
+        for file, mask in zip(files, masks, strict=True):
             save_mask(file, mask, palette)
-        added.append(journal.add([sample.name for sample in chosen], files, means))
-    done |= merged(added)
+        return journal.add([sample.name for sample in samples], files, means)
+
+    load = partial(whole_images, done=frozenset(done))
+    with ThreadPoolExecutor(1) as writer:  # a batch is written while the next one is predicted
+        kept = []
+        for chosen, batch in whole_batches(unlabeled, stage.config, stage.device, stage.name, load):
+            probabilities, ids = predict(batch.image, tuple(batch.label.shape[-2:])).max(dim=1)
+            means = probabilities.mean(dim=(1, 2)).tolist()
+            kept.append(writer.submit(keep, chosen, ids.byte().cpu().numpy(), means))
+            if len(kept) > 1:
+                kept[-2].result()  # a full disk ends the stage now
+    done |= merged([batch.result() for batch in kept])
     confidences = {sample.name: done[sample.name] for sample in unlabeled}
     table = ("image", "confidence"), confidences.items()
     by_first(write_csv)(stage.folder / "confidence.csv", *table)
@@ -154,7 +162,8 @@ def select(stage: Stage, teacher: Path, splits: Splits, masks: Path, index: Quer
     for chosen, features, label in passed(pseudo_labeled, "unlabeled"):
         scores = image_reliability(reliability(features, label, anchors), settings.score == "mean")
         images.append(dict(zip((s.name for s in chosen), scores.tolist(), strict=True)))
-    scored = merged(images), merged(guides)
+    by_name = merged(images)
+    scored = {sample.name: by_name[sample.name] for sample in splits.unlabeled}, merged(guides)
     reliable = shared(write_selection, stage.folder, *scored, index, settings.keep, classes)
     return {"images": reliable}
 
@@ -265,13 +274,15 @@ def _guidance(
 def prototype_bank(stage: Stage, teacher: nn.Module, labeled: Sequence[Sample]) -> Tensor:
     """Average the teacher's features over every class of every labeled image: (labeled, C, D)."""
     num_classes = len(describe(stage.config.dataset).classes)
-    rows = []
+    rows: list[dict[str, Tensor]] = []  # of each batch
     title = f"{stage.name} prototypes"
-    for _, batch in whole_batches(labeled, stage.config, stage.device, title):
+    for chosen, batch in whole_batches(labeled, stage.config, stage.device, title):
         with stage.device.autocast():
             features = teacher.extract(batch.image)
-        rows.append(class_prototypes(features, batch.label, num_classes)[0].cpu())
-    return torch.cat(gathered(rows)).to(stage.device.device)
+        prototypes, _ = class_prototypes(features, batch.label, num_classes)
+        rows.append(dict(zip((sample.name for sample in chosen), prototypes.cpu(), strict=True)))
+    bank = merged(rows)
+    return torch.stack([bank[sample.name] for sample in labeled]).to(stage.device.device)
 
 
 def _querier(config: Config, splits: Splits, index: QueryIndex, read: SampleReader) -> Querier:

@@ -195,7 +195,8 @@ def test_losses_gradients_and_statistics_of_parts_add_up_to_the_wholes(together,
     (expected,) = together(1, step)
     for count in (2, 3):
         for found in together(count, step):
-            torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+            # Cross entropy is in float32 whatever comes.
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_loss_that_is_finite_for_one_process_alone_changes_nothing(together):

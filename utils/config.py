@@ -201,7 +201,7 @@ class InferenceSection(Section):
 
     long_side: int | None = Field(None, gt=0)  # pixels, larger images are shrunk; null: own size
     window: WindowSection | None = None  # null: whole images; selection always sees them whole
-    batch_size: int = Field(1, gt=0)  # images of one size that pass the network at once
+    batch_size: int = Field(4, gt=0)  # images of one size that pass the network at once
     scales: list[Positive] = Field([1.0], min_length=1)  # of validation and eval.py
     flip: bool = False  # of validation and eval.py
     # Several views are averaged at this share of the answer's height and width. 1 is exact; at half
