@@ -289,9 +289,7 @@ def _querier(config: Config, splits: Splits, index: QueryIndex, read: SampleRead
 
 
 def _labeled_loss(config: Config) -> LabeledLoss:
-    if config.ohem is None:
-        return cross_entropy
-    return partial(ohem_cross_entropy, **config.ohem.model_dump())
+    return partial(ohem_cross_entropy, **config.ohem.model_dump()) if config.ohem else cross_entropy
 
 
 def main() -> None:
