@@ -15,6 +15,7 @@ from tqdm import tqdm
 from dataset.reading import picture_size
 from dataset.splits import Sample, SampleReader, read_sample
 from utils.errors import UserError
+from utils.progress import no_bar
 
 
 class Memory:
@@ -40,7 +41,7 @@ class Memory:
         self._block = _shared_block(ends[-1])
         with (
             ThreadPoolExecutor(max(1, threads)) as pool,
-            tqdm(desc="decoding", total=len(samples), disable=None, leave=False) as bar,
+            tqdm(desc="decoding", total=len(samples), disable=no_bar(), leave=False) as bar,
         ):
             for _ in pool.map(self._keep, samples):
                 bar.update()

@@ -9,7 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import settings
+from torch import multiprocessing
 
 from dataset.catalog import KINDS
 from dataset.demo import write_demo
@@ -22,6 +25,37 @@ ROOT = Path(__file__).resolve().parents[1]
 # The same examples every time: a failure here is the change's, not the day's.
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("project")
+
+
+_FORK = multiprocessing.get_context("fork")  # spawned processes would import torch again
+
+
+@pytest.fixture
+def together(tmp_path):
+    """Call a function in so many processes at once; return what each returned."""
+
+    def process(number, count, store, work):
+        torch.set_num_threads(1)  # no thread pool outlives a fork
+        if count > 1:
+            files = dist.FileStore(str(store), count)
+            dist.init_process_group("gloo", store=files, rank=number, world_size=count)
+        torch.save(work(), store.with_suffix(f".{number}"))
+
+    def run(count, work):
+        store = tmp_path / f"store{len(list(tmp_path.glob('store*')))}"
+        processes = [
+            _FORK.Process(target=process, args=(number, count, store, work))
+            for number in range(count)
+        ]
+        for one in processes:
+            one.start()
+        for one in processes:
+            one.join(60)
+            assert one.exitcode == 0
+        files = [store.with_suffix(f".{number}") for number in range(count)]
+        return [torch.load(file, weights_only=False) for file in files]
+
+    return run
 
 
 @pytest.fixture(scope="session")
