@@ -7,7 +7,6 @@ python eval.py outdir/demo/6_retrain/checkpoint.pth --export net.onnx
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from dataset.whole_images import photographs, whole_images
 from model import build_model
 from utils import checkpoint
 from utils.config import Config, InferenceSection, PseudoLabelSection
-from utils.distributed import by_first, gathered, joined, shared
+from utils.distributed import by_first, joined, merged, shared
 from utils.errors import Parser, UserError, exit_with_one_line
 from utils.export import export
 from utils.files import write_json
@@ -134,10 +133,14 @@ def draw_examples(
     for stage in stages:
         net = device.place(build_network(config, pretrained=None))
         checkpoint.load_weights(net, checkpoint_of(stage))
-        batches = predictions(net, chosen, config, device)
-        seen = gathered([ids.byte().cpu().numpy() for _, ids, _ in batches])
-        for row, ids in zip(rows, chain.from_iterable(seen), strict=True):
-            row.append(in_colour(ids, palette))
+        seen = merged(
+            [
+                dict(zip((sample.name for sample in batch), ids.byte().cpu().numpy(), strict=True))
+                for batch, ids, _ in predictions(net, chosen, config, device)
+            ]
+        )
+        for row, sample in zip(rows, chosen, strict=True):
+            row.append(in_colour(seen[sample.name], palette))
     titles = ["image", "label", *(stage.name for stage in stages)]
     by_first(save_panel)(path, titles, rows, list(zip(kind.classes, kind.colours, strict=True)))
 

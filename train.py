@@ -5,6 +5,7 @@ python train.py --config pascal.yaml [section.key=value ...] [--from-stage N | -
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from dataset.cache import sample_reader
 from dataset.catalog import describe
+from dataset.epochs import refuse_batch_sizes, repeats
 from dataset.loader import Chance, batch_keys, batch_seeds, training_batches
 from dataset.query import Querier, QueryIndex, QueryRule, build_query_index
 from dataset.segmentation import (
@@ -22,7 +24,7 @@ from dataset.segmentation import (
     queried_image,
     queried_prototype,
 )
-from dataset.selection import count_kept, read_selection, write_csv, write_selection
+from dataset.selection import read_selection, write_csv, write_selection
 from dataset.splits import (
     Sample,
     SampleReader,
@@ -35,11 +37,10 @@ from dataset.whole_images import whole_images
 from eval import build_network, draw_examples, predictor, report, validate, whole_batches
 from model.cisc import class_prototypes, image_reliability, reliability
 from model.dropout import seed_dropout
-from model.losses import cross_entropy, ohem_cross_entropy
 from model.objectives import (
     Guide,
-    LabeledLoss,
     Loss,
+    labeled_loss_of,
     retrain_loss,
     supervised_loss,
     weight_by_bank,
@@ -48,14 +49,14 @@ from model.objectives import (
 from utils.batch_norm import synchronised
 from utils.checkpoint import load_weights
 from utils.config import Config, TrainingSection
-from utils.distributed import by_first, gathered, joined, merged, parallel, shared, total, world
+from utils.distributed import by_first, gathered, joined, merged, parallel, shared, total
 from utils.errors import Parser, UserError, exit_with_one_line
 from utils.frozen import frozen
 from utils.optimization import Optimization
 from utils.panels import save_mask
 from utils.progress import StageBar
 from utils.read_config import read_config
-from utils.records import Queried
+from utils.records import Queried, parts
 from utils.resume import Journal, Progress
 from utils.run import Run
 from utils.spill import Spill
@@ -65,7 +66,7 @@ from utils.stage import Report, Stage, checkpoint_of
 def train(config: Config, from_stage: int | None = None, fresh: bool = False) -> None:
     """Run the six stages, or those that are left of them."""
     kind, splits = describe(config.dataset), read_splits(config.dataset)
-    _refuse_batch_sizes(config, splits)
+    refuse_batch_sizes(config, splits)
     index = build_query_index(splits.labeled, QueryRule.of(config.query, kind))
     with Run(config, from_stage, fresh) as run:
         first = run.stage("1_supervised", train_supervised, splits, index)
@@ -85,11 +86,14 @@ def train_supervised(stage: Stage, splits: Splits, index: QueryIndex) -> Report:
     """Stage 1: labeled pairs, cross entropy on both images and the consistency loss."""
     config, chance = stage.config, Chance(stage.config.seed, stage.name)
     read = sample_reader(config.cache, splits.labeled, config.workers)
-    querier, repeat = _querier(config, splits, index, read), _repeat(config, splits)
+    querier, repeat = (
+        _querier(config, splits, index, read),
+        repeats(config.supervised, splits.labeled),
+    )
     pairs = LabeledPairs(splits.labeled, querier, config.augment, chance, repeat, read)
     net = _new_network(stage, chance)
     weight = config.supervised.consistency
-    loss = partial(supervised_loss, parallel(net), _labeled_loss(config), weight)
+    loss = partial(supervised_loss, parallel(net), labeled_loss_of(config.ohem), weight)
     return fit(stage, net, loss, pairs, config.supervised, splits.val)
 
 
@@ -101,16 +105,23 @@ def write_pseudo_labels(stage: Stage, teacher: Path, unlabeled: Sequence[Sample]
     predict = predictor(net, stage.device, stage.config.inference, settings)
     journal = Journal(stage)
     done = shared(journal.read)
-    load = partial(whole_images, done=frozenset(done))
-    added: list[dict[str, float]] = []  # of each batch
-    for chosen, batch in whole_batches(unlabeled, stage.config, stage.device, stage.name, load):
-        probabilities, ids = predict(batch.image, tuple(batch.label.shape[-2:])).max(dim=1)
-        means = probabilities.mean(dim=(1, 2)).tolist()
-        files = [mask_file(stage.folder / "masks", sample) for sample in chosen]
-        for file, mask in zip(files, ids.byte().cpu().numpy(), strict=True):
+
+    def keep(samples: Sequence[Sample], masks: Any, means: Sequence[float]) -> dict[str, float]:
+        files = [mask_file(stage.folder / "masks", sample) for sample in samples]
+        for file, mask in zip(files, masks, strict=True):
             save_mask(file, mask, palette)
-        added.append(journal.add([sample.name for sample in chosen], files, means))
-    done |= merged(added)
+        return journal.add([sample.name for sample in samples], files, means)
+
+    load = partial(whole_images, done=frozenset(done))
+    with ThreadPoolExecutor(1) as writer:  # a batch is written while the next one is predicted
+        kept = []
+        for chosen, batch in whole_batches(unlabeled, stage.config, stage.device, stage.name, load):
+            probabilities, ids = predict(batch.image, tuple(batch.label.shape[-2:])).max(dim=1)
+            means = probabilities.mean(dim=(1, 2)).tolist()
+            kept.append(writer.submit(keep, chosen, ids.byte().cpu().numpy(), means))
+            if len(kept) > 1:
+                kept[-2].result()  # a full disk ends the stage now
+    done |= merged([batch.result() for batch in kept])
     confidences = {sample.name: done[sample.name] for sample in unlabeled}
     table = ("image", "confidence"), confidences.items()
     by_first(write_csv)(stage.folder / "confidence.csv", *table)
@@ -151,7 +162,8 @@ def select(stage: Stage, teacher: Path, splits: Splits, masks: Path, index: Quer
     for chosen, features, label in passed(pseudo_labeled, "unlabeled"):
         scores = image_reliability(reliability(features, label, anchors), settings.score == "mean")
         images.append(dict(zip((s.name for s in chosen), scores.tolist(), strict=True)))
-    scored = merged(images), merged(guides)
+    by_name = merged(images)
+    scored = {sample.name: by_name[sample.name] for sample in splits.unlabeled}, merged(guides)
     reliable = shared(write_selection, stage.folder, *scored, index, settings.keep, classes)
     return {"images": reliable}
 
@@ -172,7 +184,7 @@ def retrain(
         pseudo_labeled, splits.labeled, query, config.augment, chance, strong, read
     )
     net = _new_network(stage, chance)
-    loss = partial(retrain_loss, parallel(net), guide, _labeled_loss(config))
+    loss = partial(retrain_loss, parallel(net), guide, labeled_loss_of(config.ohem))
     outcome = fit(stage, net, loss, samples, config.retrain, splits.val)
     return {"images": len(samples), **outcome}
 
@@ -188,9 +200,11 @@ def fit(
     """The one training loop; writes ``checkpoint.pth``, and goes on where it was stopped."""
     config, device, size = stage.config, stage.device, settings.batch_size
     chance, steps = Chance(config.seed, stage.name), len(dataset) // size
-    optimization = Optimization(net, config.optimizer, steps * settings.epochs, device.scaler())
+    skip, iterations = config.on_nonfinite == "skip", steps * settings.epochs
+    optimization = Optimization(net, config.optimizer, iterations, device.scaler(), undo=skip)
     best = config.evaluate.checkpoint == "best"
-    bar = StageBar(stage.name, settings.epochs, steps, images=2 * size)
+    count = settings.accumulate
+    bar = StageBar(stage.name, settings.epochs, steps * count, images=2 * size // count)
     with bar, Progress(stage, net, optimization, bar) as at:
         epochs, outcome = range(at.epoch, settings.epochs), at.report
         batches = training_batches(dataset, size, epochs, chance, config.workers, at.step)
@@ -199,15 +213,18 @@ def fit(
             net.train()
             bar.start(epoch, at.seen)
             for step in range(at.step, steps):
-                seed_dropout(net, next(seeds))
-                with device.autocast():
-                    answer = loss(device.move(next(batches)))
-                rate = optimization.lr
-                if optimization.step(answer.total):
-                    bar.update(answer.shown, rate)
-                else:
+                batch = device.move(next(batches))
+                for part, own in zip(parts(batch, count), next(seeds).chunk(count), strict=True):
+                    seed_dropout(net, own.tolist())
+                    with device.autocast():
+                        answer = loss(part)
+                    if optimization.add(answer.total / count):
+                        bar.update(answer.shown, optimization.lr)
+                    else:
+                        lost = total(answer.total).item()
+                if not optimization.step():
                     names = dataset.names(batch_keys(len(dataset), size, epoch, step, chance))
-                    stage.leave_out(epoch, step, total(answer.total).item(), names)
+                    stage.leave_out(epoch, step, lost, names)
                 at.step_done()
             numbers, last = bar.means(), epoch + 1 == settings.epochs
             if last or (epoch + 1) % config.evaluate.every == 0:
@@ -224,8 +241,12 @@ def fit(
 def _new_network(stage: Stage, chance: Chance) -> nn.Module:
     """Build a network from the backbone's weights and the stage's random numbers."""
     torch.manual_seed(chance.torch_seed())
-    net = build_network(stage.config, stage.config.model.pretrained)
-    return synchronised(stage.device.place(net))
+    net = synchronised(
+        stage.device.place(build_network(stage.config, stage.config.model.pretrained))
+    )
+    if stage.config.model.compile:
+        net.compile(dynamic=False)
+    return net
 
 
 def _teacher(stage: Stage, folder: Path) -> nn.Module:
@@ -253,43 +274,20 @@ def _guidance(
 def prototype_bank(stage: Stage, teacher: nn.Module, labeled: Sequence[Sample]) -> Tensor:
     """Average the teacher's features over every class of every labeled image: (labeled, C, D)."""
     num_classes = len(describe(stage.config.dataset).classes)
-    rows = []
+    rows: list[dict[str, Tensor]] = []  # of each batch
     title = f"{stage.name} prototypes"
-    for _, batch in whole_batches(labeled, stage.config, stage.device, title):
+    for chosen, batch in whole_batches(labeled, stage.config, stage.device, title):
         with stage.device.autocast():
             features = teacher.extract(batch.image)
-        rows.append(class_prototypes(features, batch.label, num_classes)[0].cpu())
-    return torch.cat(gathered(rows)).to(stage.device.device)
-
-
-def _repeat(config: Config, splits: Splits) -> int:
-    """How often stage 1 passes the labeled list an epoch."""
-    return 2 if len(splits.labeled) < config.supervised.repeat_below else 1
-
-
-def _refuse_batch_sizes(config: Config, splits: Splits) -> None:
-    labeled = len(splits.labeled) * _repeat(config, splits)
-    reliable = count_kept(len(splits.unlabeled), config.select.keep)
-    for key, size, samples in (
-        ("supervised", config.supervised.batch_size, labeled),
-        ("retrain", config.retrain.batch_size, reliable),
-    ):
-        if size > samples:
-            raise UserError(
-                f"{key}.batch_size: {size} is larger than the {samples} samples of an epoch; "
-                "lower it"
-            )
-        if size < world():
-            raise UserError(f"{key}.batch_size: {size} is less than {world()} processes; raise it")
+        prototypes, _ = class_prototypes(features, batch.label, num_classes)
+        rows.append(dict(zip((sample.name for sample in chosen), prototypes.cpu(), strict=True)))
+    bank = merged(rows)
+    return torch.stack([bank[sample.name] for sample in labeled]).to(stage.device.device)
 
 
 def _querier(config: Config, splits: Splits, index: QueryIndex, read: SampleReader) -> Querier:
     rule = QueryRule.of(config.query, describe(config.dataset))
     return Querier(splits.labeled, index, rule, config.augment, read)
-
-
-def _labeled_loss(config: Config) -> LabeledLoss:
-    return partial(ohem_cross_entropy, **config.ohem.model_dump()) if config.ohem else cross_entropy
 
 
 def main() -> None:

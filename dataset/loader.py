@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils.distributed import mine
@@ -91,10 +92,10 @@ def training_batches(
 
 def batch_seeds(
     length: int, batch_size: int, epochs: range, chance: Chance, step: int = 0
-) -> Iterator[list[int]]:
-    """Yield a seed for each sample of the batches that ``training_batches`` yields."""
+) -> Iterator[Tensor]:
+    """Yield seeds, (B,) long, one for each sample of the batches of ``training_batches``."""
     for keys in EpochBatches(length, batch_size, epochs, chance, step):
-        yield [chance.torch_seed(*key) for key in mine(keys)]
+        yield torch.tensor([chance.torch_seed(*key) for key in mine(keys)])
 
 
 def batch_keys(

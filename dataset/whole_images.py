@@ -1,7 +1,6 @@
 """What inference takes: whole images, without chance."""
 
 from collections.abc import Callable, Container, Sequence
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -53,7 +52,7 @@ def whole_images(
     workers: int,
     done: Container[str] = frozenset(),
 ) -> DataLoader[WholeImage]:
-    """Iterate over whole images in the list's order; neighbours of one size share a batch.
+    """Iterate over whole images; those of one size share batches.
 
     Of several processes each gets every ``world()``-th batch, composed as one process would.
 
@@ -81,8 +80,14 @@ def photographs(
 
 
 def _batches_of_one_size(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
+    """Return positions in the list; batches come in the order of their first images."""
     if batch_size == 1:
         return [[index] for index in range(len(samples))]
-    sizes = [picture_size(sample.image) for sample in samples]
-    runs = [list(run) for _, run in groupby(range(len(samples)), key=sizes.__getitem__)]
-    return [run[i : i + batch_size] for run in runs for i in range(0, len(run), batch_size)]
+    alike: dict[tuple[int, int], list[int]] = {}
+    for index, sample in enumerate(samples):
+        alike.setdefault(picture_size(sample.image), []).append(index)
+    return sorted(
+        indices[start : start + batch_size]
+        for indices in alike.values()
+        for start in range(0, len(indices), batch_size)
+    )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from model.dropout import Dropout, Dropout2d
-from model.layers import SegmentationOutput, conv_bn_relu, full_size, resize
+from model.layers import SegmentationOutput, SpatialMean, conv_bn_relu, full_size, resize
 
 
 class DeepLabV3Plus(nn.Module):
@@ -65,7 +65,7 @@ class ImageMean(nn.Module):
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
-        self.gap = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(in_channels, channels, 1))
+        self.gap = nn.Sequential(SpatialMean(), *conv_bn_relu(in_channels, channels, 1))
 
     def forward(self, last: Tensor) -> Tensor:
         """Map (B, in_channels, h, w) to (B, channels, h, w), constant over h and w."""

@@ -21,6 +21,18 @@ class SegmentationOutput(NamedTuple):
     features: Tensor
 
 
+class SpatialMean(nn.Module):
+    """The mean over height and width: (B, C, h, w) to (B, C, 1, 1).
+
+    Equals ``nn.AdaptiveAvgPool2d(1)``, whose gradient is never channels-last: added to others that
+    are, it makes them, and all that they flow back into, several times slower.
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Average, channels last."""
+        return maps.permute(0, 2, 3, 1).mean(dim=(1, 2))[:, :, None, None]
+
+
 def conv_bn_relu(in_channels: int, channels: int, size: int, rate: int = 1) -> nn.Sequential:
     """Build a convolution that keeps height and width, 3 x 3 if dilated; batch norm; ReLU."""
     conv = (

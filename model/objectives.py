@@ -1,6 +1,7 @@
 """What training steps go down: the losses of stage 1 and of stages 4 and 6."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,9 @@ from model.cisc import (
     cross_image_weight,
     masked_average_pooling,
 )
-from model.losses import rectified_cross_entropy
+from model.losses import cross_entropy, ohem_cross_entropy, rectified_cross_entropy
 from utils import IGNORE
+from utils.config import OhemSection
 from utils.distributed import total
 from utils.records import QueriedImage, QueriedPrototype, QueryPair, RetrainSample
 
@@ -29,6 +31,13 @@ class Loss(NamedTuple):
 
     total: Tensor
     shown: dict[str, Tensor]
+
+
+def labeled_loss_of(ohem: OhemSection | None) -> LabeledLoss:
+    """Return what labeled images go down: cross entropy, of hard pixels alone if a config asks."""
+    if ohem is None:
+        return cross_entropy
+    return partial(ohem_cross_entropy, **ohem.model_dump())
 
 
 def supervised_loss(

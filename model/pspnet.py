@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from model.dropout import Dropout
-from model.layers import SegmentationOutput, conv_bn_relu, full_size, resize
+from model.layers import SegmentationOutput, SpatialMean, conv_bn_relu, full_size, resize
 
 
 class PSPNet(nn.Module):
@@ -23,7 +23,7 @@ class PSPNet(nn.Module):
         _, channels = backbone.channels
         self.backbone = backbone
         self.pyramid = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(grid), *conv_bn_relu(channels, channels // 4, 1))
+            nn.Sequential(_grid_of_means(grid), *conv_bn_relu(channels, channels // 4, 1))
             for grid in self.GRIDS
         )
         self.fuse = nn.Sequential(*conv_bn_relu(2 * channels, channels // 4, 3), Dropout(0.1))
@@ -43,3 +43,7 @@ class PSPNet(nn.Module):
     def classify(self, features: Tensor) -> Tensor:
         """Return the logits of features, at the features' size."""
         return self.classifier(features)
+
+
+def _grid_of_means(cells: int) -> nn.Module:
+    return SpatialMean() if cells == 1 else nn.AdaptiveAvgPool2d(cells)

@@ -32,9 +32,10 @@ from utils.errors import exit_with_one_line  # noqa: E402
 from utils.files import sha256  # noqa: E402
 
 _TIMES = ("seconds", "images_per_second")
-_SETTINGS = """outdir=out device=cpu precision=fp32 workers=1 checkpoint_every=3 evaluate.every=1
-    inference.batch_size=3 augment.base_size=64 augment.crop_size=48 pseudo_label.scales=[1.0]
-    supervised.epochs=2 supervised.batch_size=2 retrain.epochs=2 retrain.batch_size=2"""
+_SETTINGS = """outdir=out device=cpu precision=fp32 workers=1 checkpoint_every=2 evaluate.every=1
+    inference.batch_size=3 augment.base_size=48 augment.crop_size=32 pseudo_label.scales=[1.0]
+    supervised.epochs=2 supervised.batch_size=2 supervised.repeat_below=0
+    retrain.epochs=2 retrain.batch_size=2"""
 
 
 class Kill(NamedTuple):
@@ -104,7 +105,7 @@ def stage_under_way(run: Path) -> str:
 def draw_data(folder: Path) -> None:
     """Draw the few images that the runs see."""
     palette = KINDS["demo"].palette()
-    write_demo(folder / "data", palette, train=12, labeled=4, val=2, size=(48, 64))
+    write_demo(folder / "data", palette, train=10, labeled=4, val=2, size=(36, 48))
 
 
 def _start(folder: Path) -> int:

@@ -101,3 +101,11 @@ def test_class_map_is_kept_and_changed_id_by_id():
     assert config_from(kept, "config.yaml") == config
     changed = config_from(kept, "config.yaml", ["dataset.class_map.3=b"])
     assert changed.dataset.class_map == {3: "b", 4: 1, "other": None}
+
+
+@pytest.mark.parametrize("accumulate", [3, 4])
+def test_parts_of_a_batch_that_do_not_fit_are_refused(accumulate):
+    words = ["retrain.batch_size=4", f"retrain.accumulate={accumulate}"]
+    with pytest.raises(UserError, match="does not cut batch_size 4 into parts of one size"):
+        config_from(SMALL, "a checkpoint", words)
+    assert config_from(SMALL, "x", ["retrain.batch_size=4", "retrain.accumulate=2"])

@@ -149,16 +149,17 @@ def test_losses_gradients_and_statistics_of_parts_add_up_to_the_wholes(together,
         net = build_model("deeplabv3plus", "resnet18", 5, output_stride=16).double()
         net, parts = synchronised(net), mine([0, 1, 2, 3])
         seed_dropout(net, [100 + index for index in parts])
-        student = parallel(net)  # gradients are summed for as long as it lives
+        student = parallel(net)  # gradients are averaged for as long as it lives
         loss = objective(student, parts)
-        loss.total.backward()
+        (loss.total * world()).backward()
         values = {name: total(value.detach()) for name, value in loss.shown.items()}
         gradients = {f"{name}'": weight.grad for name, weight in net.named_parameters()}
         return {**values, **gradients, **dict(net.named_buffers())}
 
     (expected,) = together(1, step)
     for found in together(count, step):
-        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+        # Cross entropy is in float32 whatever comes.
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_loss_that_is_finite_for_one_process_alone_changes_nothing(together):
@@ -176,9 +177,10 @@ def test_a_loss_that_is_finite_for_one_process_alone_changes_nothing(together):
         before = [weight.clone() for weight in net.parameters()]
         whole = parallel(net)
         sgd = Optimization(net, OptimizerSection(), 9, Device("cpu", "fp32").scaler())
-        stepped = sgd.step(whole(torch.full((1, 1), torch.inf if is_first() else 1.0)))
-        same = all(map(torch.equal, before, net.parameters()))
-        return stepped, same, sgd.step(whole(torch.ones(1, 1)))
+        sgd.add(whole(torch.full((1, 1), torch.inf if is_first() else 1.0)))
+        stepped, same = sgd.step(), all(map(torch.equal, before, net.parameters()))
+        sgd.add(whole(torch.ones(1, 1)))
+        return stepped, same, sgd.step()
 
     assert together(2, work) == [(False, True, True)] * 2
 

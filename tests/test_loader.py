@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from dataset.catalog import KINDS
 from dataset.loader import Chance, EpochBatches, SampleKey, training_batches
@@ -181,13 +182,23 @@ def test_crop_larger_than_the_image_is_padded(parts):
 def test_whole_images_keep_the_lists_order_and_the_labels_size(parts):
     samples = parts[0].val
     for workers in (0, 2):
-        items = list(whole_images(samples, InferenceSection(long_side=32), workers))
+        settings = InferenceSection(long_side=32, batch_size=1)
+        items = list(whole_images(samples, settings, workers))
         assert [item.index.item() for item in items] == [0, 1, 2, 3]
         assert {item.image.shape for item in items} == {(1, 3, 24, 32)}
         assert {item.label.shape for item in items} == {(1, 48, 64)}
     (item,) = whole_images(parts[0].unlabeled[:1], InferenceSection(long_side=1000), 0)
     assert item.image.shape == (1, 3, 48, 64)  # never enlarged
     assert (item.label == 255).all()
+
+
+def test_images_of_one_size_share_batches_wherever_they_stand(demo_copy):
+    samples = read_splits(DatasetSection(kind="demo", root=str(demo_copy))).unlabeled[:7]
+    for index in (1, 4, 5):
+        Image.new("RGB", (32, 20)).save(samples[index].image)
+    batches = list(whole_images(samples, InferenceSection(batch_size=2), 0))
+    assert [batch.index.tolist() for batch in batches] == [[0, 2], [1, 4], [3, 6], [5]]
+    assert [tuple(batch.image.shape[-2:]) for batch in batches[:2]] == [(48, 64), (20, 32)]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -21,24 +21,47 @@ class Net(nn.Module):
 def optimization(net, steps=4, **settings):
     plain = {"lr": 0.1, "head_multiple": 2, "momentum": 0, "weight_decay": 0, "power": 1}
     section = OptimizerSection(**{**plain, **settings})
-    return Optimization(net, section, steps, Device("cpu", "fp32").scaler())
+    return Optimization(net, section, steps, Device("cpu", "fp32").scaler(), undo=True)
 
 
 def test_steps_match_hand_count():
     net = Net()
     sgd = optimization(net)  # rates 0.1, 0.075, 0.05, 0.025: a quarter of 0.1 less every step
     for _ in range(4):
-        sgd.step(net.loss())
+        down(sgd, net.loss())
     assert net.backbone.weight.item() == pytest.approx(1 - 0.25)
     assert net.head.weight.item() == pytest.approx(1 - 0.5)
     assert sgd.lr == 0
+
+
+def down(sgd, *losses):
+    for loss in losses:
+        sgd.add(loss)
+    return sgd.step()
+
+
+def test_gradients_of_several_losses_add_up_to_one_step():
+    one, parts = Net(), Net()
+    down(optimization(one), one.loss())
+    sgd = optimization(parts)
+    down(sgd, parts.loss() / 4, parts.loss() * 0.75)
+    assert parts.head.weight.item() == pytest.approx(one.head.weight.item())
+    assert sgd.lr == pytest.approx(0.075)
+
+
+def test_one_loss_that_is_not_finite_spoils_no_later_step():
+    net = Net()
+    sgd = optimization(net)
+    assert not down(sgd, net.loss(), net.loss() * torch.nan, net.loss())
+    assert net.head.weight.item() == 1.0
+    assert down(sgd, net.loss())
 
 
 def test_polynomial_decay():
     net = Net()
     sgd = optimization(net, steps=10, power=0.9)
     for _ in range(5):
-        sgd.step(net.loss())
+        down(sgd, net.loss())
     assert sgd.lr == pytest.approx(0.1 * 0.5**0.9)
 
 
@@ -47,15 +70,15 @@ def test_going_on_from_a_saved_state_is_exact():
     settings = {"momentum": 0.9, "weight_decay": 0.01, "power": 0.9}
     reference = optimization(whole, **settings)
     for _ in range(4):
-        reference.step(whole.loss().square())
+        down(reference, whole.loss().square())
     before = optimization(first, **settings)
     for _ in range(2):
-        before.step(first.loss().square())
+        down(before, first.loss().square())
     after = optimization(second, **settings)
     second.load_state_dict(first.state_dict())
     after.load_state_dict(before.state_dict())
     for _ in range(2):
-        after.step(second.loss().square())
+        down(after, second.loss().square())
     assert torch.equal(second.head.weight, whole.head.weight)
 
 
@@ -67,12 +90,12 @@ def test_a_loss_that_is_not_finite_changes_the_rate_alone(first):
     sgd = optimization(net, momentum=0.9)
     if not first:
         net.norm(torch.ones(2, 1))
-        assert sgd.step(net.loss())
+        assert down(sgd, net.loss())
     before = {key: value.clone() for key, value in net.state_dict().items()}
     rate = sgd.lr
     net.norm(torch.full((2, 1), torch.inf))
-    assert not sgd.step(net.loss() * torch.nan)
+    assert not down(sgd, net.loss() * torch.nan)
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
     assert sgd.lr == pytest.approx(rate - 0.025)
-    assert sgd.step(net.loss())
+    assert down(sgd, net.loss())
     assert net.head.weight.isfinite()

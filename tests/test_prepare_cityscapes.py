@@ -97,7 +97,7 @@ def test_image_without_mask_is_named(root):
 def test_colour_mask_is_refused_by_name(root):
     damaged = root / "gtFine/train/ulm/ulm_000000_000019_gtFine_labelIds.png"
     Image.new("RGB", (34, 2)).save(damaged)
-    with pytest.raises(UserError, match=f"^{damaged}: a mask has one 8-bit channel"):
+    with pytest.raises(UserError, match=f"^{damaged}: a mask has one channel of class ids"):
         prepare_cityscapes(root, download=False, workers=0, counts=COUNTS)
 
 

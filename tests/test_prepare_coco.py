@@ -169,7 +169,8 @@ def test_missing_image_is_named(root):
 def test_annotations_of_another_kind_are_named(root, text):
     path = root / "annotations/instances_val2017.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=f"^{path}: cannot read instance annotations in it"):
+    said = "cannot read instance annotations in it|holds no JSON"
+    with pytest.raises(UserError, match=f"^{path}: ({said})"):
         prepare_coco(root, download=False, workers=0, counts=COUNTS)
 
 

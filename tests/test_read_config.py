@@ -119,6 +119,11 @@ def test_setting_that_is_no_key_and_value(write, setting):
         ("name: 2001-99-99\n", r"bad\.yaml: not YAML"),
         ("seed: 0x_\n", r"bad\.yaml: not YAML"),
         ("base: nowhere.yaml\n", r"nowhere\.yaml: no such config here or in configs/"),
+        (
+            "base: [bad.yaml]\n",
+            r"bad\.yaml: base: \['bad\.yaml'\] is not allowed: it names another",
+        ),
+        (f"base: {'x' * 999}\n", r"^x+: no such config here"),
         ("base: bad.yaml\n", r"bad\.yaml: 'base' leads back to this file"),
         ("base: small.yaml\nseeds: 1\n", r"^bad\.yaml: unknown key 'seeds'; .* 'seed'"),
         ("name: x\ndataset: {kind: demo, root: d}\n", r"^bad\.yaml: key 'augment' is missing"),
@@ -153,6 +158,23 @@ KEYS = st.sampled_from(["seed", "name", "augment.scale", "ohem", "dataset.classe
 def test_any_setting_gives_a_config_or_one_line(text):
     try:
         answer = config_from(SMALL, "a checkpoint", [text])
+    except UserError as error:
+        answer = str(error)
+    assert isinstance(answer, Config) or len(answer.splitlines()) == 1
+
+
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text())
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+SECTIONS = st.sampled_from([*Config.model_fields, "base", "nothing"])
+FILES = st.one_of(st.text(), st.dictionaries(SECTIONS, VALUES).map(yaml.safe_dump))
+
+
+@given(FILES)
+def test_any_file_gives_a_config_or_one_line(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("config") / "any.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        answer = read_config(str(path))
     except UserError as error:
         answer = str(error)
     assert isinstance(answer, Config) or len(answer.splitlines()) == 1

@@ -59,7 +59,8 @@ def sitting(stage, stop_after=None):
                 torch.manual_seed(100 * epoch + step)
                 loss = net(torch.randn(4, 1))
                 rate = optimization.lr
-                assert optimization.step(loss)
+                optimization.add(loss)
+                assert optimization.step()
                 bar.update({"loss": loss}, rate)
                 at.step_done()
                 done += 1

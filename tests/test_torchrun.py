@@ -45,7 +45,7 @@ def test_every_image_is_read_by_one_process(together, config, count):
         steps = training_batches(keys_alone(), 4, range(2), Chance(0, "x"), 0)
         seeds = batch_seeds(9, 4, range(2), Chance(0, "x"))
         seen = [[batch.index.tolist() for batch in loader] for loader in loaders]
-        return seen, [step.tolist() for step in steps], list(seeds)
+        return seen, *([step.tolist() for step in given] for given in (steps, seeds))
 
     outcomes = together(count, work)
     for which, left_out in ((0, 0), (1, 2)):

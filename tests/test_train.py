@@ -203,6 +203,7 @@ def test_baselines_are_switches(demo_root, tmp_path, tiny_settings):
             "evaluate.checkpoint": "best",
             "evaluate.every": 1,
             "ohem.min_kept": 500,
+            "supervised.accumulate": 2,
             "precision": "bf16",
         },
     )

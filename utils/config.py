@@ -9,6 +9,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    model_validator,
 )
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -108,6 +109,7 @@ class ModelSection(Section):
     backbone: str = "resnet101"
     stem: Literal["plain", "deep"] = "plain"  # of ResNets: torchvision's 7 x 7, or UniMatch's
     output_stride: Literal[8, 16, 32] = 8
+    compile: bool = False  # torch.compile the training step: minutes at first, faster on some GPUs
     pretrained: str | None = "auto"  # 'auto': pretrained/<backbone>.pth; a file; null: random
 
 
@@ -133,6 +135,18 @@ class TrainingSection(Section):
 
     epochs: int = Field(80, gt=0)
     batch_size: int = Field(32, gt=1)  # batch norm needs two
+    # Parts of a batch that pass one after another, for less memory. Gradients are averaged over
+    # them; batch norm sees one part at a time.
+    accumulate: int = Field(1, gt=0)
+
+    @model_validator(mode="after")
+    def _parts_have_two(self) -> "TrainingSection":
+        if self.batch_size % self.accumulate or self.batch_size < 2 * self.accumulate:
+            raise ValueError(
+                f"accumulate {self.accumulate} does not cut batch_size {self.batch_size} into "
+                "parts of one size, two or more"
+            )
+        return self
 
 
 class SupervisedSection(TrainingSection):
@@ -187,7 +201,7 @@ class InferenceSection(Section):
 
     long_side: int | None = Field(None, gt=0)  # pixels, larger images are shrunk; null: own size
     window: WindowSection | None = None  # null: whole images; selection always sees them whole
-    batch_size: int = Field(1, gt=0)  # images of one size that pass the network at once
+    batch_size: int = Field(4, gt=0)  # images of one size that pass the network at once
     scales: list[Positive] = Field([1.0], min_length=1)  # of validation and eval.py
     flip: bool = False  # of validation and eval.py
     # Several views are averaged at this share of the answer's height and width. 1 is exact; at half

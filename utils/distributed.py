@@ -117,19 +117,16 @@ def barrier() -> None:
 
 
 def parallel(net: nn.Module) -> nn.Module:
-    """Let a network that trains sum its gradients over the processes. Collective.
+    """Let a network that trains average its gradients over the processes. Collective.
 
-    A process's loss is its part of the whole one, so gradients add up; DistributedDataParallel by
-    itself would average them. ``net`` stays the one to save and to load: it shares its weights.
-    Gradients are summed for as long as what is returned lives.
+    ``net`` stays the one to save and to load: it shares its weights. Gradients are averaged for as
+    long as what is returned lives.
     """
     if world() == 1:
         return net
-    wrapped = nn.parallel.DistributedDataParallel(
+    return nn.parallel.DistributedDataParallel(
         net, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
-    wrapped.register_comm_hook(None, _summed)
-    return wrapped
 
 
 @contextmanager
@@ -180,11 +177,6 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(_: Any, gradient: Tensor) -> Tensor:
         return _Total.apply(gradient)
-
-
-def _summed(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda done: done.value()[0])
 
 
 def _shall_tell(store: dist.Store, error: BaseException) -> bool:

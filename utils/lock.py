@@ -27,7 +27,8 @@ def locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8", errors="replace")
     with file:
-        before = _take(file, path)
+        with writing(path):  # some network file systems know no locks
+            before = _take(file, path)
         if before:
             say(f"{path}: taken over from {before}, which is gone")
         _write(file, f"pid {os.getpid()} on {platform.node()}")

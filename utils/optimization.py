@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.config import OptimizerSection
-from utils.distributed import total
+from utils.distributed import total, world
 
 
 class Optimization:
@@ -17,10 +17,16 @@ class Optimization:
         settings: rates, momentum, weight decay, power of the decay.
         steps: iterations of the whole stage; the rate reaches zero after the last.
         scaler: of the precision.
+        undo: put buffers back where a loss is not finite, at the price of a copy an iteration.
     """
 
     def __init__(
-        self, net: nn.Module, settings: OptimizerSection, steps: int, scaler: torch.amp.GradScaler
+        self,
+        net: nn.Module,
+        settings: OptimizerSection,
+        steps: int,
+        scaler: torch.amp.GradScaler,
+        undo: bool = False,
     ) -> None:
         backbone = list(net.backbone.parameters())
         of_backbone = {id(parameter) for parameter in backbone}
@@ -36,38 +42,51 @@ class Optimization:
             # A fused first step that the scaler skips would leave momentum uninitialised.
             fused=not scaler.is_enabled(),
         )
-        self._buffers = list(net.buffers())
+        self._buffers = list(net.buffers()) if undo else []
         self._keep_buffers()
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._sgd, lambda step: max(0.0, 1.0 - step / steps) ** settings.power
         )
         self._scaler = scaler
+        self._finite = True  # all losses of this step, so far
 
     @property
     def lr(self) -> float:
         """The backbone's learning rate now."""
         return self._sgd.param_groups[0]["lr"]
 
-    def step(self, loss: Tensor) -> bool:
-        """Go one step down the gradient of a scalar loss, if it is finite.
+    def add(self, loss: Tensor) -> bool:
+        """Add the gradient of a scalar loss to those of this step, if it is finite.
 
         Of several processes each brings its part of the loss; they decide together.
 
         Returns:
-            Whether it was. If not, the rate has gone on and nothing else has changed: weights and
-            momentum are untouched, and the buffers are those before the forward pass, which may
-            have put its infinities into the running means of batch norm.
+            Whether it was. If not, ``step`` will change no weight.
         """
         finite = bool(torch.isfinite(total(loss.detach())))
         if finite:
-            self._sgd.zero_grad()
-            self._scaler.scale(loss).backward()
+            # A process has its part of the loss, and parts add up; gradients are averaged.
+            self._scaler.scale(loss * world()).backward()
+        self._finite = self._finite and finite
+        return finite
+
+    def step(self) -> bool:
+        """Go one step down the gradients that were added.
+
+        Returns:
+            Whether all losses were finite. If not, the rate has gone on; weights and momentum are
+            untouched, and with ``undo`` the buffers are those before the forward pass, which may
+            have put its infinities into the running means of batch norm.
+        """
+        finite, self._finite = self._finite, True
+        if finite:
             self._scaler.step(self._sgd)
             self._scaler.update()
             self._keep_buffers()
         else:
             for buffer, kept in zip(self._buffers, self._kept, strict=True):
                 buffer.copy_(kept)
+        self._sgd.zero_grad()
         self._schedule.step()
         return finite
 

@@ -81,10 +81,10 @@ class StageBar:
             self._sums[name] = (
                 self._sums.get(name, torch.zeros_like(value)).to(value.device) + value
             )
-        if not self._bar.disable:
+        # Reading a scalar waits for the device: only where the bar is drawn anew.
+        if self._bar.update(self._images):
             means = {name: f"{value:.3g}" for name, value in self._term_means().items()}
             self._bar.set_postfix({**means, "lr": f"{lr:.2g}"}, refresh=False)
-        self._bar.update(self._images)
 
     def means(self) -> dict[str, float]:
         """Return the epoch's mean of each scalar, its last learning rate, and images a second."""

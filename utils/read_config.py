@@ -1,5 +1,6 @@
 """Read a config: YAML files by ``base:``, then ``key=value`` from the command line."""
 
+import contextlib
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -61,10 +62,11 @@ def _checked(layers: list[Layer], overrides: Sequence[str]) -> Config:
         raise UserError(_explain(error, layers)) from None
 
 
-def _find(path: str) -> Path:
-    for candidate in (Path(path), CONFIGS / path):
-        if candidate.is_file():
-            return candidate
+def _find(path: str, first: Path = Path()) -> Path:
+    for candidate in (first / path, Path(path), CONFIGS / path):
+        with contextlib.suppress(OSError, ValueError):  # no name that a file could have
+            if candidate.is_file():
+                return candidate
     known = ", ".join(sorted(file.name for file in CONFIGS.glob("*.yaml")))
     raise UserError(f"{path}: no such config here or in configs/, which has {known}")
 
@@ -82,8 +84,9 @@ def _file_layers(path: Path, seen: tuple[Path, ...]) -> list[Layer]:
     base = content.pop("base", None)
     layers = []
     if base is not None:
-        beside = path.parent / str(base)
-        found = beside if beside.is_file() else _find(str(base))
+        if not isinstance(base, str):
+            raise UserError(f"{path}: base: {base!r} is not allowed: it names another config")
+        found = _find(base, path.parent)
         layers = _file_layers(found, (*seen, path.resolve()))
     return [*layers, Layer(content, str(path))]
 

@@ -1,8 +1,10 @@
 """Batches: what the data hands to the networks, and nothing but tensors."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
+
+Record = TypeVar("Record", bound=tuple)
 
 
 class QueryPair(NamedTuple):
@@ -84,3 +86,14 @@ class WholeImage(NamedTuple):
     image: Tensor
     label: Tensor
     index: Tensor | int
+
+
+def parts(batch: Record, count: int) -> list[Record]:
+    """Cut a batch into parts along the first dimension of its tensors.
+
+    Args:
+        batch: a record of tensors and records.
+        count: parts; alike in size where it divides the batch.
+    """
+    columns = [parts(x, count) if isinstance(x, tuple) else x.chunk(count) for x in batch]
+    return [type(batch)._make(row) for row in zip(*columns, strict=True)]

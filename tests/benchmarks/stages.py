@@ -11,6 +11,7 @@ convolutions would take at the best rate that a large one reaches here in our pr
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -40,10 +41,11 @@ from model.objectives import Loss, retrain_loss, supervised_loss, weight_by_bank
 from tests.benchmarks import plain
 from utils.checkpoint import save
 from utils.frozen import frozen
+from utils.log import Log
 from utils.optimization import Optimization
 from utils.precision import Device
 from utils.read_config import read_config
-from utils.stage import Stage, checkpoint_of
+from utils.stage import Stage, Stopwatch, checkpoint_of
 
 SIZE, SCALES, BATCH, IMAGES = (360, 480), [0.5, 0.75, 1.0, 1.5, 2.0], 2, 4
 CHANCE = Chance(0, "benchmark")
@@ -96,7 +98,10 @@ class Bench:
         return self.device.place(self.network())
 
     def stage(self, name: str) -> Stage:
-        return Stage(name, self.folder / name, self.config, self.device, lambda *_: None)
+        folder = self.folder / name
+        shutil.rmtree(folder, ignore_errors=True)
+        watch = Stopwatch(folder / "unfinished" / "seconds")
+        return Stage(name, folder, self.config, self.device, Log(folder), watch)
 
     def on_device(self, batch: tuple) -> tuple:
         """Move a record as it is, not channels-last."""
@@ -113,7 +118,8 @@ class Bench:
         def step() -> None:
             with self.device.autocast():
                 outcome = loss(self.device.move(batch))
-            optimization.step(outcome.total, "benchmark")
+            optimization.add(outcome.total)
+            optimization.step()
 
         return step
 
@@ -168,7 +174,9 @@ class Bench:
 
     def pseudo_label(self) -> Row:
         samples, device = self.splits.unlabeled[:BATCH], self.device.device
-        ours = partial(train.write_pseudo_labels, self.stage("labels"), self.teacher, samples)
+
+        def ours() -> None:  # a new stage each time: one that is there goes on where it stopped
+            train.write_pseudo_labels(self.stage("labels"), self.teacher, samples)
 
         def naive() -> Callable:
             folder, net = self.folder / "plain", self.plain().eval()
@@ -225,6 +233,7 @@ STAGES = {
     "select": Bench.select,
     "evaluate": Bench.evaluate,
 }
+STEPS = ("supervised", "retrain, image", "retrain, bank")
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -255,10 +264,10 @@ def resident(line: str) -> float:
 
 
 def peak(bench: Bench, stage: str, form: str, before: float) -> float:
-    """MiB that two calls take on top of ``before``, at the worst moment."""
+    """MiB that a call takes on top of ``before``, at the worst moment; momentum being there."""
     work = STAGES[stage](bench).forms[form]()
-    work()
-    work()
+    for _ in range(2 if stage in STEPS else 1):
+        work()
     if bench.device.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resident("VmHWM") - before

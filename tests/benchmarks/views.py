@@ -1,0 +1,68 @@
+"""How many pixels change their class when several views are averaged below full size.
+
+python tests/benchmarks/views.py CHECKPOINT [section.key=value ...] [--images 40]
+
+Labels unlabeled images of the checkpoint's config as stages 2 and 5 do, with
+``inference.average_at`` at 1 (exact), 1/2 and 1/4, and prints the share of equal pixels beside the
+time an image takes.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from dataset.splits import read_splits
+from eval import build_network, predictor, whole_batches
+from utils import checkpoint
+from utils.frozen import frozen
+from utils.precision import Device
+from utils.read_config import config_from
+
+SHARES = (1.0, 0.5, 0.25)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    parser.add_argument("--images", type=int, default=40, help="every n-th, so many in all")
+    typed = parser.parse_intermixed_args()
+    content = checkpoint.load(typed.checkpoint)
+    config = config_from(content["config"], str(typed.checkpoint), typed.settings)
+    device = Device(config.device, config.precision)
+    net = build_network(config, pretrained=None)
+    checkpoint.load_weights(net, typed.checkpoint)
+    net = frozen(net, device)
+    unlabeled = read_splits(config.dataset).unlabeled
+    samples = unlabeled[:: max(1, len(unlabeled) // typed.images)][: typed.images]
+    settings = {
+        share: config.inference.model_copy(update={"average_at": share}) for share in SHARES
+    }
+    predictors = {
+        share: predictor(net, device, settings[share], config.pseudo_label) for share in SHARES
+    }
+    equal, seconds, pixels = dict.fromkeys(SHARES, 0), dict.fromkeys(SHARES, 0.0), 0
+    for _, batch in whole_batches(samples, config, device, "views"):
+        ids = {}
+        for share, predict in predictors.items():
+            start = time.perf_counter()
+            ids[share] = predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1).cpu()
+            seconds[share] += time.perf_counter() - start
+        pixels += batch.label.numel()
+        for share in SHARES:
+            equal[share] += int((ids[share] == ids[1.0]).sum())
+    print(f"{len(samples)} images, scales {config.pseudo_label.scales}, {device}")
+    print("| average_at | equal pixels | s an image |", "|---|---|---|", sep="\n")
+    for share in SHARES:
+        time_taken = seconds[share] / len(samples)
+        print(f"| {share} | {100 * equal[share] / pixels:.3f} % | {time_taken:.3f} |")
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

@@ -1,0 +1,186 @@
+"""What goes wrong in the world while a run works: one line, nothing lost, the run goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from dataset.loader import Chance, batch_keys
+from dataset.splits import read_splits
+from utils.errors import Stopped, UserError
+from utils.read_config import read_config
+
+ROOT = Path(__file__).parents[1]
+
+
+def weights(stage):
+    return torch.load(stage / "checkpoint.pth", weights_only=True)["model"]
+
+
+def same(one, other):
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture
+def stage_one(monkeypatch, demo_copy, tmp_path, tiny_settings):
+    """Do stage 1 alone, with more settings; return its folder."""
+
+    def stop(*_):
+        raise Stopped(15)
+
+    monkeypatch.setattr(train, "write_pseudo_labels", stop)
+
+    def do(*words):
+        settings = [*tiny_settings(demo_copy, tmp_path), "retrain.batch_size=2", *words]
+        config = read_config("demo.yaml", settings)
+        with pytest.raises(Stopped):
+            train.train(config)
+        return tmp_path / config.name / "1_supervised"
+
+    return do
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Make the loss of the fourth iteration, the first of epoch 2, infinite."""
+    calls, loss = [], train.supervised_loss
+
+    def supervised_loss(net, *rest):
+        calls.append(None)
+        answer = loss(net, *rest)
+        if len(calls) == 4:
+            net.head.project[1].running_mean.fill_(torch.nan)  # as an infinite forward pass would
+            return answer._replace(total=answer.total * torch.inf)
+        return answer
+
+    monkeypatch.setattr(train, "supervised_loss", supervised_loss)
+    return calls
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_names_the_batch_and_can_be_skipped(
+    stage_one, poisoned, demo_copy, tmp_path
+):
+    with pytest.raises(UserError) as error:
+        stage_one()
+    section = read_config("demo.yaml", [f"dataset.root={demo_copy}"]).dataset
+    labeled = read_splits(section).labeled
+    keys = batch_keys(12, 4, 1, 0, Chance(0, "1_supervised"))
+    names = ", ".join(labeled[key.index % 6].name for key in keys)
+    where = f"1_supervised, epoch 2, iteration 1: the loss is inf on {names}"
+    assert str(error.value) == (
+        f"{where}; set on_nonfinite=skip to go on without this batch, or start over with "
+        "--from-stage 1, a lower optimizer.lr or precision=fp32"
+    )
+    poisoned[:] = [None] * 3  # the same iteration again, after the epoch that was kept
+    stage = stage_one("on_nonfinite=skip")
+    assert f"{where}; this batch changes no weight" in (stage.parent / "log.txt").read_text()
+    assert all(value.isfinite().all() for value in weights(stage).values())
+    assert "NaN" not in (stage.parent / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_an_image_that_is_gone_for_a_while_changes_nothing(
+    stage_one, demo_copy, tmp_path, monkeypatch
+):
+    expected = stage_one("name=quiet")
+    image, epoch_done = demo_copy / "JPEGImages" / "0001.jpg", train.Progress.epoch_done
+    content = image.read_bytes()
+
+    def deleted(self, report):
+        epoch_done(self, report)
+        image.unlink()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Progress, "epoch_done", deleted)
+        with pytest.raises(UserError, match=r"0001\.jpg: no such file; correct the list"):
+            stage_one("name=cut")
+    image.write_bytes(content)
+    assert same(weights(stage_one("name=cut")), weights(expected))
+    lines = [
+        (run.parent / "metrics.jsonl").read_text() for run in (expected, stage_one("name=cut"))
+    ]
+    assert [text.count("\n") for text in lines] == [2, 2]
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+
+
+def workers_of(process):
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
+@pytest.fixture
+def typed(demo_root, tmp_path, tiny_settings):
+    """Begin ``train.py`` as a user would; ``limit`` is the largest file it may write, in MiB."""
+
+    def start(limit=None):
+        words = [*tiny_settings(demo_root, tmp_path), "workers=1", "name=cut", "checkpoint_every=2"]
+        program = [sys.executable, str(ROOT / "train.py"), "--config", "demo.yaml", *words]
+        shell = f"ulimit -f {limit * 1024}; " if limit else ""
+        return subprocess.Popen(
+            ["bash", "-c", shell + 'exec "$@"', "bash", *program],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    return start
+
+
+def last_words(process):
+    (line,) = process.communicate(timeout=120)[1].splitlines()
+    return line
+
+
+STOPPED = "all that is done is saved; the same command, without --from-stage and --fresh, goes on"
+
+
+@pytest.mark.slow
+def test_a_full_disk_a_dead_worker_and_two_signals_change_nothing(finished, typed, tmp_path):
+    run = tmp_path / "cut"
+    process = typed(limit=90)  # MiB; less than the state of a training stage
+    line = last_words(process)
+    assert process.returncode == 2
+    assert line.startswith(f"error: {run / '1_supervised/unfinished/resume.pth'}: cannot write")
+
+    process = typed()
+    wait_for(run / "1_supervised/unfinished/resume.pth", process)
+    for worker in workers_of(process):
+        os.kill(int(worker), signal.SIGKILL)
+    line = last_words(process)
+    assert process.returncode == 2
+    assert line.startswith("error: workers: DataLoader worker (pid")
+    assert line.endswith("if memory ran out take fewer; the same command goes on")
+
+    for number, place in (
+        (signal.SIGINT, "1_supervised/unfinished/resume.previous.pth"),
+        (signal.SIGTERM, "2_pseudo_label/unfinished/masks.jsonl"),
+    ):
+        process = typed()
+        wait_for(run / place, process)
+        os.killpg(process.pid, number)  # the workers get it too, as from Ctrl-C or a scheduler
+        assert last_words(process) == f"stopped by {number.name}, {STOPPED}"
+        assert process.returncode == 128 + number
+
+    process = typed()
+    assert process.communicate(timeout=120)[1] == ""
+    assert same(weights(run / "6_retrain"), weights(finished[0] / "6_retrain"))
+    lines = [(folder / "metrics.jsonl").read_text().count("\n") for folder in (run, finished[0])]
+    assert lines == [6, 6]
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_a_quiet_one(run_program):
+    done = run_program("tests/faults.py", "--kills", 2)
+    assert done.stdout.endswith("2 of 2 identical\n"), done.stdout + done.stderr
