@@ -31,7 +31,7 @@ from utils.distributed import (
     total,
     world,
 )
-from utils.errors import UserError, exit_with_one_line
+from utils.errors import Stopped, UserError, exit_with_one_line
 from utils.metrics import ConfusionMatrix
 from utils.optimization import Optimization
 from utils.precision import Device
@@ -253,6 +253,17 @@ def test_a_process_that_is_killed_ends_the_others_with_a_word(ended):
     codes, (line,) = ended(2, program)
     assert codes == [2, -signal.SIGKILL]
     assert line.startswith("error: torchrun: another process of this run is gone without a word")
+
+
+def test_a_state_that_cannot_be_saved_is_told_though_others_have_stopped(ended):
+    def program():
+        if is_first():
+            time.sleep(1)
+            raise UserError("resume.pth: cannot write this file")
+        raise Stopped(signal.SIGTERM)
+
+    codes, lines = ended(2, program)
+    assert (codes, lines) == ([2, 143], ["error: resume.pth: cannot write this file"])
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_place(ended):

@@ -165,7 +165,7 @@ def test_a_full_disk_a_dead_worker_and_two_signals_change_nothing(finished, type
 
     for number, place in (
         (signal.SIGINT, "1_supervised/unfinished/resume.previous.pth"),
-        (signal.SIGTERM, "2_pseudo_label/unfinished/masks.jsonl"),
+        (signal.SIGTERM, "2_pseudo_label/unfinished/masks.0.jsonl"),
     ):
         process = typed()
         wait_for(run / place, process)

@@ -22,7 +22,7 @@ from utils.errors import Stopped, UserError
 P, K, T = ParamSpec("P"), TypeVar("K"), TypeVar("T")
 _PATIENCE = timedelta(hours=12)  # for what one process does alone, such as hashing
 _GRACE = 3.0  # seconds from another process's failure to this one's end, if it hangs
-_TOLD, _FAILED = "told", "failed"  # keys of the store: a process has said why it ends; it failed
+_FAILED = "failed"  # key of the store: how many processes have
 
 
 def rank() -> int:
@@ -153,7 +153,7 @@ def joined() -> Iterator[None]:
     except SystemExit:
         raise
     except BaseException as error:
-        if not _is_first_to_end(store, error):
+        if not _shall_tell(store, error):
             code = 128 + error.number if isinstance(error, Stopped) else 2
             raise SystemExit(code) from None
         if isinstance(error, RuntimeError) and _is_of_connection(error):
@@ -179,11 +179,12 @@ class _Total(torch.autograd.Function):
         return _Total.apply(gradient)
 
 
-def _is_first_to_end(store: dist.Store, error: BaseException) -> bool:
+def _shall_tell(store: dist.Store, error: BaseException) -> bool:
+    """Tell whether this process says why all end: the first that fails, or the one that saves."""
+    if isinstance(error, Stopped):
+        return is_first()
     try:
-        if not isinstance(error, Stopped):
-            store.set(_FAILED, "")
-        return store.add(_TOLD, 1) == 1
+        return store.add(_FAILED, 1) == 1
     except RuntimeError:  # the store is gone with the process that kept it
         return False
 
