@@ -21,12 +21,15 @@ class SegmentationOutput(NamedTuple):
     features: Tensor
 
 
-class SpatialMean(nn.Module):
+class SpatialMean(nn.AdaptiveAvgPool2d):
     """The mean over height and width: (B, C, h, w) to (B, C, 1, 1).
 
-    Equals ``nn.AdaptiveAvgPool2d(1)``, whose gradient is never channels-last: added to others that
-    are, it makes them, and all that they flow back into, several times slower.
+    Torch's own gradient of it is never channels-last: added to others that are, it makes them, and
+    all that they flow back into, several times slower.
     """
+
+    def __init__(self) -> None:
+        super().__init__(1)
 
     def forward(self, maps: Tensor) -> Tensor:
         """Average, channels last."""

@@ -58,7 +58,11 @@ def test_a_second_signal_ends_at_once():
 def test_a_worker_ends_when_its_parent_says_so_and_for_nobody_else():
     code = "import os, signal, sys\nos.kill(int(sys.argv[1]), int(sys.argv[2]))"
     command = [sys.executable, "-c", WORKER]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as worker:
+    # As in a forked worker, there is one thread: others would take the signals that it blocks.
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=alone
+    ) as worker:
         assert worker.stdout.readline() == "ready\n"
         for number in (signal.SIGINT, signal.SIGTERM):
             another = [sys.executable, "-c", code, str(worker.pid), str(int(number))]

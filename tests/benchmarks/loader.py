@@ -63,7 +63,7 @@ CASES = {
 def whole_then_crop(
     view: View, picture: Image.Image, resample: Image.Resampling, padding: int
 ) -> Image.Image:
-    """``View._cut`` as usually written: scale all of the picture, then keep the window."""
+    """Cut as usually written: scale all of the picture, then keep the window."""
     height, width = (min(view.crop, side) for side in view.scaled)
     whole = picture.resize(view.scaled[::-1], resample)
     window = whole.crop((view.left, view.top, view.left + width, view.top + height))
@@ -72,7 +72,13 @@ def whole_then_crop(
     return ImageOps.expand(window, (0, 0, view.crop - width, view.crop - height), fill=padding)
 
 
-FORMS = {"resize, then crop": whole_then_crop, "window": View._cut}
+FORMS = {
+    "resize, then crop": {
+        "image": lambda view, image: whole_then_crop(view, image, Image.Resampling.BILINEAR, 0),
+        "mask": lambda view, mask: whole_then_crop(view, mask, Image.Resampling.NEAREST, 255),
+    },
+    "window": {"image": View.image, "mask": View.mask},
+}
 
 
 def draw(size: tuple[int, int], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
@@ -128,7 +134,7 @@ def resample_milliseconds(samples: list[Sample], case: Case, pairs: int) -> dict
                 view.image(image), view.mask(mask)
 
         for form, cut in FORMS.items():
-            with patch.object(View, "_cut", cut):
+            with patch.multiple(View, **cut):
                 result[form].append(1e3 * seconds(cut_all) / len(views))
     return result
 
@@ -170,7 +176,8 @@ def shares(samples: list[Sample], case: Case) -> dict[str, float]:
     clock = Clock()
     dataset = build_set(samples, case, clock.timed("decode", read_sample))
     watched = (
-        (View, "_cut", "resample"),
+        (View, "image", "resample"),
+        (View, "mask", "resample"),
         (StrongColours, "__call__", "colour jitter"),
         (Image.Image, "filter", "blur"),
         (segmentation, "to_input", "to tensor"),
@@ -220,7 +227,7 @@ def measure(case: Case, samples: list[Sample], pairs: int) -> dict[str, Any]:
         rates[str(workers)] = defaultdict(list)
         for _ in range(pairs):
             for form, cut in FORMS.items():
-                with patch.object(View, "_cut", cut):  # forked workers inherit it
+                with patch.multiple(View, **cut):  # forked workers inherit it
                     dataset = build_set(samples, case, read_sample)
                     rate = samples_a_second(dataset, case.batches, workers)
                 rates[str(workers)][form].append(rate)
