@@ -98,7 +98,7 @@ def test_other_settings_are_refused_with_the_keys(finished, demo_root, tiny_sett
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [{"workers": 1}, {"workers": 2}, {"workers": 1, "cache": "ram"}])
+@pytest.mark.parametrize("change", [{"workers": 1}, {"workers": 2, "cache": "ram"}])
 def test_weights_depend_on_no_loader(finished, demo_root, tmp_path, change, tiny_settings):
     words = tiny_settings(demo_root, tmp_path)
     again = start(words, "again", **change)
