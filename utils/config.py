@@ -1,56 +1,10 @@
 """A run's settings: typed, explained, read from YAML, checked before anything starts."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-
-
-def _ordered(numbers: tuple[float, float]) -> tuple[float, float]:
-    if numbers[0] > numbers[1]:
-        raise ValueError("the smaller number comes first")
-    return numbers
-
-
-def _distinct(names: list[str]) -> list[str]:
-    if len(set(names)) < len(names):
-        raise ValueError("two classes have one name")
-    return names
-
-
-def _file_id(key: Any) -> int | str:
-    if key == "other" or (type(key) is int and 0 <= key <= 65535):
-        return key
-    if isinstance(key, str) and key.isdecimal():  # on the command line, and in a kept config
-        return _file_id(int(key))
-    raise ValueError("ids in mask files go from 0 to 65535; 'other' stands for all that remain")
-
-
-def _class(value: Any) -> int | str | None:
-    if value is None or isinstance(value, str) or (type(value) is int and value >= 0):
-        return value
-    raise ValueError("a class is its name or its id; null is ignored")
-
-
-Range = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
-
-
-FileId = Annotated[int, Field(ge=0, le=65535)]
-FileIds = Annotated[list[FileId], BeforeValidator(lambda x: x if isinstance(x, list) else [x])]
-ClassMap = dict[
-    Annotated[int | str, PlainValidator(_file_id)],
-    Annotated[int | str | None, PlainValidator(_class)],
-]
+from utils.values import ClassMap, ClassNames, FileIds, Positive, Range, Share
 
 
 class Section(BaseModel):
@@ -68,9 +22,7 @@ class DatasetSection(Section):
     unlabeled: str = "unlabeled.txt"  # image a line; a mask beside it is never opened
     val: str = "val.txt"  # image and mask a line
     # Names of a custom kind, by class id.
-    classes: Annotated[list[str], AfterValidator(_distinct)] | None = Field(
-        None, min_length=2, max_length=255
-    )
+    classes: ClassNames | None = None
     # Id in mask files to class name, class id, or null for ignored; 'other' stands for the ids that
     # neither class_map nor ignore names. null: ids in files are class ids.
     class_map: ClassMap | None = None

@@ -1,0 +1,199 @@
+"""What ``stages.py`` times: the plain form of every stage, and the code that train.py runs."""
+
+import argparse
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from dataset.catalog import describe
+from dataset.demo import write_demo
+from dataset.loader import Chance, training_batches
+from dataset.query import Querier, QueryRule, build_query_index
+from dataset.segmentation import LabeledPairs, RetrainSamples, queried_image, queried_prototype
+from dataset.splits import Sample, read_splits
+from eval import build_network, validate
+from model.losses import cross_entropy
+from model.objectives import Loss, retrain_loss, supervised_loss, weight_by_bank, weight_by_image
+from tests.benchmarks import plain
+from utils.checkpoint import save
+from utils.frozen import frozen
+from utils.log import Log
+from utils.optimization import Optimization
+from utils.precision import Device
+from utils.read_config import read_config
+from utils.stage import Stage, Stopwatch, checkpoint_of
+
+SIZE, SCALES, BATCH, IMAGES = (360, 480), [0.5, 0.75, 1.0, 1.5, 2.0], 2, 4
+CHANCE = Chance(0, "benchmark")
+
+
+class Row(NamedTuple):
+    """What is timed: how to build both forms, images a call, arithmetic of an image."""
+
+    forms: dict[str, Callable[[], Callable[[], object]]]
+    images: int
+    flop: float
+
+
+class Bench:
+    """Drawn images and a configuration; a method a stage builds what is timed there."""
+
+    def __init__(self, typed: argparse.Namespace, folder: Path) -> None:
+        self.folder, root = folder, folder / "data"
+        words = [f"dataset.root={root}", f"model.backbone={typed.backbone}", "workers=0"]
+        words += ["model.output_stride=8", f"augment.crop_size={typed.crop}", "query.exclude=[]"]
+        words += ["augment.base_size=480", f"inference.batch_size={IMAGES}"]
+        self.config = read_config("demo.yaml", [*words, f"pseudo_label.scales={SCALES}"])
+        kind = describe(self.config.dataset)
+        write_demo(root, kind.palette(), 2 * IMAGES, IMAGES, IMAGES, size=SIZE)
+        self.device = Device(typed.device, typed.precision)
+        self.splits, self.classes = read_splits(self.config.dataset), len(kind.classes)
+        rule = QueryRule.of(self.config.query, kind)
+        self.index = build_query_index(self.splits.labeled, rule)
+        self.querier = Querier(self.splits.labeled, self.index, rule, self.config.augment)
+        self.teacher = folder / "teacher"
+        torch.manual_seed(0)
+        save(checkpoint_of(self.teacher), {"model": self.network().state_dict()})
+
+    def network(self) -> nn.Module:
+        return build_network(self.config, pretrained=None)
+
+    def plain(self) -> nn.Module:
+        return plain.plain_network(self.network()).to(self.device.device)
+
+    def ours(self) -> nn.Module:
+        return self.device.place(self.network())
+
+    def stage(self, name: str) -> Stage:
+        folder = self.folder / name
+        shutil.rmtree(folder, ignore_errors=True)
+        watch = Stopwatch(folder / "unfinished" / "seconds")
+        return Stage(name, folder, self.config, self.device, Log(folder), watch)
+
+    def on_device(self, batch: tuple) -> tuple:
+        """Move a record as it is, not channels-last."""
+        return type(batch)._make(
+            part.to(self.device.device) if isinstance(part, Tensor) else self.on_device(part)
+            for part in batch
+        )
+
+    def step(self, net: nn.Module, loss: Callable[[tuple], Loss], batch: tuple) -> Callable:
+        """Build a training step as ``train.fit`` does it."""
+        scaler = self.device.scaler()
+        optimization = Optimization(net, self.config.optimizer, 10_000, scaler)
+
+        def step() -> None:
+            with self.device.autocast():
+                outcome = loss(self.device.move(batch))
+            optimization.add(outcome.total)
+            optimization.step()
+
+        return step
+
+    def plain_step(self, net: nn.Module, work: Callable, batch: tuple, *more: object) -> Callable:
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+        return partial(work, net, *more, optimizer, self.on_device(batch))
+
+    def supervised(self) -> Row:
+        pairs = LabeledPairs(self.splits.labeled, self.querier, self.config.augment, CHANCE)
+        (batch, *_) = training_batches(pairs, BATCH, range(1), CHANCE, 0)
+
+        def ours() -> Callable:
+            net = self.ours()
+            return self.step(net, partial(supervised_loss, net, cross_entropy, 1.0), batch)
+
+        forms = {"ours": ours}
+        forms["plain"] = lambda: self.plain_step(self.plain(), plain.supervised_step, batch)
+        return Row(forms, 2 * BATCH, 3 * self.flop(self.config.augment.crop_size))
+
+    def retrain(self) -> Row:
+        batch = self.retrain_batch(queried_image)
+
+        def ours() -> Callable:
+            net, guide = self.ours(), partial(weight_by_image, frozen(self.network(), self.device))
+            return self.step(net, partial(retrain_loss, net, guide, cross_entropy), batch)
+
+        def naive() -> Callable:
+            return self.plain_step(self.plain(), plain.retrain_step, batch, self.plain().eval())
+
+        crop = self.config.augment.crop_size
+        return Row({"plain": naive, "ours": ours}, BATCH, (2 * 3 + 2) * self.flop(crop))
+
+    def retrain_by_bank(self) -> Row:
+        batch = self.retrain_batch(queried_prototype)
+
+        def ours() -> Callable:
+            net, teacher = self.ours(), frozen(self.network(), self.device)
+            bank = train.prototype_bank(self.stage("bank"), teacher, self.splits.labeled)
+            guide = partial(weight_by_bank, teacher, bank)
+            return self.step(net, partial(retrain_loss, net, guide, cross_entropy), batch)
+
+        row = self.retrain()
+        flop = (2 * 3 + 1) * self.flop(self.config.augment.crop_size)
+        return Row({"plain": row.forms["plain"], "ours": ours}, BATCH, flop)
+
+    def retrain_batch(self, query: Callable) -> tuple:
+        # The true masks of val stand for pseudo labels.
+        query, augment = partial(query, self.querier), self.config.augment
+        samples = RetrainSamples(self.splits.val, self.splits.labeled, query, augment, CHANCE)
+        (batch, *_) = training_batches(samples, BATCH, range(1), CHANCE, 0)
+        return batch
+
+    def pseudo_label(self) -> Row:
+        samples, device = self.splits.unlabeled[:BATCH], self.device.device
+
+        def ours() -> None:  # a new stage each time: one that is there goes on where it stopped
+            train.write_pseudo_labels(self.stage("labels"), self.teacher, samples)
+
+        def naive() -> Callable:
+            folder, net = self.folder / "plain", self.plain().eval()
+            folder.mkdir(exist_ok=True)
+            return partial(plain.pseudo_label, net, samples, SCALES, device, folder)
+
+        flop = sum(2 * self.flop(*(round(side * scale) for side in SIZE)) for scale in SCALES)
+        return Row({"plain": naive, "ours": lambda: ours}, len(samples), flop)
+
+    def select(self) -> Row:
+        # Two labeled and two unlabeled images; the masks of val stand for pseudo labels.
+        labeled, unlabeled = self.splits.labeled[:BATCH], self.splits.val[:BATCH]
+        splits = self.splits._replace(labeled=labeled, unlabeled=unlabeled)
+        masks = self.folder / "masks"
+        for sample in unlabeled:
+            there = (masks / "masks" / sample.name).with_suffix(".png")
+            there.parent.mkdir(parents=True, exist_ok=True)
+            there.write_bytes(sample.mask.read_bytes())
+        ours = partial(train.select, self.stage("select"), self.teacher, splits, masks, self.index)
+
+        def naive() -> Callable:
+            net = self.plain().eval()
+            return partial(plain.select, net, labeled, unlabeled, self.device.device)
+
+        return Row({"plain": naive, "ours": lambda: ours}, 2 * BATCH, self.flop(*SIZE))
+
+    def evaluate(self) -> Row:
+        val: Sequence[Sample] = self.splits.val
+
+        def ours() -> Callable:
+            return partial(validate, self.ours(), val, self.config, self.device)
+
+        def naive() -> Callable:
+            return partial(
+                plain.evaluate, self.plain().eval(), val, self.classes, self.device.device
+            )
+
+        return Row({"plain": naive, "ours": ours}, len(val), self.flop(*SIZE))
+
+    def flop(self, height: int, width: int | None = None) -> float:
+        """Count the multiplications and additions of a pass of one image."""
+        with torch.device("meta"):
+            net, image = self.network(), torch.empty(1, 3, height, width or height)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                net.eval()(image)
+        return counter.get_total_flops()
