@@ -98,10 +98,9 @@ def test_other_settings_are_refused_with_the_keys(finished, demo_root, tiny_sett
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [{"workers": 1}, {"workers": 2, "cache": "ram"}])
-def test_weights_depend_on_no_loader(finished, demo_root, tmp_path, change, tiny_settings):
+def test_weights_depend_on_no_loader(finished, demo_root, tmp_path, tiny_settings):
     words = tiny_settings(demo_root, tmp_path)
-    again = start(words, "again", **change)
+    again = start(words, "again", workers=2, cache="ram")
     masks, final = outcome(again)
     expected_masks, expected = outcome(finished[0])
     assert masks == expected_masks
