@@ -49,10 +49,11 @@ from model.objectives import (
 from utils.batch_norm import synchronised
 from utils.checkpoint import load_weights
 from utils.config import Config, TrainingSection
-from utils.distributed import by_first, gathered, joined, merged, parallel, shared, total
+from utils.distributed import by_first, gathered, joined, merged, parallel, shared
 from utils.errors import Parser, UserError, exit_with_one_line
 from utils.frozen import frozen
 from utils.optimization import Optimization
+from utils.outcomes import Outcomes
 from utils.panels import save_mask
 from utils.progress import StageBar
 from utils.read_config import read_config
@@ -86,10 +87,8 @@ def train_supervised(stage: Stage, splits: Splits, index: QueryIndex) -> Report:
     """Stage 1: labeled pairs, cross entropy on both images and the consistency loss."""
     config, chance = stage.config, Chance(stage.config.seed, stage.name)
     read = sample_reader(config.cache, splits.labeled, config.workers)
-    querier, repeat = (
-        _querier(config, splits, index, read),
-        repeats(config.supervised, splits.labeled),
-    )
+    querier = _querier(config, splits, index, read)
+    repeat = repeats(config.supervised, splits.labeled)
     pairs = LabeledPairs(splits.labeled, querier, config.augment, chance, repeat, read)
     net = _new_network(stage, chance)
     weight = config.supervised.consistency
@@ -205,7 +204,13 @@ def fit(
     best = config.evaluate.checkpoint == "best"
     count = settings.accumulate
     bar = StageBar(stage.name, settings.epochs, steps * count, images=2 * size // count)
-    with bar, Progress(stage, net, optimization, bar) as at:
+
+    def leave_out(epoch: int, step: int, loss: float) -> None:
+        keys = batch_keys(len(dataset), size, epoch, step, chance)
+        stage.leave_out(epoch, step, loss, dataset.names(keys))
+
+    outcomes = Outcomes(leave_out)
+    with bar, Progress(stage, net, optimization, bar, outcomes) as at:
         epochs, outcome = range(at.epoch, settings.epochs), at.report
         batches = training_batches(dataset, size, epochs, chance, config.workers, at.step)
         seeds = batch_seeds(len(dataset), size, epochs, chance, at.step)
@@ -218,14 +223,11 @@ def fit(
                     seed_dropout(net, own.tolist())
                     with device.autocast():
                         answer = loss(part)
-                    if optimization.add(answer.total / count):
-                        bar.update(answer.shown, optimization.lr)
-                    else:
-                        lost = total(answer.total).item()
-                if not optimization.step():
-                    names = dataset.names(batch_keys(len(dataset), size, epoch, step, chance))
-                    stage.leave_out(epoch, step, lost, names)
+                    finite = optimization.add(answer.total / count)
+                    bar.update(answer.shown, finite, optimization.lr)
+                outcomes.add(epoch, step, optimization.step())
                 at.step_done()
+            outcomes.settle()
             numbers, last = bar.means(), epoch + 1 == settings.epochs
             if last or (epoch + 1) % config.evaluate.every == 0:
                 matrix = validate(net, val, config, device)

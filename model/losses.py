@@ -4,6 +4,8 @@ Of several processes each gets its part of the mean over all their pixels; the p
 call a loss together.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,14 +58,14 @@ def ohem_cross_entropy(
 
     Source: online hard example mining (Shrivastava et al., CVPR 2016) as ST++ and U2PL use it.
     """
-    loss = _pixel_loss(logits, label)[label != IGNORE]
+    loss, valid = _pixel_loss(logits, label), label != IGNORE
     room = min(min_kept, int(total(torch.tensor(label.numel()))))
-    hardest = loss.detach().topk(min(room, loss.numel())).values
+    ranked = loss.detach().masked_fill(~valid, -torch.inf).flatten()
+    hardest = ranked.topk(min(room, len(ranked))).values
     hardest = F.pad(hardest, (0, room - len(hardest)), value=-torch.inf)
     hardest = everyones(hardest).topk(room).values
     # -log(threshold) is the loss at the threshold: ranking by loss is ranking by probability.
-    limit = torch.minimum(hardest[-1], loss.new_tensor(threshold).log().neg())
-    kept = loss >= limit
+    kept = valid & (loss >= hardest[-1].clamp_max(-math.log(threshold)))
     return (loss * kept).sum() / total(kept.sum()).clamp_min(1)
 
 

@@ -55,7 +55,7 @@ def poisoned(monkeypatch):
         calls.append(None)
         answer = loss(net, *rest)
         if len(calls) == 4:
-            net.head.project[1].running_mean.fill_(torch.nan)  # as an infinite forward pass would
+            net.head.project[1].running_mean.data.fill_(torch.nan)  # as infinite maps would
             return answer._replace(total=answer.total * torch.inf)
         return answer
 

@@ -37,7 +37,7 @@ def test_steps_match_hand_count():
 def down(sgd, *losses):
     for loss in losses:
         sgd.add(loss)
-    return sgd.step()
+    return bool(sgd.step().finite)
 
 
 def test_gradients_of_several_losses_add_up_to_one_step():
@@ -99,3 +99,16 @@ def test_a_loss_that_is_not_finite_changes_the_rate_alone(first):
     assert sgd.lr == pytest.approx(rate - 0.025)
     assert down(sgd, net.loss())
     assert net.head.weight.isfinite()
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight():
+    net = Net()
+    sgd = optimization(net, momentum=0.9)
+    infinite_slope = (net.head.weight.sum() - 1).sqrt()
+    assert sgd.add(net.loss() + infinite_slope)  # the loss itself is finite: 2
+    outcome = sgd.step()
+    assert outcome.loss == 2
+    assert not outcome.finite
+    assert [weight.item() for weight in net.parameters()] == [1, 1]
+    assert down(sgd, net.loss())
+    assert net.head.weight.item() == pytest.approx(1 - 0.15)  # no momentum was kept

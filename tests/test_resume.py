@@ -10,6 +10,7 @@ from utils.config import OptimizerSection
 from utils.errors import Stopped, UserError
 from utils.log import Log
 from utils.optimization import Optimization
+from utils.outcomes import Outcomes
 from utils.precision import Device
 from utils.progress import StageBar
 from utils.resume import Journal, Progress
@@ -42,6 +43,10 @@ def stage(tmp_path):
     return make
 
 
+def never(epoch, step, loss):
+    raise AssertionError(f"loss {loss} in epoch {epoch}, step {step}")
+
+
 def sitting(stage, stop_after=None):
     """Train, or go on; return weights and each epoch's mean loss. Stop after so many iterations."""
     torch.manual_seed(0)
@@ -50,7 +55,8 @@ def sitting(stage, stop_after=None):
         net, OptimizerSection(lr=0.1), STEPS * EPOCHS, stage.device.scaler()
     )
     bar = StageBar(stage.name, EPOCHS, STEPS, images=1)
-    with bar, Progress(stage, net, optimization, bar) as at:
+    outcomes = Outcomes(never)
+    with bar, Progress(stage, net, optimization, bar, outcomes) as at:
         for epoch in range(at.epoch, EPOCHS):
             bar.start(epoch, at.seen)
             for step in range(at.step, STEPS):
@@ -59,9 +65,8 @@ def sitting(stage, stop_after=None):
                 torch.manual_seed(100 * epoch + step)
                 loss = net(torch.randn(4, 1))
                 rate = optimization.lr
-                optimization.add(loss)
-                assert optimization.step()
-                bar.update({"loss": loss}, rate)
+                bar.update({"loss": loss}, optimization.add(loss), rate)
+                outcomes.add(epoch, step, optimization.step())
                 at.step_done()
                 done += 1
             numbers = bar.means()

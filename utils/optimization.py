@@ -1,12 +1,25 @@
 """SGD as this family of methods uses it: a faster head, polynomial decay every iteration."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from utils.config import OptimizerSection
 from utils.distributed import total, world
+
+
+class StepOutcome(NamedTuple):
+    """What came of a training step. On the device: to read it is to wait for the step.
+
+    Attributes:
+        loss: () float, of all processes.
+        finite: () bool; if not, the step has changed no weight.
+    """
+
+    loss: Tensor
+    finite: Tensor
 
 
 class Optimization:
@@ -36,59 +49,73 @@ class Optimization:
             {"params": head, "lr": settings.lr * settings.head_multiple},
         ]
         self._sgd = torch.optim.SGD(
-            groups,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            # A fused first step that the scaler skips would leave momentum uninitialised.
-            fused=not scaler.is_enabled(),
+            groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
         )
+        if settings.momentum:
+            # A fused first step that is left out would leave momentum uninitialised.
+            for parameter in net.parameters():
+                momentum = torch.zeros_like(parameter)
+                self._sgd.state[parameter]["momentum_buffer"] = momentum
         self._buffers = list(net.buffers()) if undo else []
         self._keep_buffers()
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._sgd, lambda step: max(0.0, 1.0 - step / steps) ** settings.power
         )
         self._scaler = scaler
-        self._finite = True  # all losses of this step, so far
+        self._losses: list[Tensor] = []  # of this step, so far
 
     @property
     def lr(self) -> float:
         """The backbone's learning rate now."""
         return self._sgd.param_groups[0]["lr"]
 
-    def add(self, loss: Tensor) -> bool:
-        """Add the gradient of a scalar loss to those of this step, if it is finite.
+    def add(self, loss: Tensor) -> Tensor:
+        """Add the gradient of a scalar loss to those of this step.
 
-        Of several processes each brings its part of the loss; they decide together.
+        Of several processes each brings its part of the loss.
 
         Returns:
-            Whether it was. If not, ``step`` will change no weight.
+            () bool, on the device: whether the loss of all processes is finite. If not, ``step``
+            will change no weight.
         """
-        finite = bool(torch.isfinite(total(loss.detach())))
-        if finite:
-            # A process has its part of the loss, and parts add up; gradients are averaged.
-            self._scaler.scale(loss * world()).backward()
-        self._finite = self._finite and finite
+        whole = total(loss.detach())
+        self._losses.append(whole)
+        finite = whole.isfinite()
+        # A process has its part of the loss, and parts add up; gradients are averaged. NaN for a
+        # loss that is not finite makes all gradients NaN, which no scaler lets pass.
+        weight = torch.where(finite, float(world()), torch.nan)
+        self._scaler.scale(loss * weight).backward()
         return finite
 
-    def step(self) -> bool:
-        """Go one step down the gradients that were added.
+    def step(self) -> StepOutcome:
+        """Go one step down the gradients that were added, if losses and gradients are finite.
+
+        In fp16 gradients that overflow are left out, as the scaler does, but are no failure.
 
         Returns:
-            Whether all losses were finite. If not, the rate has gone on; weights and momentum are
+            How it went. If it is not finite, the rate has gone on; weights and momentum are
             untouched, and with ``undo`` the buffers are those before the forward pass, which may
             have put its infinities into the running means of batch norm.
         """
-        finite, self._finite = self._finite, True
-        if finite:
-            self._scaler.step(self._sgd)
-            self._scaler.update()
-            self._keep_buffers()
-        else:
-            for buffer, kept in zip(self._buffers, self._kept, strict=True):
-                buffer.copy_(kept)
+        loss = torch.stack(self._losses).sum()
+        self._losses, finite = [], loss.isfinite()
+        if not self._scaler.is_enabled():
+            finite = finite & self._largest_gradient().isfinite()
+            # The device itself leaves the step out: asking it first would be to wait for it.
+            self._sgd.found_inf = (~finite).float()
+        self._scaler.step(self._sgd)
+        self._scaler.update()
+        for buffer, kept in zip(self._buffers, self._kept, strict=True):
+            buffer.copy_(torch.where(finite, buffer, kept))
+        self._keep_buffers()
         self._sgd.zero_grad()
         self._schedule.step()
-        return finite
+        return StepOutcome(loss, finite)
+
+    def _largest_gradient(self) -> Tensor:
+        parameters = [p for group in self._sgd.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        return get_total_norm(gradients, torch.inf)
 
     def _keep_buffers(self) -> None:
         self._kept = [buffer.clone() for buffer in self._buffers]

@@ -60,6 +60,7 @@ class StageBar:
             seen: ``state_dict`` of a sitting that began it; empty if none did.
         """
         self._sums: dict[str, Tensor] = dict(seen.get("sums", {}))
+        self._counted: Tensor | int = seen.get("counted", 0)
         self._steps, self._lr = seen.get("steps", 0), seen.get("lr", 0.0)
         self._started = time.monotonic() - seen.get("seconds", 0.0)
         done = epoch * self._an_epoch + self._steps * self._images
@@ -71,16 +72,22 @@ class StageBar:
     def state_dict(self) -> dict[str, Any]:
         """Return what ``start`` takes to go on with the epoch."""
         seconds = time.monotonic() - self._started
-        return {"sums": self._sums, "steps": self._steps, "lr": self._lr, "seconds": seconds}
+        counts = {"counted": self._counted, "steps": self._steps}
+        return {"sums": self._sums, **counts, "lr": self._lr, "seconds": seconds}
 
-    def update(self, shown: dict[str, Tensor], lr: float) -> None:
-        """Count an iteration with this process's part of its scalars; they stay on their device."""
+    def update(self, shown: dict[str, Tensor], finite: Tensor, lr: float) -> None:
+        """Count an iteration with this process's part of its scalars; they stay on their device.
+
+        Args:
+            shown: the scalars by name.
+            finite: () bool; if not, they count in no mean.
+            lr: the learning rate.
+        """
         self._steps, self._lr = self._steps + 1, lr
+        self._counted = finite + self._counted
         for name, value in shown.items():
-            value = total(value.detach())
-            self._sums[name] = (
-                self._sums.get(name, torch.zeros_like(value)).to(value.device) + value
-            )
+            value = torch.where(finite, total(value.detach()), 0.0)
+            self._sums[name] = value + self._sums.get(name, 0.0)
         # Reading a scalar waits for the device: only where the bar is drawn anew.
         if self._bar.update(self._images):
             means = {name: f"{value:.3g}" for name, value in self._term_means().items()}
@@ -93,4 +100,4 @@ class StageBar:
         return {**self._term_means(), "lr": self._lr, "images_per_second": speed}
 
     def _term_means(self) -> dict[str, float]:
-        return {name: total.item() / self._steps for name, total in self._sums.items()}
+        return {name: (value / self._counted).item() for name, value in self._sums.items()}

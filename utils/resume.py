@@ -13,6 +13,7 @@ from utils.distributed import by_first, rank
 from utils.errors import Stopped, UserError
 from utils.files import append_text, read_records, sha256, write_atomically, write_text
 from utils.optimization import Optimization
+from utils.outcomes import Outcomes
 from utils.progress import StageBar
 from utils.signals import stop_here
 from utils.stage import Report, Stage
@@ -28,6 +29,7 @@ class Progress:
     Args:
         stage: the stage.
         net, optimization, bar: take up their states; are saved with the rest.
+        outcomes: of the steps; a state that follows a loss that was not finite is not saved.
 
     Attributes:
         epoch: whole epochs that are done.
@@ -37,8 +39,14 @@ class Progress:
     """
 
     def __init__(
-        self, stage: Stage, net: nn.Module, optimization: Optimization, bar: StageBar
+        self,
+        stage: Stage,
+        net: nn.Module,
+        optimization: Optimization,
+        bar: StageBar,
+        outcomes: Outcomes,
     ) -> None:
+        self._outcomes = outcomes
         self._stage, self._net, self._optimization, self._bar = stage, net, optimization, bar
         self._path = stage.unfinished / "resume.pth"
         self._previous = stage.unfinished / "resume.previous.pth"
@@ -61,6 +69,7 @@ class Progress:
     ) -> None:
         """Save what a signal interrupts."""
         if isinstance(error, Stopped):
+            self._outcomes.settle()
             self._save()
 
     def step_done(self) -> None:
@@ -69,10 +78,12 @@ class Progress:
         every = self._stage.config.checkpoint_every
         stop_here()
         if every is not None and self.step % every == 0:
+            self._outcomes.settle()
             self._save()
 
     def epoch_done(self, report: Report) -> None:
         """Count an epoch and save. A place to stop."""
+        self._outcomes.settle()
         self.epoch, self.step, self.seen, self.report = self.epoch + 1, 0, {}, report
         self._save()
         stop_here()

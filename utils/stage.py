@@ -1,6 +1,7 @@
 """One stage of a run, as the function that does it sees it, and what it leaves."""
 
 import contextlib
+import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -76,19 +77,20 @@ class Stage:
         self.log.record(self.name, epoch, numbers)
 
     def leave_out(self, epoch: int, step: int, loss: float, images: Sequence[str]) -> None:
-        """Say which batch was left out, its loss not being finite.
+        """Say which batch was left out, its loss or gradient not being finite.
 
         Args:
             epoch: of the batch, counted from 0.
             step: of the batch, counted from 0.
-            loss: not finite.
+            loss: of the batch; if it is finite, the gradient is not.
             images: of the batch.
 
         Raises:
             UserError: ``on_nonfinite`` is ``stop``.
         """
         place = f"{self.name}, epoch {epoch + 1}, iteration {step + 1}"
-        said = f"{place}: the loss is {loss} on {', '.join(images)}"
+        but = ", but its gradient is not finite," if math.isfinite(loss) else ""
+        said = f"{place}: the loss is {loss:.4g}{but} on {', '.join(images)}"
         if self.config.on_nonfinite == "skip":
             self.log.say(f"{said}; this batch changes no weight")
             return
