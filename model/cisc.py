@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.adjoint import at_least_float32, full_precision, pull_back
+from model.bilinear import at_least_float32, full_precision, pull_back, resize
 from utils import IGNORE
 from utils.distributed import total
 
@@ -56,7 +56,7 @@ def similarity_map(features: Tensor, prototype: Tensor, size: tuple[int, int]) -
     Returns:
         (B, H, W) float32 in [0, 1]: the clamped cosine, resized bilinearly as one channel.
     """
-    return _resized(_cosines(features, prototype.unsqueeze(1)), size).squeeze(1)
+    return resize(_cosines(features, prototype.unsqueeze(1)), size).squeeze(1)
 
 
 def consistency_loss(
@@ -183,7 +183,7 @@ def reliability(features: Tensor, label: Tensor, anchors: Tensor) -> Tensor:
     image, shown = (_class_areas(label, len(anchors)).bool() & known).nonzero(as_tuple=True)
     cosines = _cosines(features, anchors.nan_to_num().expand(len(features), -1, -1))
     # One channel for each class that an image shows, not one for each that there is.
-    maps = _resized(cosines[image, shown].unsqueeze(1), label.shape[-2:]).squeeze(1)
+    maps = resize(cosines[image, shown].unsqueeze(1), label.shape[-2:]).squeeze(1)
     label = label[image]
     scores = cosines.new_full(cosines.shape[:2], torch.nan)
     scores[image, shown] = -_mean_entropy(maps, label == shown[:, None, None], label)
@@ -213,10 +213,6 @@ def _cosines(features: Tensor, prototypes: Tensor) -> Tensor:
         along = torch.einsum("bdhw,bcd->bchw", features, directions)
         lengths = torch.linalg.vector_norm(features, dim=1, keepdim=True)
         return (along / lengths.clamp_min(_NORM_EPS)).clamp(0.0, 1.0)
-
-
-def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 def _class_areas(label: Tensor, num_classes: int) -> Tensor:

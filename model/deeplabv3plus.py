@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from model.bilinear import resize
 from model.dropout import Dropout, Dropout2d
-from model.layers import SegmentationOutput, SpatialMean, conv_bn_relu, full_size, resize
+from model.layers import SegmentationOutput, SpatialMean, conv_bn_relu, full_size
 
 
 class DeepLabV3Plus(nn.Module):
@@ -36,7 +37,7 @@ class DeepLabV3Plus(nn.Module):
     def extract(self, images: Tensor) -> Tensor:
         """Return the features alone, for callers that need no logits."""
         low_level, last = self.backbone(images)
-        pyramid = resize(self.head(last), low_level.shape[-2:])
+        pyramid = resize(self.head(last), low_level.shape[-2:], align_corners=True)
         return self.fuse(torch.cat([self.reduce(low_level), pyramid], dim=1))
 
     def classify(self, features: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.bilinear import resize
 from model.dilated import DilatedConv2d
 
 
@@ -46,11 +46,7 @@ def conv_bn_relu(in_channels: int, channels: int, size: int, rate: int = 1) -> n
     return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 
-def resize(maps: Tensor, size: torch.Size) -> Tensor:
-    """Resize (B, C, h, w) bilinearly as the published networks do: corners aligned."""
-    return F.interpolate(maps, size, mode="bilinear", align_corners=True)
-
-
 def full_size(logits: Tensor, images: Tensor) -> Tensor:
     """Resize logits to the images' size, in float32: cast while small, not once more when large."""
-    return resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), images.shape[-2:])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return resize(logits, images.shape[-2:], align_corners=True)

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from model.bilinear import resize
 from model.dropout import Dropout
-from model.layers import SegmentationOutput, SpatialMean, conv_bn_relu, full_size, resize
+from model.layers import SegmentationOutput, SpatialMean, conv_bn_relu, full_size
 
 
 class PSPNet(nn.Module):
@@ -37,7 +38,7 @@ class PSPNet(nn.Module):
     def extract(self, images: Tensor) -> Tensor:
         """Return the features alone, at the output stride."""
         _, last = self.backbone(images)
-        means = [resize(level(last), last.shape[-2:]) for level in self.pyramid]
+        means = [resize(level(last), last.shape[-2:], align_corners=True) for level in self.pyramid]
         return self.fuse(torch.cat([last, *means], dim=1))
 
     def classify(self, features: Tensor) -> Tensor:

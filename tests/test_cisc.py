@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.adjoint import pull_back
 from model.cisc import (
     class_prototypes,
     consistency_loss,
@@ -220,12 +219,3 @@ def test_image_reliability_sums_or_averages_the_classes_that_count():
     scores = torch.tensor([[-1.0, nan, -3.0], [-2.5, nan, nan], [nan, nan, nan]])
     assert image_reliability(scores, average=False).tolist() == [-4.0, -2.5, -torch.inf]
     assert image_reliability(scores, average=True).tolist() == [-2.0, -2.5, -torch.inf]
-
-
-def test_pull_back_is_the_adjoint_of_the_resize():
-    """<U x, m> = <x, U' m> for any x and m; and sums stay, since every row of U sums to 1."""
-    x, masks = torch.randn(2, 5, 7, dtype=torch.float64), torch.randn(2, 17, 26).double()
-    resized = F.interpolate(x[:, None], (17, 26), mode="bilinear", align_corners=False)[:, 0]
-    pulled = pull_back(masks, (5, 7))
-    torch.testing.assert_close((resized * masks).sum(), (x * pulled).sum())
-    torch.testing.assert_close(pulled.sum(dim=(1, 2)), masks.sum(dim=(1, 2)))

@@ -31,6 +31,8 @@ class Device:
         self.precision = _best_precision(self.device) if precision == "auto" else precision
         if self.precision == "fp16" and self.device.type == "cpu":
             raise UserError("precision: 'fp16' needs an accelerator; a CPU takes fp32 or bf16")
+        # The same command, the same bits; faster convolutions were not to be had for less.
+        torch.backends.cudnn.deterministic = True
 
     def __str__(self) -> str:
         return f"{self.device}, {self.precision}"
