@@ -57,13 +57,13 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def best_rate(device: Device) -> float:
+def best_rate(device: Device, batch: int) -> float:
     """Return FLOP a second of the fastest of a few large convolutions, in our precision."""
     rates = []
     for channels, side in ((256, 80), (512, 41), (1024, 41)):
         conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         conv = device.place(conv).to(device.dtype)
-        maps = device.move(torch.randn(4, channels, side, side)).to(device.dtype)
+        maps = device.move(torch.randn(2 * batch, channels, side, side)).to(device.dtype)
         with torch.inference_mode():
             time_taken = min(seconds(lambda c=conv, m=maps: c(m)) for _ in range(10))
         rates.append(2 * maps.numel() * channels * 9 / time_taken)
@@ -82,11 +82,15 @@ def peak(bench: Bench, stage: str, form: str, before: float) -> float:
     for _ in range(2 if stage in STEPS else 1):
         work()
     if bench.device.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
+        return torch.cuda.max_memory_allocated() / 2**20 - before
     return resident("VmHWM") - before
 
 
-def peak_of_child(stage: str, form: str) -> float:
+def peak_alone(bench: Bench, stage: str, form: str) -> float:
+    """Measure ``peak`` where nothing else is: in a child; on a CUDA device, which tells, here."""
+    if bench.device.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return peak(bench, stage, form, torch.cuda.memory_allocated() / 2**20)
     words = [sys.executable, __file__, *sys.argv[1:], "--peak", stage, form]
     return float(
         subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1]
@@ -94,7 +98,7 @@ def peak_of_child(stage: str, form: str) -> float:
 
 
 def measure(bench: Bench, stage: str, rate: float, pairs: int) -> dict[str, float]:
-    row = STAGES[stage](bench)
+    row, memory = STAGES[stage](bench), {form: peak_alone(bench, stage, form) for form in FORMS}
     works = {form: row.forms[form]() for form in FORMS}
     works["ours"]()  # the first call of a form allocates and chooses kernels
     times = {form: [] for form in FORMS}
@@ -102,7 +106,6 @@ def measure(bench: Bench, stage: str, rate: float, pairs: int) -> dict[str, floa
         for form in FORMS:
             times[form].append(seconds(works[form]) / row.images)
     plainly, ours = (statistics.median(times[form]) for form in FORMS)
-    memory = {form: peak_of_child(stage, form) for form in FORMS}
     ratios = [slow / fast for slow, fast in zip(times["plain"], times["ours"], strict=True)]
     return {
         "plain_images_per_second": 1 / plainly,
@@ -119,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--crop", type=int, default=321)
+    parser.add_argument("--batch", type=int, default=2, help="samples; a pair has two images")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -133,11 +137,9 @@ def main() -> None:
         if typed.peak:
             print(peak(bench, *typed.peak, before))
             return
-        rate = best_rate(bench.device)
-        print(
-            f"{typed.backbone}, crop {typed.crop}, {bench.device}, {typed.threads} threads,",
-            end=" ",
-        )
+        rate = best_rate(bench.device, bench.batch)
+        print(f"{typed.backbone}, crop {typed.crop}, batch {typed.batch}, {bench.device},", end=" ")
+        print(f"{typed.threads} threads,", end=" ")
         print(f"best convolution {rate / 1e9:.0f} GFLOP/s\n")
         print("| stage | plain images/s | images/s | ratio | plain MiB | MiB | share of floor |")
         print("|---|---|---|---|---|---|---|", flush=True)

@@ -30,7 +30,7 @@ from utils.precision import Device
 from utils.read_config import read_config
 from utils.stage import Stage, Stopwatch, checkpoint_of
 
-SIZE, SCALES, BATCH, IMAGES = (360, 480), [0.5, 0.75, 1.0, 1.5, 2.0], 2, 4
+SIZE, SCALES, IMAGES = (360, 480), [0.5, 0.75, 1.0, 1.5, 2.0], 4
 CHANCE = Chance(0, "benchmark")
 
 
@@ -47,12 +47,13 @@ class Bench:
 
     def __init__(self, typed: argparse.Namespace, folder: Path) -> None:
         self.folder, root = folder, folder / "data"
+        self.batch, images = typed.batch, max(IMAGES, typed.batch)
         words = [f"dataset.root={root}", f"model.backbone={typed.backbone}", "workers=0"]
         words += ["model.output_stride=8", f"augment.crop_size={typed.crop}", "query.exclude=[]"]
-        words += ["augment.base_size=480", f"inference.batch_size={IMAGES}"]
+        words += ["augment.base_size=480", f"inference.batch_size={images}"]
         self.config = read_config("demo.yaml", [*words, f"pseudo_label.scales={SCALES}"])
         kind = describe(self.config.dataset)
-        write_demo(root, kind.palette(), 2 * IMAGES, IMAGES, IMAGES, size=SIZE)
+        write_demo(root, kind.palette(), 2 * images, images, images, size=SIZE)
         self.device = Device(typed.device, typed.precision)
         self.splits, self.classes = read_splits(self.config.dataset), len(kind.classes)
         rule = QueryRule.of(self.config.query, kind)
@@ -103,7 +104,7 @@ class Bench:
 
     def supervised(self) -> Row:
         pairs = LabeledPairs(self.splits.labeled, self.querier, self.config.augment, CHANCE)
-        (batch, *_) = training_batches(pairs, BATCH, range(1), CHANCE, 0)
+        (batch, *_) = training_batches(pairs, self.batch, range(1), CHANCE, 0)
 
         def ours() -> Callable:
             net = self.ours()
@@ -111,7 +112,7 @@ class Bench:
 
         forms = {"ours": ours}
         forms["plain"] = lambda: self.plain_step(self.plain(), plain.supervised_step, batch)
-        return Row(forms, 2 * BATCH, 3 * self.flop(self.config.augment.crop_size))
+        return Row(forms, 2 * self.batch, 3 * self.flop(self.config.augment.crop_size))
 
     def retrain(self) -> Row:
         batch = self.retrain_batch(queried_image)
@@ -124,7 +125,7 @@ class Bench:
             return self.plain_step(self.plain(), plain.retrain_step, batch, self.plain().eval())
 
         crop = self.config.augment.crop_size
-        return Row({"plain": naive, "ours": ours}, BATCH, (2 * 3 + 2) * self.flop(crop))
+        return Row({"plain": naive, "ours": ours}, self.batch, (2 * 3 + 2) * self.flop(crop))
 
     def retrain_by_bank(self) -> Row:
         batch = self.retrain_batch(queried_prototype)
@@ -137,17 +138,17 @@ class Bench:
 
         row = self.retrain()
         flop = (2 * 3 + 1) * self.flop(self.config.augment.crop_size)
-        return Row({"plain": row.forms["plain"], "ours": ours}, BATCH, flop)
+        return Row({"plain": row.forms["plain"], "ours": ours}, self.batch, flop)
 
     def retrain_batch(self, query: Callable) -> tuple:
         # The true masks of val stand for pseudo labels.
         query, augment = partial(query, self.querier), self.config.augment
         samples = RetrainSamples(self.splits.val, self.splits.labeled, query, augment, CHANCE)
-        (batch, *_) = training_batches(samples, BATCH, range(1), CHANCE, 0)
+        (batch, *_) = training_batches(samples, self.batch, range(1), CHANCE, 0)
         return batch
 
     def pseudo_label(self) -> Row:
-        samples, device = self.splits.unlabeled[:BATCH], self.device.device
+        samples, device = self.splits.unlabeled[: self.batch], self.device.device
 
         def ours() -> None:  # a new stage each time: one that is there goes on where it stopped
             train.write_pseudo_labels(self.stage("labels"), self.teacher, samples)
@@ -162,7 +163,7 @@ class Bench:
 
     def select(self) -> Row:
         # Two labeled and two unlabeled images; the masks of val stand for pseudo labels.
-        labeled, unlabeled = self.splits.labeled[:BATCH], self.splits.val[:BATCH]
+        labeled, unlabeled = self.splits.labeled[: self.batch], self.splits.val[: self.batch]
         splits = self.splits._replace(labeled=labeled, unlabeled=unlabeled)
         masks = self.folder / "masks"
         for sample in unlabeled:
@@ -175,7 +176,7 @@ class Bench:
             net = self.plain().eval()
             return partial(plain.select, net, labeled, unlabeled, self.device.device)
 
-        return Row({"plain": naive, "ours": lambda: ours}, 2 * BATCH, self.flop(*SIZE))
+        return Row({"plain": naive, "ours": lambda: ours}, 2 * self.batch, self.flop(*SIZE))
 
     def evaluate(self) -> Row:
         val: Sequence[Sample] = self.splits.val

@@ -1,0 +1,129 @@
+"""What only a CUDA device can show. Skipped where there is none: CI has none."""
+
+import signal
+
+import pytest
+import torch
+
+import train
+from eval import build_network
+from utils.errors import Stopped
+from utils.frozen import frozen
+from utils.precision import Device
+from utils.read_config import read_config
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+@pytest.fixture
+def run(demo_root, tmp_path, tiny_settings):
+    """Do the six stages of a tiny run; return its folder."""
+
+    def do(name, *words):
+        settings = [*tiny_settings(demo_root, tmp_path), "device=cuda", "precision=bf16", *words]
+        train.train(read_config("demo.yaml", [*settings, f"name={name}"]))
+        return tmp_path / name
+
+    return do
+
+
+def made(folder):
+    """Return what the stages of a run made: weights by file and key, masks by file."""
+    weights = {
+        (file.parent.name, key): value
+        for file in folder.glob("*/checkpoint.pth")
+        for key, value in torch.load(file, map_location="cpu", weights_only=True)["model"].items()
+    }
+    return weights, {
+        file.relative_to(folder): file.read_bytes() for file in folder.glob("*/masks/**/*.png")
+    }
+
+
+def assert_same(one, other):
+    (weights, masks), (other_weights, other_masks) = made(one), made(other)
+    assert len(masks) == 15  # ten unlabeled images, five of them once more
+    assert masks == other_masks
+    assert weights.keys() == other_weights.keys()
+    different = [
+        key for key, value in weights.items() if not torch.equal(value, other_weights[key])
+    ]
+    assert different == []
+
+
+OPTIONS = [
+    ["precision=bf16"],
+    ["precision=fp32", "retrain.query=bank"],
+    ["precision=fp16"],
+    ["precision=bf16", "ohem={threshold: 0.7, min_kept: 500}", "on_nonfinite=skip"],
+    ["precision=bf16", "supervised.accumulate=2", "retrain.accumulate=2"],
+]
+
+
+@pytest.mark.parametrize("words", OPTIONS, ids=" ".join)
+def test_no_training_step_waits_for_the_device(run, monkeypatch, words):
+    """Torch raises where a call waits; an epoch's first step may, and so may what follows it."""
+    step_done, means, steps = train.Progress.step_done, train.StageBar.means, []
+
+    def waiting_is_an_error(self):
+        step_done(self)
+        steps.append(torch.cuda.get_sync_debug_mode())
+        torch.cuda.set_sync_debug_mode("error")
+
+    def waiting_is_allowed(self):
+        torch.cuda.set_sync_debug_mode("default")
+        return means(self)
+
+    monkeypatch.setattr(train.Progress, "step_done", waiting_is_an_error)
+    monkeypatch.setattr(train.StageBar, "means", waiting_is_allowed)
+    try:
+        run("quick", *words)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert steps.count(2) >= 2 * 2  # of three training stages, two epochs each, the later steps
+
+
+def test_the_same_command_gives_the_same_bits_and_so_does_a_stopped_one(run, monkeypatch):
+    first = run("first")
+    assert_same(first, run("second"))
+
+    step_done, done = train.Progress.step_done, []
+
+    def stop_twice(self):
+        done.append(None)
+        if len(done) in (5, 9):  # in stage 1 and in stage 4
+            signal.raise_signal(signal.SIGTERM)
+        step_done(self)
+
+    monkeypatch.setattr(train.Progress, "step_done", stop_twice)
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            run("stopped")
+    assert_same(first, run("stopped"))
+
+
+def test_a_compiled_network_trains(run):
+    assert (run("compiled", "model.compile=true") / "results.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["deeplabv3plus", "pspnet", "deeplabv2"])
+def test_networks_answer_as_on_the_cpu(name):
+    words = [f"model.name={name}", "model.output_stride=8"]
+    net = build_network(read_config("demo.yaml", words), pretrained=None).eval()
+    images = torch.randn(2, 3, 65, 97)
+    with torch.inference_mode():
+        expected = net(images)
+        there = frozen(net, Device("cuda", "fp32"))(images.cuda())
+    for ours, theirs in zip(there, expected, strict=True):
+        error = (ours.cpu() - theirs).norm() / theirs.norm()
+        assert error < 2e-3  # convolutions round to tf32
+
+
+def test_torchrun_takes_nccl(demo_root, tmp_path, tiny_settings, run_program):
+    words = [*tiny_settings(demo_root, tmp_path), "device=cuda"]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1)
+    done = run_program(*torchrun, "train.py", "--config", "demo.yaml", *words, "name=one")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "one" / "results.json").is_file()
