@@ -174,6 +174,23 @@ def test_annotations_of_another_kind_are_named(root, text):
         prepare_coco(root, download=False, workers=0, counts=COUNTS)
 
 
+@pytest.mark.parametrize(
+    "spoilt",
+    [5, [[1, 2]], [["a"] * 8], {"counts": "x" * 3}, {}, {"size": [9, 9], "counts": [0, 81]}],
+    ids=str,
+)
+def test_a_region_that_is_none_is_named(root, spoilt):
+    path = root / "annotations/instances_val2017.json"
+    found = json.loads(path.read_text())
+    found["annotations"][0]["segmentation"] = spoilt
+    path.write_text(json.dumps(found))
+    lost = root / "masks/000000000139.png"
+    with pytest.raises(UserError, match=f"^{lost}: cannot draw the regions") as error:
+        prepare_coco(root, download=False, workers=0, counts=COUNTS)
+    assert "\n" not in str(error.value)
+    assert not lost.exists()
+
+
 def test_other_categories_are_refused(root):
     path = root / "annotations/instances_val2017.json"
     path.write_text(json.dumps({"images": [], "annotations": [], "categories": CATEGORIES[1:]}))

@@ -9,7 +9,8 @@ from PIL import Image
 
 from dataset.catalog import KINDS
 from dataset.query import QueryRule, build_query_index
-from dataset.splits import pick, read_list, read_splits, read_val, with_pseudo_masks
+from dataset.splits import Sample, pick, read_list, read_splits, read_val, with_pseudo_masks
+from dataset.splits.lines import line_of
 from dataset.whole_images import whole_images
 from utils.config import DatasetSection, InferenceSection, QuerySection
 from utils.errors import UserError
@@ -67,6 +68,19 @@ def test_bare_ids_and_paths_name_the_same_samples(tmp_path):
     assert ids[0].mask == Path("root/SegmentationClass/2007_000033.png")
 
 
+@pytest.mark.parametrize("names", [("my photo.jpg", "its mask.png"), ("a b c.jpg", None)])
+def test_paths_with_spaces_stand_in_double_quotes(tmp_path, names):
+    image, mask = names
+    sample = Sample(image, Path("root") / image, mask and Path("root") / mask, PASCAL.ids)
+    (again,) = read(tmp_path, line_of(sample, Path("root")))
+    assert again == sample
+
+
+def test_a_user_may_quote_by_hand(tmp_path):
+    (sample,) = read(tmp_path, 'photos/it\'s.jpg "my masks/#a\\.png"\n')
+    assert (sample.name, sample.mask) == ("photos/it's.jpg", Path("root/my masks/#a\\.png"))
+
+
 def test_bare_ids_of_cityscapes(tmp_path):
     (sample,) = read(tmp_path, "train/weimar/weimar_000085_000019", KINDS["cityscapes"])
     city = "train/weimar/weimar_000085_000019"
@@ -91,6 +105,7 @@ def test_line_ends_and_blank_lines_do_not_count(tmp_path, newline, end):
         ("a.jpg\n./a.jpg", r"list\.txt:2: .*a\.jpg is listed twice"),
         ("a.jpg\na.png", r"list\.txt:2: a\.png .*a\.jpg"),  # their predicted masks are one file
         ("a.jpg a.png 3", r"list\.txt:1: a line reads 'image \[mask\]', not 'a\.jpg a\.png 3'"),
+        ('a.jpg "a b.png', r"list\.txt:1: a double quote is not closed in"),
         ("a.jpg UserError: x", r"list\.txt:1: a line reads .*, not 'a\.jpg UserError: x'"),
         ("a.jpg\n/data/b.jpg", r"list\.txt:2: /data/b\.jpg leaves the data root root"),
         ("a.jpg ../b.png", r"list\.txt:1: \.\./b\.png leaves the data root root"),

@@ -127,8 +127,19 @@ def draw_mask(scene: Scene) -> np.ndarray:
 
 
 def write_coco_mask(scene: Scene, path: Path) -> None:
-    """Write the mask of an image as a palette PNG."""
-    save_mask(path, draw_mask(scene), KINDS["coco"].palette())
+    """Write the mask of an image as a palette PNG.
+
+    Raises:
+        UserError: a region is neither polygons nor a run-length code of the image's size.
+    """
+    try:
+        ids = draw_mask(scene)
+    except Exception as error:  # pycocotools raises no narrower one
+        raise UserError(
+            f"{path}: cannot draw the regions that are annotated in this image ({error!r}); unpack "
+            "the annotations again"
+        ) from error
+    save_mask(path, ids, KINDS["coco"].palette())
 
 
 def _decode(segmentation: Any, scene: Scene) -> np.ndarray:

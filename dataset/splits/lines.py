@@ -1,5 +1,6 @@
 """A list of images: read its lines, and write them."""
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -13,6 +14,8 @@ LONGEST = 255  # bytes of a file's name, on the common file systems
 
 def read_list(path: Path, root: Path, kind: Kind) -> list[Sample]:
     """Read ``image [mask]`` lines, or U2PL's bare ids; blank lines do not count.
+
+    A path that holds spaces stands in double quotes.
 
     Args:
         path: the list; a missing final newline is fine.
@@ -65,9 +68,12 @@ def read_line(line: str, place: str, root: Path, kind: Kind | None) -> Sample:
         UserError: another number of words, a path that leaves the root or names nothing, or a
             bare id and no kind that tells where its files lie.
     """
-    words = line.split()
+    words = _words(line, place)
     if not 1 <= len(words) <= 2:
-        raise UserError(f"{place}: a line reads 'image [mask]', not {line!r}")
+        raise UserError(
+            f"{place}: a line reads 'image [mask]', not {line!r}; paths with spaces stand in "
+            "double quotes"
+        )
     if len(words) == 1 and not PurePosixPath(words[0]).suffix:
         if kind is None:
             raise UserError(
@@ -90,9 +96,21 @@ def read_line(line: str, place: str, root: Path, kind: Kind | None) -> Sample:
 
 def line_of(sample: Sample, root: Path) -> str:
     """Return the line that ``read_line`` reads as this sample."""
-    if sample.mask is None:
-        return sample.name
-    return f"{sample.name} {sample.mask.relative_to(root).as_posix()}"
+    files = [sample.name]
+    if sample.mask is not None:
+        files.append(sample.mask.relative_to(root).as_posix())
+    return " ".join(f'"{file}"' if len(file.split()) > 1 else file for file in files)
+
+
+def _words(line: str, place: str) -> list[str]:
+    if '"' not in line:
+        return line.split()  # COCO's lists are long, and shlex is slow
+    lexer = shlex.shlex(line, posix=True)
+    lexer.whitespace_split, lexer.quotes, lexer.escape, lexer.commenters = True, '"', "", ""
+    try:
+        return list(lexer)
+    except ValueError as error:
+        raise UserError(f"{place}: a double quote is not closed in {line!r}") from error
 
 
 def write_lists(folder: Path, lists: Mapping[str, Sequence[str]]) -> None:
