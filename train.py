@@ -69,7 +69,7 @@ def train(config: Config, from_stage: int | None = None, fresh: bool = False) ->
     kind, splits = describe(config.dataset), read_splits(config.dataset)
     refuse_batch_sizes(config, splits)
     index = build_query_index(splits.labeled, QueryRule.of(config.query, kind))
-    with Run(config, from_stage, fresh) as run:
+    with Run(config, from_stage, fresh, splits.digests()) as run:
         first = run.stage("1_supervised", train_supervised, splits, index)
         masks = run.stage("2_pseudo_label", write_pseudo_labels, first, splits.unlabeled)
         chosen = run.stage("3_select", select, first, splits, masks, index)

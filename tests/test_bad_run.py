@@ -87,6 +87,8 @@ AGAIN_2 = "--from-stage 2"
         (text("config.yaml", "sead: 1"), ["demo/config.yaml: unknown key 'sead'", AGAIN_1]),
         (gone("config.yaml"), ["demo/config.yaml: is gone", "restore it", AGAIN_1]),
         (folder_for_a_file("config.yaml"), ["demo/config.yaml: is gone", AGAIN_1]),
+        (garbage("lists.json"), ["demo/lists.json: holds no JSON", "restore or delete it"]),
+        (text("lists.json", "[]"), ["demo: holds a run on other images than", "--from-stage 1"]),
         (garbage("environment.json"), ["demo/environment.json: holds no JSON", "delete it"]),
         (text("environment.json", "[]"), ["demo/environment.json: is no record", "delete it"]),
         (

@@ -102,6 +102,7 @@ def test_every_file_is_in_the_results_with_its_sha256(tmp_path):
     files = json.loads((folder / "results.json").read_text())["files"]
     assert list(files) == [
         "config.yaml",
+        "lists.json",
         "environment.json",
         "1_supervised/made.txt",
         "2_pseudo_label/made.txt",
@@ -151,6 +152,21 @@ def test_a_fresh_run_leaves_nothing_of_the_old_one(tmp_path):
     assert (folder / "notes.txt").read_text() == "mine"
     assert (folder / "log.txt").read_text().count(f"{folder} on cpu") == 1
     assert len(list((folder / "tensorboard").iterdir())) == 1
+
+
+def test_other_lists_are_refused_until_the_run_starts_over(tmp_path):
+    def run_with(from_stage=None, **lists):
+        with Run(config(tmp_path), from_stage, lists=lists) as run:
+            run.stage("1_supervised", work([]))
+
+    run_with(labeled="a", unlabeled="b", val="c")
+    run_with(labeled="a", unlabeled="b", val="c")
+    with pytest.raises(UserError, match=r"other images than dataset\.unlabeled names now; restore"):
+        run_with(labeled="a", unlabeled="B", val="c")
+    with pytest.raises(UserError, match=r"than dataset\.labeled, dataset\.val names now"):
+        run_with(2, labeled="A", unlabeled="b", val="C")
+    run_with(1, labeled="A", unlabeled="b", val="C")
+    run_with(labeled="A", unlabeled="b", val="C")
 
 
 def test_another_precision_is_refused_and_another_device_told(tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dataset.catalog import KINDS
 from dataset.query import QueryRule, build_query_index
-from dataset.splits import Sample, pick, read_list, read_splits, read_val, with_pseudo_masks
+from dataset.splits import Sample, Splits, pick, read_list, read_splits, read_val, with_pseudo_masks
 from dataset.splits.lines import line_of
 from dataset.whole_images import whole_images
 from utils.config import DatasetSection, InferenceSection, QuerySection
@@ -79,6 +79,19 @@ def test_paths_with_spaces_stand_in_double_quotes(tmp_path, names):
 def test_a_user_may_quote_by_hand(tmp_path):
     (sample,) = read(tmp_path, 'photos/it\'s.jpg "my masks/#a\\.png"\n')
     assert (sample.name, sample.mask) == ("photos/it's.jpg", Path("root/my masks/#a\\.png"))
+
+
+def test_digests_tell_lists_apart_by_their_files_and_order(tmp_path):
+    one, two = (
+        read(tmp_path, "a.jpg a.png\nb.jpg b.png"),
+        read(tmp_path, "b.jpg b.png\na.jpg a.png"),
+    )
+    first = Splits(one, one, read(tmp_path, "a.jpg")).digests()
+    second = Splits(one, two, read(tmp_path, "a.jpg a.png")).digests()
+    assert list(first) == ["labeled", "unlabeled", "val"]
+    assert first["labeled"] == first["unlabeled"] == second["labeled"]
+    assert first["unlabeled"] != second["unlabeled"]
+    assert first["val"] != second["val"]
 
 
 def test_bare_ids_of_cityscapes(tmp_path):

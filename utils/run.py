@@ -1,10 +1,10 @@
 """The run folder: which stages are done, what they gave, and who may work in it."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import yaml
@@ -17,7 +17,7 @@ from utils.lock import locked
 from utils.log import Log
 from utils.precision import Device
 from utils.results import environment, stage_table
-from utils.same_run import refuse_other_config, refuse_other_precision
+from utils.same_run import refuse_other_config, refuse_other_lists, refuse_other_precision
 from utils.signals import stopping_later
 from utils.stage import Report, Stage, Stopwatch, finish, is_finished, read_finished
 
@@ -34,6 +34,7 @@ class Run:
         config: the run's settings; kept as ``config.yaml``.
         from_stage: do stages of this number and later again; None goes on where the run stopped.
         fresh: remove all that the run has made, its logs too.
+        lists: digests of the lists of images, by name; kept as ``lists.json``.
 
     Attributes:
         device: where and in which precision networks run.
@@ -43,16 +44,22 @@ class Run:
 
     Raises:
         UserError: the device does not exist. The block's begin raises it where another run works
-            in the folder, or it holds a run with other settings.
+            in the folder, or it holds a run with other settings or lists.
     """
 
-    def __init__(self, config: Config, from_stage: int | None = None, fresh: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        from_stage: int | None = None,
+        fresh: bool = False,
+        lists: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.config = config
         self.device = Device(config.device, config.precision)
         self.folder = Path(config.outdir) / config.name
         self.stages: dict[str, Report] = {}
         self.log = Log(self.folder)
-        self._from_stage, self._fresh = from_stage, fresh
+        self._from_stage, self._fresh, self._lists = from_stage, fresh, dict(lists)
         self._files: dict[str, str] = {}
 
     def __enter__(self) -> "Run":
@@ -104,7 +111,7 @@ class Run:
     def finish(self) -> None:
         """Write results.json: the last stage's mIoU, every stage's report, every file's sha256."""
         last = next(reversed(self.stages.values()))
-        others = ("config.yaml", "environment.json", "metrics.jsonl", "examples.png")
+        others = ("config.yaml", "lists.json", "environment.json", "metrics.jsonl", "examples.png")
         there = [self.folder / name for name in others if (self.folder / name).is_file()]
         results = {
             "name": self.config.name,
@@ -140,14 +147,18 @@ class Run:
         else:
             if any(self.folder.glob("[1-6]_*/*")):
                 refuse_other_config(self.folder, self.config)
+                refuse_other_lists(self.folder, self._lists)
                 refuse_other_precision(self.folder, self.device, self.log.say)
             if self._from_stage is not None:
                 self._remove_stages(self._from_stage)
         if self._fresh:
-            self._remove("config.yaml", "environment.json", "metrics.jsonl", "log.txt")
+            self._remove(
+                "config.yaml", "lists.json", "environment.json", "metrics.jsonl", "log.txt"
+            )
             shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
         settings = yaml.safe_dump(self.config.model_dump(mode="json"))
         write_text(self.folder / "config.yaml", settings)
+        write_json(self.folder / "lists.json", self._lists)
 
     def _remove_stages(self, first: int) -> None:
         """Forget stages and what was said of them; a kill halfway leaves none that looks done."""

@@ -1,6 +1,6 @@
 """Whether what a run folder holds and what shall go on there are one run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,29 @@ def refuse_other_config(folder: Path, config: Config) -> None:
         raise UserError(
             f"{folder}: holds a run with {', '.join(differing)}; set name=... for another run, or "
             "start this one over with --from-stage 1"
+        )
+
+
+def refuse_other_lists(folder: Path, digests: Mapping[str, str]) -> None:
+    """Compare lists of images with those that the run in a folder was begun with.
+
+    Args:
+        folder: of the run; its ``lists.json`` keeps their digests.
+        digests: by the list's name, now.
+
+    Raises:
+        UserError: a list names other files, or the same in another order.
+    """
+    path = folder / "lists.json"
+    if not path.is_file():
+        return
+    before = read_json(path)
+    if before != digests:
+        kept = before if isinstance(before, dict) else {}
+        differing = [f"dataset.{name}" for name in digests if kept.get(name) != digests[name]]
+        raise UserError(
+            f"{folder}: holds a run on other images than {', '.join(differing)} names now; restore "
+            "the list, set name=... for another run, or start this one over with --from-stage 1"
         )
 
 

@@ -1,6 +1,7 @@
 """The three lists of a run: read them, and refuse what would spoil a result."""
 
 from collections.abc import Iterable, Iterator
+from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,12 @@ class Splits(NamedTuple):
     labeled: list[Sample]
     unlabeled: list[Sample]
     val: list[Sample]
+
+    def digests(self) -> dict[str, str]:
+        """Return a sha256 of each list, by its name: of the files it names, in their order."""
+        texts = ("\n".join(f"{x.name} {x.mask}" for x in samples) for samples in self)
+        digests = (sha256(text.encode("utf-8", "surrogateescape")).hexdigest() for text in texts)
+        return dict(zip(self._fields, digests, strict=True))
 
 
 class Overlap(NamedTuple):
