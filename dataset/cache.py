@@ -1,5 +1,6 @@
 """Decoded training images in memory that worker processes share."""
 
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ class Memory:
     """Reads samples from memory: every image and label decoded once, when this is made.
 
     One block of uint8 holds all of them, image (H, W, 3) before label (H, W). Forked workers see
-    the same block, and spawned ones are handed it, so it is there once however many they are.
+    the same block, and spawned ones are handed it, so it is there once however many they are; of
+    several processes that train together each has its own.
 
     Args:
         samples: with masks of their images' sizes.
@@ -68,14 +70,15 @@ def sample_reader(cache: str | None, samples: Sequence[Sample], threads: int) ->
 
 
 def _shared_block(size: int) -> torch.Tensor:
-    free = _free_memory()
-    if free is None or size < free:
+    free, processes = _free_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if free is None or size * processes < free:
         try:
             return torch.empty(size, dtype=torch.uint8).share_memory_()
         except RuntimeError as error:
             reason = str(error)
     else:
-        reason = f"and {free / 1e9:.2f} GB are free"
+        each = f"in each of {processes} processes, " if processes > 1 else ""
+        reason = f"{each}and {free / 1e9:.2f} GB are free"
     raise UserError(
         f"cache: the decoded images do not fit into shared memory: they take {size / 1e9:.2f} GB, "
         f"{reason}; set cache=null, or enlarge /dev/shm (docker: --shm-size)"

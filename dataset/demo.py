@@ -9,7 +9,8 @@ from PIL import Image
 from dataset.catalog import KINDS
 from dataset.demo_objects import CLASSES
 from dataset.demo_scene import draw_scene
-from utils.errors import Parser, exit_with_one_line
+from utils.errors import Parser, UserError, exit_with_one_line
+from utils.files import writing
 
 VERSION = 1  # of the drawing: raise it when the same seed draws something else
 SPLIT_IDS = {"train": 0, "val": 1}
@@ -28,7 +29,8 @@ def write_demo(
 
     A scene depends on (seed, split, its number) alone, so more images leave the others as they are.
     The first ``labeled`` training scenes are the labeled ones; the rest get no mask file at all.
-    The lists come last and ``demo.json``, the settings, after them: a killed run is drawn again.
+    ``demo.json``, the settings, says that the folder is the demo's; what it ends with, that all is
+    drawn: a killed run is drawn again.
 
     Args:
         root: Folder to write; made if absent.
@@ -38,15 +40,38 @@ def write_demo(
         val: Number of validation images.
         seed: Seed of all scenes.
         size: (height, width) in pixels.
+
+    Raises:
+        UserError: ``root`` holds another data set, or is not to be written to.
     """
     settings = {"train": train, "labeled": labeled, "val": val, "seed": seed, "size": list(size)}
-    finished, text = root / "demo.json", json.dumps({"version": VERSION, **settings}) + "\n"
-    if finished.is_file() and finished.read_text() == text:
+    ours, text = root / "demo.json", json.dumps({"version": VERSION, **settings}) + "\n"
+    if ours.is_file() and ours.read_text() == text:
         return
-    for name in ("JPEGImages", "SegmentationClass"):
-        (root / name).mkdir(parents=True, exist_ok=True)
-    for name in ("demo.json", "train.txt", "val.txt", "labeled.txt", "unlabeled.txt"):
-        (root / name).unlink(missing_ok=True)
+    lists = [root / f"{name}.txt" for name in ("train", "val", "labeled", "unlabeled")]
+    others = [path for path in (*lists, root / "JPEGImages") if path.exists()]
+    if others and not ours.is_file():
+        raise UserError(f"{others[0]}: another data set is in this folder; name an empty one")
+    with writing(root):
+        for name in ("JPEGImages", "SegmentationClass"):
+            (root / name).mkdir(parents=True, exist_ok=True)
+        ours.write_text("{}\n")
+        for path in lists:
+            path.unlink(missing_ok=True)
+        _write_all(root, palette, train, labeled, val, seed, size)
+        ours.write_text(text)
+
+
+def _write_all(
+    root: Path,
+    palette: bytes,
+    train: int,
+    labeled: int,
+    val: int,
+    seed: int,
+    size: tuple[int, int],
+) -> None:
+    """Draw every scene, then write the lists."""
 
     def write_scenes(split: str, count: int, masks: int) -> list[str]:
         return [
@@ -58,7 +83,6 @@ def write_demo(
     lists = {"train": lines, "labeled": lines[:labeled], "unlabeled": lines[labeled:]}
     for name, lines in {**lists, "val": write_scenes("val", val, val)}.items():
         (root / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
-    finished.write_text(text)
 
 
 def _write_scene(
@@ -86,6 +110,8 @@ def main() -> None:
     parser.add_argument("root", type=Path, help="folder to write, such as data/demo")
     parser.add_argument("--seed", type=int, default=0, help="draws other scenes")
     arguments = parser.parse_args()
+    if arguments.seed < 0:
+        raise UserError(f"--seed: {arguments.seed} is below 0; take a larger one")
     write_demo(arguments.root, KINDS["demo"].palette(), seed=arguments.seed)
 
 

@@ -1,6 +1,6 @@
 """Images and masks from files, by Pillow."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as tf
 from utils import IGNORE
 from utils.errors import UserError
 
+_SCALED = ("L;2", "L;4")  # raw modes whose values Pillow spreads over 0 to 255
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
@@ -20,12 +21,9 @@ def read_image(path: Path) -> Image.Image:
     """Read a picture of any mode as RGB; grey, CMYK, palette and alpha are converted.
 
     Raises:
-        UserError: no such file, no picture, or a truncated one.
+        UserError: no such file, no picture, a truncated one, or one of real numbers.
     """
-    image = _decoded(path)
-    if image.mode.startswith("I"):  # convert() would clip 16 bits to white
-        image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    return _as_rgb(_decoded(path), path)
 
 
 def read_photograph(path: Path) -> Image.Image:
@@ -33,7 +31,7 @@ def read_photograph(path: Path) -> Image.Image:
 
     Data sets are read without: their masks are drawn on the pixels as they lie in the file.
     """
-    return ImageOps.exif_transpose(_decoded(path)).convert("RGB")
+    return _as_rgb(ImageOps.exif_transpose(_decoded(path)), path)
 
 
 def read_ids(path: Path) -> np.ndarray:
@@ -42,7 +40,7 @@ def read_ids(path: Path) -> np.ndarray:
     Raises:
         UserError: as ``read_image``, or more than one channel, or ids that 16 bits do not hold.
     """
-    mask = _decoded(path)
+    mask = _decoded(path, refused=_SCALED)
     if mask.mode not in ("1", "L", "P") and not mask.mode.startswith("I"):
         raise UserError(
             f"{path}: a mask has one channel of class ids, this one is {mask.mode}; "
@@ -97,9 +95,22 @@ def to_label(mask: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(mask).astype(np.int64))
 
 
-def _decoded(path: Path) -> Image.Image:
-    """Open and decode, so that a truncated file shows here."""
+def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
+    if image.mode == "F":
+        raise UserError(f"{path}: holds real numbers of no known range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits, which convert() would clip to white
+        values = np.asarray(image)
+        if image.mode != "I" or values.max() > 255:  # 32 bits may hold 8
+            values = values / 256
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _decoded(path: Path, refused: Sequence[str] = ()) -> Image.Image:
+    """Open and decode, so that a truncated file shows here; not from some of Pillow's raw modes."""
     with _readable(path), Image.open(path) as image:
+        if any(tile[3] in refused for tile in image.tile):
+            raise UserError(f"{path}: a mask of 2 or 4 grey bits; save it with 8, or as a palette")
         image.load()
         return image
 
@@ -107,10 +118,12 @@ def _decoded(path: Path) -> Image.Image:
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     """Turn whatever Pillow raises into an error for people."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; correct the list or dataset.root")
     try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; correct the list or dataset.root")
         yield
+    except UserError:
+        raise
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and their own
         reason = str(error).replace(repr(str(path)), "the file")
         raise UserError(

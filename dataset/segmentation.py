@@ -57,7 +57,8 @@ class RetrainSamples(Dataset[RetrainSample]):
     """Stages 4 and 6: every pseudo-labeled image with a partner and a labeled image.
 
     The labeled list repeats until it is as long as the unlabeled one; an epoch's turn of it
-    starts one further, so that it is not always the same two images that meet.
+    starts one further, so that it is not always the same two images that meet. Where it is the
+    longer one, each epoch goes on where the last one ended.
 
     Args:
         unlabeled: their masks are pseudo labels.
@@ -98,7 +99,11 @@ class RetrainSamples(Dataset[RetrainSample]):
         ]
 
     def _labeled_at(self, key: SampleKey) -> Sample:
-        return self._labeled[(key.index + key.epoch) % len(self._labeled)]
+        count = len(self._labeled)
+        if count <= len(self):
+            return self._labeled[(key.index + key.epoch) % count]
+        place = key.epoch * len(self) + key.index  # an epoch goes on where the last one ended
+        return self._labeled[(place + place // count) % count]
 
     def __getitem__(self, key: SampleKey) -> RetrainSample:
         """Read and augment an unlabeled image, a labeled image, and what is queried."""

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dataset import demo as program
 from dataset.catalog import KINDS
 from dataset.demo import write_demo
 from dataset.demo_objects import CLASSES
@@ -12,6 +13,7 @@ from dataset.demo_scene import draw_scene
 from dataset.query import QueryRule
 from dataset.splits import read_splits
 from utils.config import DatasetSection, QuerySection
+from utils.errors import UserError
 
 PALETTE = KINDS["demo"].palette()
 SMALL = {"train": 4, "labeled": 2, "val": 2, "size": (48, 64)}
@@ -54,9 +56,32 @@ def test_finished_set_is_left_alone_and_a_killed_one_drawn_again(tmp_path):
     picture.write_bytes(b"touched")
     write_demo(tmp_path, PALETTE, **SMALL)
     assert picture.read_bytes() == b"touched"
-    (tmp_path / "demo.json").unlink()
+    (tmp_path / "demo.json").write_text("{}\n")  # as drawing begins
     write_demo(tmp_path, PALETTE, **SMALL)
     assert digest(tmp_path) == whole
+
+
+@pytest.mark.parametrize("name", ["labeled.txt", "val.txt", "JPEGImages/a.jpg"])
+def test_another_data_set_is_left_alone(tmp_path, name):
+    theirs = tmp_path / name
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text("mine")
+    with pytest.raises(UserError, match="another data set is in this folder; name an empty one"):
+        write_demo(tmp_path, PALETTE, **SMALL)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [theirs]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["file/set"], "file/set: cannot write this file"),
+        (["set", "--seed", "-1"], "--seed: -1 is"),
+    ],
+)
+def test_a_command_that_cannot_draw_says_why(tmp_path, monkeypatch, complaint, words, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert complaint(program, *words).startswith(f"error: {told}")
 
 
 def test_set_passes_the_checks_of_a_run(demo_root):

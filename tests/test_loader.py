@@ -161,12 +161,21 @@ def test_every_unlabeled_image_meets_every_labeled_one(parts):
     splits, querier = parts
     whole = AugmentSection(base_size=64, scale=(1.0, 1.0), crop_size=64)
     query = partial(queried_prototype, querier)
-    retrain = RetrainSamples(splits.val, splits.labeled, query, whole, CHANCE)
+    retrain = RetrainSamples(splits.val * 2, splits.labeled, query, whole, CHANCE)
     met = {
         retrain[SampleKey(epoch, 0)].labeled_label.unique(return_counts=True)[1].numpy().tobytes()
         for epoch in range(6)
     }
     assert len(met) == 6  # the histogram of ids, which mirroring does not change, tells images
+
+
+def test_more_labeled_than_unlabeled_images_all_have_their_turn(parts, augment):
+    splits, querier = parts
+    samples = RetrainSamples(splits.val[:2], splits.labeled[:5], querier, augment, CHANCE)
+    met = [samples.names([SampleKey(e, i)])[1] for e in range(5) for i in range(2)]
+    names = [sample.name for sample in splits.labeled[:5]]
+    assert met[:5] == names
+    assert met[5:] == [*names[1:], names[0]]  # the next lap begins one further
 
 
 def test_crop_larger_than_the_image_is_padded(parts):

@@ -5,7 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.reading import picture_size, read_image, read_mask, to_input, to_label
+from dataset.reading import (
+    picture_size,
+    read_image,
+    read_mask,
+    read_photograph,
+    to_input,
+    to_label,
+)
 from utils.errors import UserError
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
@@ -36,8 +43,18 @@ def test_every_mode_is_read_as_rgb(tmp_path, mode):
 def test_grey_of_sixteen_bits_keeps_its_shades(tmp_path):
     shades = np.array([[0, 257 * 50, 257 * 128, 65535]], dtype=np.uint16)
     Image.fromarray(shades).save(tmp_path / "x.png")
-    red = np.asarray(read_image(tmp_path / "x.png"))[..., 0]
-    assert np.abs(red.astype(int) - [[0, 50, 128, 255]]).max() <= 1
+    for reader in (read_image, read_photograph):
+        red = np.asarray(reader(tmp_path / "x.png"))[..., 0]
+        assert np.abs(red.astype(int) - [[0, 50, 128, 255]]).max() <= 1
+
+
+def test_integers_below_256_are_shades_and_real_numbers_are_refused(tmp_path):
+    shades = np.array([[0, 50, 255]])
+    Image.fromarray(shades.astype(np.int32)).save(tmp_path / "i.tif")
+    assert np.asarray(read_image(tmp_path / "i.tif"))[..., 0].tolist() == shades.tolist()
+    Image.fromarray(shades.astype(np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(UserError, match=r"f\.tif: holds real numbers of no known range"):
+        read_image(tmp_path / "f.tif")
 
 
 def test_mask_of_mode_p_holds_entries_not_colours(tmp_path):

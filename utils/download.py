@@ -34,6 +34,8 @@ def download(url: str, path: Path, digest: str, algorithm: str = "sha256") -> No
     """
     if not url.lower().startswith(("http://", "https://")):
         raise UserError(f"{url}: not an http or https address")
+    if path.exists() and not digest:
+        return
     if path.exists():
         found = file_digest(path, algorithm)[: len(digest)]
         if found == digest:

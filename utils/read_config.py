@@ -24,6 +24,21 @@ class Layer(dict):
         self.source = source
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads no key twice: YAML would take the last and forget the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = str(self.construct_object(key, deep=True))
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {name!r} stands there twice", key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """Read and check a config.
 
@@ -76,7 +91,9 @@ def _file_layers(path: Path, seen: tuple[Path, ...]) -> list[Layer]:
     if path.resolve() in seen:
         raise UserError(f"{path}: 'base' leads back to this file")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this config ({error.strerror})") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, no such date
         raise UserError(f"{path}: not YAML: {error}") from error
     if not isinstance(content, dict):
@@ -96,7 +113,7 @@ def _override_layer(text: str) -> Layer:
     if not equals or not key:
         raise UserError(f"'{text}': settings on the command line read key=value")
     try:
-        parsed: Any = yaml.safe_load(value)
+        parsed: Any = yaml.load(value, _Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"'{text}': the value is not YAML") from error
     for part in reversed(key.split(".")):
@@ -126,7 +143,7 @@ def _explain(error: ValidationError, layers: Sequence[Layer]) -> str:
     path = [part for part in first["loc"] if not isinstance(part, int) or first["type"] in unknown]
     path = [str(part) for part in path if part != "[key]"]  # pydantic's word for a wrong id
     key = ".".join(path)
-    sources = [layer.source for layer in layers if _has(layer, path)]
+    sources = [layer.source for layer in layers if _has(layer, path)] or [layers[-1].source]
     if first["type"] in unknown:
         return f"{sources[-1]}: unknown key '{key}'; the nearest known key is '{_nearest(key)}'"
     if first["type"] == "missing" and not isinstance(first["loc"][-1], int):

@@ -97,11 +97,12 @@ def read_scenes(path: Path) -> dict[str, Scene]:
         for entry in found["annotations"]:
             label = IGNORE if entry["iscrowd"] else labels[entry["category_id"]]
             scenes[entry["image_id"]][1].regions.append(Region(entry["segmentation"], label))
+        names = tuple(category["name"] for category in categories)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: cannot read instance annotations in it ({error!r}); unpack it again"
         ) from error
-    if tuple(category["name"] for category in categories) != KINDS["coco"].classes[1:]:
+    if names != KINDS["coco"].classes[1:]:
         raise UserError(f"{path}: its categories are not the 80 of COCO 2017; unpack it again")
     return dict(scenes.values())
 

@@ -114,7 +114,7 @@ def _words(line: str, place: str) -> list[str]:
 
 
 def write_lists(folder: Path, lists: Mapping[str, Sequence[str]]) -> None:
-    """Write lists, all or none; a list that is there is never replaced by another.
+    """Write lists, none if one may not be; a list that is there is never replaced by another.
 
     Args:
         folder: gets ``<name>.txt`` for every name.

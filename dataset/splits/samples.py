@@ -55,7 +55,7 @@ def find_pictures(folder: Path) -> list[Sample]:
         raise UserError(f"{folder}: no such folder; name one with pictures")
     readable = Image.registered_extensions().items()
     known = {suffix for suffix, format_name in readable if format_name in Image.OPEN}
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and p.is_file())
     samples: dict[Path, Sample] = {}
     for path in found:
         name = path.relative_to(folder)
