@@ -36,7 +36,6 @@ from dataset.splits import (
 from dataset.whole_images import whole_images
 from eval import build_network, draw_examples, predictor, report, validate, whole_batches
 from model.cisc import class_prototypes, image_reliability, reliability
-from model.dropout import seed_dropout
 from model.objectives import (
     Guide,
     Loss,
@@ -46,6 +45,7 @@ from model.objectives import (
     weight_by_bank,
     weight_by_image,
 )
+from model.training_step import training_step
 from utils.batch_norm import synchronised
 from utils.checkpoint import load_weights
 from utils.config import Config, TrainingSection
@@ -57,7 +57,7 @@ from utils.outcomes import Outcomes
 from utils.panels import save_mask
 from utils.progress import StageBar
 from utils.read_config import read_config
-from utils.records import Queried, parts
+from utils.records import Queried
 from utils.resume import Journal, Progress
 from utils.run import Run
 from utils.spill import Spill
@@ -191,7 +191,7 @@ def retrain(
 def fit(
     stage: Stage,
     net: nn.Module,
-    loss: Callable[[Any], Loss],
+    loss: Callable[[Any, Any], Loss],
     dataset: LabeledPairs | RetrainSamples,
     settings: TrainingSection,
     val: Sequence[Sample],
@@ -202,8 +202,7 @@ def fit(
     skip, iterations = config.on_nonfinite == "skip", steps * settings.epochs
     optimization = Optimization(net, config.optimizer, iterations, device.scaler(), undo=skip)
     best = config.evaluate.checkpoint == "best"
-    count = settings.accumulate
-    bar = StageBar(stage.name, settings.epochs, steps * count, images=2 * size // count)
+    bar = StageBar(stage.name, settings.epochs, steps, images=2 * size)
 
     def leave_out(epoch: int, step: int, loss: float) -> None:
         keys = batch_keys(len(dataset), size, epoch, step, chance)
@@ -218,14 +217,12 @@ def fit(
             net.train()
             bar.start(epoch, at.seen)
             for step in range(at.step, steps):
-                batch = device.move(next(batches))
-                for part, own in zip(parts(batch, count), next(seeds).chunk(count), strict=True):
-                    seed_dropout(net, own.tolist())
-                    with device.autocast():
-                        answer = loss(part)
-                    finite = optimization.add(answer.total / count)
-                    bar.update(answer.shown, finite, optimization.lr)
-                outcomes.add(epoch, step, optimization.step())
+                batch, rate = device.move(next(batches)), optimization.lr
+                shown, stepped = training_step(
+                    net, loss, optimization, device, batch, next(seeds), settings.accumulate
+                )
+                bar.update(shown, stepped.finite, rate)
+                outcomes.add(epoch, step, stepped)
                 at.step_done()
             outcomes.settle()
             numbers, last = bar.means(), epoch + 1 == settings.epochs

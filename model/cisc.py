@@ -65,6 +65,7 @@ def consistency_loss(
     label: Tensor,
     query_label: Tensor,
     shared_class: Tensor,
+    batch_shared_class: Tensor | None = None,
 ) -> Tensor:
     """Ask that pairs of labeled images find their shared class in each other (METHOD piece 3).
 
@@ -74,6 +75,8 @@ def consistency_loss(
         label: (B, H, W) long, of the images, 255 = ignored.
         query_label: (B, H, W) long, of their partners, 255 = ignored.
         shared_class: (B,) long, the class id that a pair shares, 255 if none.
+        batch_shared_class: (N,) long, of the batch that these pairs are a part of; None: they are
+            all. The losses of the parts add up.
 
     Returns:
         Scalar float32 >= 0: binary cross entropy between each image's CISC map and its region of
@@ -90,8 +93,9 @@ def consistency_loss(
     loss = _mean_entropy(forward, region, label) + _mean_entropy(
         backward, query_region, query_label
     )
-    shares = shared_class != IGNORE
-    return (loss * shares).sum() / total(shares.sum()).clamp_min(1)
+    everyone = shared_class if batch_shared_class is None else batch_shared_class
+    count = total((everyone != IGNORE).sum()).clamp_min(1)
+    return (loss * (shared_class != IGNORE)).sum() / count
 
 
 def rectification_weight(region: Tensor, cisc_map: Tensor) -> Tensor:

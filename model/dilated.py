@@ -14,7 +14,7 @@ class DilatedConv2d(nn.Conv2d):
     At a pyramid's rates most taps read padding: at rate 36 on a 41 x 41 map a corner tap meets
     5 x 5 pixels of it. On a CPU each tap is a 1 x 1 convolution of the window that it does meet,
     added in float32: fewer products, and in bf16 a kernel ten times as fast as the dilated one (see
-    ``tests/benchmarks/stages.py``). Elsewhere, and in exported graphs, it is ``nn.Conv2d``.
+    ``tests/benchmarks/step.py``). Elsewhere, and in exported graphs, it is ``nn.Conv2d``.
 
     Args:
         in_channels, channels: of the maps.

@@ -19,14 +19,14 @@ from utils.config import OhemSection
 from utils.distributed import total
 from utils.records import QueriedImage, QueriedPrototype, QueryPair, RetrainSample
 
-LabeledLoss = Callable[[Tensor, Tensor], Tensor]  # of logits and true labels
+LabeledLoss = Callable[..., Tensor]  # of logits, true labels, and ``batch_label``
 Guide = Callable[[RetrainSample], Tensor]  # weighs the pixels of pseudo labels
 
 
 class Loss(NamedTuple):
     """A scalar to go down, and the scalars to show: its terms, and what else tells how it goes.
 
-    Of several processes each has its part; the parts add up.
+    Of several processes, and of a batch that passes in parts, each has its part; they add up.
     """
 
     total: Tensor
@@ -41,7 +41,11 @@ def labeled_loss_of(ohem: OhemSection | None) -> LabeledLoss:
 
 
 def supervised_loss(
-    net: nn.Module, labeled_loss: LabeledLoss, consistency: float, pair: QueryPair
+    net: nn.Module,
+    labeled_loss: LabeledLoss,
+    consistency: float,
+    pair: QueryPair,
+    batch: QueryPair | None = None,
 ) -> Loss:
     """Cross entropy of both images of each pair, and how well they find each other's class.
 
@@ -49,25 +53,37 @@ def supervised_loss(
         net: the student; both images pass it as one batch.
         labeled_loss: cross entropy of logits and true labels.
         consistency: weight of the consistency loss; 0 leaves it out.
-        pair: a batch of pairs.
+        pair: a batch of pairs, or a part of one.
+        batch: all of it; None if ``pair`` is.
 
     Source: METHOD stage 1, and piece 3.
     """
+    batch = batch or pair
     output = net(torch.cat([pair.image, pair.query_image]))
     logits, query_logits = output.logits.chunk(2)
     features, query_features = output.features.chunk(2)
-    entropy = labeled_loss(logits, pair.label) + labeled_loss(query_logits, pair.query_label)
+    entropy = labeled_loss(logits, pair.label, batch_label=batch.label)
+    entropy = entropy + labeled_loss(query_logits, pair.query_label, batch_label=batch.query_label)
     if consistency == 0:
         return Loss(entropy, {"ce": entropy})
     consistent = consistency_loss(
-        features, query_features, pair.label, pair.query_label, pair.shared_class
+        features,
+        query_features,
+        pair.label,
+        pair.query_label,
+        pair.shared_class,
+        batch.shared_class,
     )
     total = entropy + consistency * consistent
     return Loss(total, {"ce": entropy, "consistency": consistent})
 
 
 def retrain_loss(
-    net: nn.Module, guide: Guide | None, labeled_loss: LabeledLoss, batch: RetrainSample
+    net: nn.Module,
+    guide: Guide | None,
+    labeled_loss: LabeledLoss,
+    samples: RetrainSample,
+    batch: RetrainSample | None = None,
 ) -> Loss:
     """Rectified cross entropy of unlabeled images, and cross entropy of labeled ones.
 
@@ -75,24 +91,28 @@ def retrain_loss(
         net: the student; both kinds of images pass it as one batch.
         guide: weighs the pixels of pseudo labels; None weighs all of them 1.
         labeled_loss: cross entropy of logits and true labels.
-        batch: a batch of samples.
+        samples: a batch of samples, or a part of one.
+        batch: all of it; None if ``samples`` is.
 
     Source: METHOD stages 4 and 6, and piece 4.
     """
-    weight = torch.ones_like(batch.pseudo_label, dtype=torch.float32)
+    batch = batch or samples
+    label, pseudo_label = samples.labeled_label, samples.pseudo_label
+    weight = torch.ones_like(pseudo_label, dtype=torch.float32)
     if guide is not None:
         with torch.no_grad():
-            weight = guide(batch)
-    logits = net(torch.cat([batch.student_image, batch.labeled_image])).logits
+            weight = guide(samples)
+    logits = net(torch.cat([samples.student_image, samples.labeled_image])).logits
     student_logits, labeled_logits = logits.chunk(2)
-    unlabeled = rectified_cross_entropy(student_logits, batch.pseudo_label, weight)
-    labeled = labeled_loss(labeled_logits, batch.labeled_label)
-    valid, shares = batch.pseudo_label != IGNORE, batch.queried.shared_class != IGNORE
+    unlabeled = rectified_cross_entropy(student_logits, pseudo_label, weight, batch.pseudo_label)
+    labeled = labeled_loss(labeled_logits, label, batch_label=batch.labeled_label)
+    valid, everyone = batch.pseudo_label != IGNORE, batch.queried.shared_class
     shown = {
         "unlabeled": unlabeled,
         "labeled": labeled,
-        "weight": (weight * valid).sum() / total(valid.sum()).clamp_min(1),
-        "queried": shares.sum() / total(torch.ones_like(shares).sum()),
+        "weight": (weight * (pseudo_label != IGNORE)).sum() / total(valid.sum()).clamp_min(1),
+        "queried": (samples.queried.shared_class != IGNORE).sum()
+        / total(torch.ones_like(everyone).sum()),
     }
     return Loss(unlabeled + labeled, shown)
 

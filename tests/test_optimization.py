@@ -18,15 +18,21 @@ class Net(nn.Module):
         return self.backbone.weight.sum() + self.head.weight.sum()
 
 
-def optimization(net, steps=4, **settings):
+@pytest.fixture(params=["fp32", "fp16"])
+def scaler(request):
+    """The gradients' scaler of a precision: fp16 has one that does something."""
+    return torch.amp.GradScaler("cpu", enabled=request.param == "fp16")
+
+
+def optimization(net, steps=4, scaler=None, **settings):
     plain = {"lr": 0.1, "head_multiple": 2, "momentum": 0, "weight_decay": 0, "power": 1}
     section = OptimizerSection(**{**plain, **settings})
-    return Optimization(net, section, steps, Device("cpu", "fp32").scaler(), undo=True)
+    return Optimization(net, section, steps, scaler or Device("cpu", "fp32").scaler(), undo=True)
 
 
-def test_steps_match_hand_count():
+def test_steps_match_hand_count(scaler):
     net = Net()
-    sgd = optimization(net)  # rates 0.1, 0.075, 0.05, 0.025: a quarter of 0.1 less every step
+    sgd = optimization(net, scaler=scaler)  # rates 0.1, 0.075, 0.05, 0.025
     for _ in range(4):
         down(sgd, net.loss())
     assert net.backbone.weight.item() == pytest.approx(1 - 0.25)
@@ -49,9 +55,9 @@ def test_gradients_of_several_losses_add_up_to_one_step():
     assert sgd.lr == pytest.approx(0.075)
 
 
-def test_one_loss_that_is_not_finite_spoils_no_later_step():
+def test_one_loss_that_is_not_finite_spoils_no_later_step(scaler):
     net = Net()
-    sgd = optimization(net)
+    sgd = optimization(net, scaler=scaler)
     assert not down(sgd, net.loss(), net.loss() * torch.nan, net.loss())
     assert net.head.weight.item() == 1.0
     assert down(sgd, net.loss())
@@ -83,11 +89,11 @@ def test_going_on_from_a_saved_state_is_exact():
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_loss_that_is_not_finite_changes_the_rate_alone(first):
+def test_a_loss_that_is_not_finite_changes_the_rate_alone(first, scaler):
     """The forward pass has spoilt the running mean: it is put right again."""
     net = Net()
     net.norm = nn.BatchNorm1d(1)
-    sgd = optimization(net, momentum=0.9)
+    sgd = optimization(net, momentum=0.9, scaler=scaler)
     if not first:
         net.norm(torch.ones(2, 1))
         assert down(sgd, net.loss())
@@ -105,10 +111,23 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     net = Net()
     sgd = optimization(net, momentum=0.9)
     infinite_slope = (net.head.weight.sum() - 1).sqrt()
-    assert sgd.add(net.loss() + infinite_slope)  # the loss itself is finite: 2
+    sgd.add(net.loss() + infinite_slope)  # the loss itself is finite: 2
     outcome = sgd.step()
     assert outcome.loss == 2
     assert not outcome.finite
     assert [weight.item() for weight in net.parameters()] == [1, 1]
     assert down(sgd, net.loss())
     assert net.head.weight.item() == pytest.approx(1 - 0.15)  # no momentum was kept
+
+
+def test_fp16_leaves_out_what_overflows_and_tells_when_all_does():
+    net = Net()
+    sgd = optimization(net, steps=99, scaler=torch.amp.GradScaler("cpu"))
+    assert down(sgd, net.loss() * 1e36)  # scaled by 2 ** 16 it overflows
+    assert net.head.weight.item() == 1.0
+    assert not sgd.overflows
+    assert down(sgd, net.loss())
+    assert net.head.weight.item() < 1.0
+    for _ in range(20):
+        down(sgd, net.loss() + (net.head.weight - net.head.weight.detach()).sqrt().sum())
+    assert sgd.overflows

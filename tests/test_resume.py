@@ -47,6 +47,14 @@ def never(epoch, step, loss):
     raise AssertionError(f"loss {loss} in epoch {epoch}, step {step}")
 
 
+def test_an_epoch_of_which_nothing_counts_ends_the_stage(stage):
+    bar = StageBar("1_supervised", 1, 1, images=1)
+    bar.start(0, {})
+    bar.update({"loss": torch.tensor(torch.nan)}, torch.tensor(False), 0.1)
+    with pytest.raises(UserError, match="1_supervised: no batch of an epoch had a finite loss"):
+        bar.means()
+
+
 def sitting(stage, stop_after=None):
     """Train, or go on; return weights and each epoch's mean loss. Stop after so many iterations."""
     torch.manual_seed(0)
@@ -65,8 +73,10 @@ def sitting(stage, stop_after=None):
                 torch.manual_seed(100 * epoch + step)
                 loss = net(torch.randn(4, 1))
                 rate = optimization.lr
-                bar.update({"loss": loss}, optimization.add(loss), rate)
-                outcomes.add(epoch, step, optimization.step())
+                optimization.add(loss)
+                outcome = optimization.step()
+                bar.update({"loss": loss}, outcome.finite, rate)
+                outcomes.add(epoch, step, outcome)
                 at.step_done()
                 done += 1
             numbers = bar.means()
@@ -108,6 +118,18 @@ def test_a_state_that_is_cut_short_falls_back_to_the_one_before(stage, capsys):
     assert f"{path}: is not whole; trying the state before it" in capsys.readouterr().out
     assert same(weights, expected)
     assert len(means) == 1  # the second epoch was done again
+
+
+def test_a_broken_state_never_takes_the_place_of_the_whole_one(stage):
+    """The run fell back; the next save is cut short between its two renames."""
+    with pytest.raises(Stopped):
+        sitting(stage(checkpoint_every=1), stop_after=3)
+    path = stage().unfinished / "resume.pth"
+    path.write_bytes(b"broken")
+    with pytest.raises(Stopped):
+        sitting(stage(), stop_after=0)
+    whole = path.with_name("resume.previous.pth")
+    assert all(torch.load(file, weights_only=True) for file in (path, whole))
 
 
 def test_a_kill_between_two_renames_leaves_the_state_before(stage):

@@ -87,8 +87,8 @@ class TrainingSection(Section):
 
     epochs: int = Field(80, gt=0)
     batch_size: int = Field(32, gt=1)  # batch norm needs two
-    # Parts of a batch that pass one after another, for less memory. Gradients are averaged over
-    # them; batch norm sees one part at a time.
+    # Parts of a batch that pass one after another, for less memory. Their losses and gradients add
+    # up to the batch's; but batch norm sees one part at a time, and ohem ranks one.
     accumulate: int = Field(1, gt=0)
 
     @model_validator(mode="after")

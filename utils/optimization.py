@@ -69,28 +69,24 @@ class Optimization:
         """The backbone's learning rate now."""
         return self._sgd.param_groups[0]["lr"]
 
-    def add(self, loss: Tensor) -> Tensor:
+    def add(self, loss: Tensor) -> None:
         """Add the gradient of a scalar loss to those of this step.
 
-        Of several processes each brings its part of the loss.
-
-        Returns:
-            () bool, on the device: whether the loss of all processes is finite. If not, ``step``
-            will change no weight.
+        Of several processes each brings its part of the loss. If their sum is not finite, ``step``
+        will change no weight.
         """
         whole = total(loss.detach())
         self._losses.append(whole)
-        finite = whole.isfinite()
         # A process has its part of the loss, and parts add up; gradients are averaged. NaN for a
         # loss that is not finite makes all gradients NaN, which no scaler lets pass.
-        weight = torch.where(finite, float(world()), torch.nan)
+        weight = torch.where(whole.isfinite(), float(world()), torch.nan)
         self._scaler.scale(loss * weight).backward()
-        return finite
 
     def step(self) -> StepOutcome:
         """Go one step down the gradients that were added, if losses and gradients are finite.
 
-        In fp16 gradients that overflow are left out, as the scaler does, but are no failure.
+        In fp16 gradients that overflow are left out, and scaled less from then on; that is no
+        failure, see ``overflows``.
 
         Returns:
             How it went. If it is not finite, the rate has gone on; weights and momentum are
@@ -111,6 +107,11 @@ class Optimization:
         self._sgd.zero_grad()
         self._schedule.step()
         return StepOutcome(loss, finite)
+
+    @property
+    def overflows(self) -> bool:
+        """Whether gradients overflow fp16 however they are scaled; reading it waits."""
+        return self._scaler.is_enabled() and self._scaler.get_scale() < 1.0
 
     def _largest_gradient(self) -> Tensor:
         parameters = [p for group in self._sgd.param_groups for p in group["params"]]

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.distributed import is_first, total
+from utils.errors import UserError
 
 
 def no_bar() -> bool | None:
@@ -94,7 +95,16 @@ class StageBar:
             self._bar.set_postfix({**means, "lr": f"{lr:.2g}"}, refresh=False)
 
     def means(self) -> dict[str, float]:
-        """Return the epoch's mean of each scalar, its last learning rate, and images a second."""
+        """Return the epoch's mean of each scalar, its last learning rate, and images a second.
+
+        Raises:
+            UserError: no iteration of the epoch was finite.
+        """
+        if not self._counted:
+            raise UserError(
+                f"{self._stage}: no batch of an epoch had a finite loss and gradient; lower "
+                f"optimizer.lr or set precision=fp32, with --from-stage {self._stage[0]}"
+            )
         seconds = max(time.monotonic() - self._started, 1e-9)
         speed = self._images * self._steps / seconds
         return {**self._term_means(), "lr": self._lr, "images_per_second": speed}

@@ -82,8 +82,18 @@ class Progress:
             self._save()
 
     def epoch_done(self, report: Report) -> None:
-        """Count an epoch and save. A place to stop."""
+        """Count an epoch and save. A place to stop.
+
+        Raises:
+            UserError: gradients overflow fp16.
+        """
         self._outcomes.settle()
+        if self._optimization.overflows:
+            raise UserError(
+                f"{self._stage.name}, epoch {self.epoch + 1}: gradients overflow fp16 however they "
+                "are scaled; set precision=bf16 or fp32, or lower optimizer.lr, with --from-stage "
+                f"{self._stage.name[0]}"
+            )
         self.epoch, self.step, self.seen, self.report = self.epoch + 1, 0, {}, report
         self._save()
         stop_here()
@@ -116,6 +126,8 @@ class Progress:
             except (UserError, KeyError, TypeError, ValueError, RuntimeError):
                 self._stage.log.say(f"{path}: is not whole; trying the state before it")
             else:
+                if path != there[0]:  # the next save must not put it in the whole one's place
+                    by_first(there[0].unlink)(missing_ok=True)
                 return
         if there:
             raise UserError(

@@ -1,7 +1,7 @@
 """The plain forms that ``stages.py`` compares with: the formulas as METHOD and the peers have them.
 
-fp32, contiguous, one image at a time, features resized to the images' size, a pass for every class,
-a loss read off the device at every step.
+fp32 (torch's: a GPU's convolutions round to TF32), contiguous, whole images one at a time, features
+resized to the images' size, a pass for every class, a loss read off the device at every step.
 """
 
 from collections.abc import Iterable, Sequence
@@ -137,7 +137,7 @@ def select(
     pseudo_labeled: Sequence[Sample],
     device: torch.device,
 ) -> tuple[dict[tuple[int, str], float], dict[str, float]]:
-    """Anchors, guides and scores; every image passes the network once for each of its classes."""
+    """Anchors, guides and scores: a pass for each class of an image, of a labeled one two."""
     seen: dict[int, list[Tensor]] = {}
     for image, label, class_id in _class_by_class(labeled, device):
         seen.setdefault(class_id, []).append(pool(net(image).features, label == class_id))

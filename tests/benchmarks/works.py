@@ -21,6 +21,7 @@ from dataset.splits import Sample, read_splits
 from eval import build_network, validate
 from model.losses import cross_entropy
 from model.objectives import Loss, retrain_loss, supervised_loss, weight_by_bank, weight_by_image
+from model.training_step import training_step
 from tests.benchmarks import plain
 from utils.checkpoint import save
 from utils.frozen import frozen
@@ -85,16 +86,14 @@ class Bench:
             for part in batch
         )
 
-    def step(self, net: nn.Module, loss: Callable[[tuple], Loss], batch: tuple) -> Callable:
-        """Build a training step as ``train.fit`` does it."""
-        scaler = self.device.scaler()
-        optimization = Optimization(net, self.config.optimizer, 10_000, scaler)
+    def step(self, net: nn.Module, loss: Callable[..., Loss], batch: tuple) -> Callable:
+        """Build the step that ``train.fit`` repeats."""
+        optimization = Optimization(net, self.config.optimizer, 10_000, self.device.scaler())
+        seeds = torch.arange(self.batch)
 
         def step() -> None:
-            with self.device.autocast():
-                outcome = loss(self.device.move(batch))
-            optimization.add(outcome.total)
-            optimization.step()
+            moved = self.device.move(batch)
+            training_step(net, loss, optimization, self.device, moved, seeds)
 
         return step
 
