@@ -84,6 +84,16 @@ def picture_size(path: Path) -> tuple[int, int]:
         return picture.height, picture.width
 
 
+def decoded_size(path: Path) -> tuple[int, int]:
+    """Return (height, width) of a picture that has been decoded to its end.
+
+    Raises:
+        UserError: as ``read_image``.
+    """
+    picture = read_image(path)
+    return picture.height, picture.width
+
+
 def to_input(image: Image.Image) -> Tensor:
     """Return an RGB picture as a network takes it: (3, H, W) float32, normalised."""
     pixels = tf.pil_to_tensor(image).contiguous()  # planes now, as bytes, not later as floats

@@ -93,6 +93,14 @@ def test_set_that_does_not_fit_is_refused_in_one_line(splits, monkeypatch, free)
         Memory(splits.labeled, 1)
 
 
+def test_processes_of_a_machine_have_a_block_each(splits, monkeypatch):
+    monkeypatch.setattr(cache, "_free_memory", lambda: 2 * 4 * 48 * 64 * 6)
+    Memory(splits.labeled, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"in each of 2 processes, and 0\.00 GB are free"):
+        Memory(splits.labeled, 1)
+
+
 def test_block_that_the_system_refuses_is_told_in_one_line(splits, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("unable to allocate\nshared memory")

@@ -191,6 +191,14 @@ def test_a_region_that_is_none_is_named(root, spoilt):
     assert not lost.exists()
 
 
+def test_categories_without_names_are_refused(root):
+    path = root / "annotations/instances_val2017.json"
+    nameless = [{"id": category["id"]} for category in CATEGORIES]
+    path.write_text(json.dumps({"images": [], "annotations": [], "categories": nameless}))
+    with pytest.raises(UserError, match=f"^{path}: cannot read instance annotations in it"):
+        prepare_coco(root, download=False, workers=0, counts=COUNTS)
+
+
 def test_other_categories_are_refused(root):
     path = root / "annotations/instances_val2017.json"
     path.write_text(json.dumps({"images": [], "annotations": [], "categories": CATEGORIES[1:]}))

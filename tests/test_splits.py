@@ -119,6 +119,7 @@ def test_line_ends_and_blank_lines_do_not_count(tmp_path, newline, end):
         ("a.jpg\na.png", r"list\.txt:2: a\.png .*a\.jpg"),  # their predicted masks are one file
         ("a.jpg a.png 3", r"list\.txt:1: a line reads 'image \[mask\]', not 'a\.jpg a\.png 3'"),
         ('a.jpg "a b.png', r"list\.txt:1: a double quote is not closed in"),
+        ("my cat.jpg", r"list\.txt:1: a line reads .* paths with spaces stand in double quotes"),
         ("a.jpg UserError: x", r"list\.txt:1: a line reads .*, not 'a\.jpg UserError: x'"),
         ("a.jpg\n/data/b.jpg", r"list\.txt:2: /data/b\.jpg leaves the data root root"),
         ("a.jpg ../b.png", r"list\.txt:1: \.\./b\.png leaves the data root root"),

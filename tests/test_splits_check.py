@@ -175,6 +175,17 @@ def test_everything_that_training_refuses_is_found_and_counted(rows, spoil, tmp_
     assert problems[0].example in line
 
 
+def test_pictures_that_end_early_are_found_though_training_would_begin(rows, tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 10, 3), np.uint8))
+    for name in ("a.png", "u.png"):
+        noise.save(tmp_path / name)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:200])
+    problems = look(rows).problems
+    found = {(each.where, each.what): each.count for each in problems}
+    assert found == {("labeled", "files unreadable"): 1, ("unlabeled", "files unreadable"): 1}
+    read_splits(read_config("demo.yaml", rows).dataset)  # reads the headers of images alone
+
+
 def test_all_problems_are_in_the_table_and_the_first_is_the_line(rows, tmp_path, complaint):
     missing_files(tmp_path)
     told = "no such file; correct the list or dataset.root"

@@ -189,6 +189,23 @@ def test_query_indices_read_in_three_forms(tmp_path, write):
         assert names(tmp_path / form) == expected
 
 
+def test_a_name_with_spaces_in_an_index_of_ours_is_one_image(tmp_path, write):
+    (tmp_path / "my cat.png").write_text("")
+    index = write("index.json", json.dumps({"cat": ["my cat.png", "a.png b.png"]}))
+    assert [s.name for s in read_query_index(index, tmp_path, PASCAL)] == ["my cat.png", "a.png"]
+
+
+def test_quoted_paths_that_begin_with_a_slash_and_odd_spaces_come_in(tmp_path, write):
+    path = write("a.txt", '"/photos/my cat.jpg" "/m/my cat.png"\n"two  spaces.jpg"\n" edge.jpg"\n')
+    import_lists({"val": path}, tmp_path / "out")
+    (text,) = [file.read_text() for file in (tmp_path / "out").iterdir()]
+    assert text == '"photos/my cat.jpg" "m/my cat.png"\n"two  spaces.jpg"\n" edge.jpg"\n'
+    assert [s.name for s in read_list(tmp_path / "out/val.txt", Path(), PASCAL)][1:] == [
+        "two  spaces.jpg",
+        " edge.jpg",
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

@@ -8,6 +8,7 @@ import numpy as np
 
 from dataset.catalog import Kind, describe
 from dataset.query import QueryRule
+from dataset.reading import decoded_size
 from dataset.splits.foreign import read_query_index
 from dataset.splits.labels import Fault, class_areas, image_faults, read_labels
 from dataset.splits.lines import read_list
@@ -142,7 +143,7 @@ def _count_classes(
     """Count what labels show; those with faults count nowhere."""
     areas, images, guides = np.zeros((3, rule.num_classes), dtype=np.int64)
     faults: list[Fault] = []
-    for label in read_labels(samples, kind):
+    for label in read_labels(samples, kind, decoded_size):
         faults += label.faults
         if label.mask is not None:
             area = class_areas(label.mask, rule.num_classes)

@@ -43,7 +43,7 @@ def read_foreign(path: Path, kind: Kind | None) -> list[Sample]:
             f"{path}: this list is empty, as 12 lists of ST++ and CISC-R are published; take "
             "another, or 'python -m dataset.splits make' one"
         )
-    return samples_of(map(_without_slash, lines), path, Path(), kind)
+    return samples_of(lines, path, Path(), kind, slashes=True)
 
 
 def read_query_index(path: Path, root: Path, kind: Kind) -> list[Sample]:
@@ -60,11 +60,20 @@ def read_query_index(path: Path, root: Path, kind: Kind) -> list[Sample]:
     """
     samples: dict[str, Sample] = {}
     for place, line in _index_lines(path):
-        sample = read_line(_without_slash(line), place, root, kind)
+        if path.suffix == ".json" and '"' not in line and _is_file(root / line):
+            line = f'"{line}"'  # a name by itself, as stage 3 leaves it, may hold spaces
+        sample = read_line(line, place, root, kind, slashes=True)
         samples[sample.name] = sample
     if not samples:
         raise UserError(f"{path}: this query index lists no image; name another")
     return list(samples.values())
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for a file
+        return False
 
 
 def _index_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -93,7 +102,3 @@ def _read_object(path: Path) -> dict[str, list[str]]:
     ):
         raise UserError(f"{path}: a query index reads {{class: [image, ...], ...}}")
     return {f"{path}: {name}": lines for name, lines in lists.items()}
-
-
-def _without_slash(line: str) -> str:
-    return " ".join(word.lstrip("/") or word for word in line.split())

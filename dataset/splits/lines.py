@@ -40,13 +40,15 @@ def read_lines(path: Path) -> list[str]:
         raise UserError(f"{path}: cannot read this list ({error})") from error
 
 
-def samples_of(lines: Iterable[str], path: Path, root: Path, kind: Kind | None) -> list[Sample]:
+def samples_of(
+    lines: Iterable[str], path: Path, root: Path, kind: Kind | None, slashes: bool = False
+) -> list[Sample]:
     """Parse the lines of ``path`` as ``read_list`` does; without a kind, bare ids are refused."""
     samples: dict[PurePosixPath, Sample] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        sample = read_line(line, f"{path}:{number}", root, kind)
+        sample = read_line(line, f"{path}:{number}", root, kind, slashes)
         key = PurePosixPath(sample.name).with_suffix("")
         if key in samples and samples[key].name == sample.name:
             raise UserError(f"{path}:{number}: {sample.name} is listed twice; remove one line")
@@ -61,15 +63,27 @@ def samples_of(lines: Iterable[str], path: Path, root: Path, kind: Kind | None) 
     return list(samples.values())
 
 
-def read_line(line: str, place: str, root: Path, kind: Kind | None) -> Sample:
-    """Parse ``image [mask]`` or a bare id; ``place`` names the line in errors.
+def read_line(
+    line: str, place: str, root: Path, kind: Kind | None, slashes: bool = False
+) -> Sample:
+    """Parse ``image [mask]`` or a bare id.
+
+    Args:
+        line: a line of a list.
+        place: names it in errors.
+        root: folder that paths are relative to.
+        kind: tells where bare ids lie.
+        slashes: whether paths may begin with a slash, which is left out.
 
     Raises:
         UserError: another number of words, a path that leaves the root or names nothing, or a
             bare id and no kind that tells where its files lie.
     """
     words = _words(line, place)
-    if not 1 <= len(words) <= 2:
+    if slashes:
+        words = [word.lstrip("/") or word for word in words]
+    first, last = PurePosixPath(words[0]), PurePosixPath(words[-1])
+    if len(words) > 2 or (first.name and not first.suffix and last.suffix):
         raise UserError(
             f"{place}: a line reads 'image [mask]', not {line!r}; paths with spaces stand in "
             "double quotes"
@@ -99,7 +113,7 @@ def line_of(sample: Sample, root: Path) -> str:
     files = [sample.name]
     if sample.mask is not None:
         files.append(sample.mask.relative_to(root).as_posix())
-    return " ".join(f'"{file}"' if len(file.split()) > 1 else file for file in files)
+    return " ".join(f'"{file}"' if file.split() != [file] else file for file in files)
 
 
 def _words(line: str, place: str) -> list[str]:

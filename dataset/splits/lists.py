@@ -140,8 +140,12 @@ def find_root(section: DatasetSection) -> Path:
     Raises:
         UserError: no such folder.
     """
-    root = Path(section.root).expanduser()
-    if not root.is_dir():
+    try:
+        root = Path(section.root).expanduser()
+        there = root.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"dataset.root: cannot look into {section.root} ({error})") from error
+    if not there:
         drawn = f" (python -m dataset.demo {root} draws it)" if section.kind == "demo" else ""
         raise UserError(
             f"dataset.root: {root} is no folder; put the data there{drawn} or set dataset.root=PATH"
@@ -157,8 +161,11 @@ def find_list(section: DatasetSection, field: str, root: Path) -> Path:
     """
     name = getattr(section, field)
     for candidate in (Path(name), root / name):
-        if candidate.is_file():
-            return candidate
+        try:
+            if candidate.is_file():
+                return candidate
+        except (OSError, ValueError) as error:
+            raise UserError(f"dataset.{field}: cannot look for {candidate} ({error})") from error
     raise UserError(
         f"dataset.{field}: {name} is neither in the working folder nor in {root}; "
         f"set dataset.{field}=PATH"
@@ -168,10 +175,17 @@ def find_list(section: DatasetSection, field: str, root: Path) -> Path:
 def overlaps(splits: Splits) -> Iterator[Overlap]:
     """Find what stands in two lists, for every pair of lists that overlaps."""
     files = {  # links followed: one picture under two names is one picture
-        field: {sample.image.resolve(): sample.name for sample in getattr(splits, field)}
+        field: {_file_of(sample): sample.name for sample in getattr(splits, field)}
         for field in Splits._fields
     }
     for one, other in combinations(Splits._fields, 2):
         shared = sorted(files[one][file] for file in files[one].keys() & files[other].keys())
         if shared:
             yield Overlap(one, other, shared)
+
+
+def _file_of(sample: Sample) -> Path:
+    try:
+        return sample.image.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{sample.image}: this link leads nowhere ({error})") from error
