@@ -187,6 +187,10 @@ def read_arguments() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if (arguments.images is None) != (arguments.out is None):
         raise UserError("--images and --out go together: pictures in, masks and overlays out")
+    if arguments.out is not None and arguments.out.resolve().is_relative_to(
+        arguments.images.resolve()
+    ):
+        raise UserError("--out: lies in --images, where its masks would be pictures; name another")
     return arguments
 
 

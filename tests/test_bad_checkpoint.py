@@ -55,6 +55,11 @@ def weights_that_are_none(path):
     checkpoint.save(path, {**content, "model": torch.zeros(1)})
 
 
+def keys_that_are_numbers(path):
+    content = checkpoint.load(path)
+    torch.save({**content, "model": dict(enumerate(content["model"].values()))}, path)
+
+
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
@@ -65,6 +70,7 @@ def weights_that_are_none(path):
         (pickled_code, ["not a whole checkpoint"]),
         (no_mapping, ["holds a list"]),
         (weights_that_are_none, ["weights"]),
+        (keys_that_are_numbers, ["weights of another network"]),
     ],
 )
 def test_bad_checkpoint(complaint, trained, tmp_path, spoil, told):
@@ -141,6 +147,18 @@ def test_folder_of_pictures(complaint, trained, tmp_path, names, told):
         Image.new("RGB", (8, 8)).save(tmp_path / "in" / name)
     line = complaint(eval_program, trained, "--images", tmp_path / "in", "--out", tmp_path / "out")
     assert told in line
+
+
+def test_segmented_pictures_go_elsewhere(complaint, trained, tmp_path):
+    for out in (tmp_path, tmp_path / "seg"):
+        line = complaint(eval_program, trained, "--images", tmp_path, "--out", out)
+        assert line.startswith("error: --out: lies in --images")
+
+
+def test_a_folder_called_like_a_picture_is_none(complaint, trained, tmp_path):
+    (tmp_path / "in/x.png").mkdir(parents=True)
+    line = complaint(eval_program, trained, "--images", tmp_path / "in", "--out", tmp_path / "out")
+    assert "holds no picture" in line
 
 
 def test_export_names_its_formats(complaint, trained, tmp_path):

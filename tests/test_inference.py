@@ -128,6 +128,9 @@ def test_windows_at_the_edges_are_snapped_and_batched():
     window = WindowSection(size=8, step=0.5, batch_size=4)
     Predictor(net, CPU, window)(torch.randn(1, 3, 8, 21), (8, 21))
     assert net.shapes == [(4, 3, 8, 8), (1, 3, 8, 8)]  # from columns 0, 4, 8, 12 and 13
+    both = Counted()
+    Predictor(both, CPU, window, flip=True)(torch.randn(3, 3, 8, 9), (8, 9))
+    assert both.shapes == [(4, 3, 8, 8), (2, 3, 8, 8)] * 2  # two places of three images, mirrored
     small = Counted()
     Predictor(small, CPU, window)(torch.randn(1, 3, 8, 7), (8, 7))
     assert small.shapes == [(1, 3, 8, 7)]  # fits one window: passed whole

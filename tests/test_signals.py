@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from utils import signals
 from utils.errors import Stopped
 from utils.signals import stop_here, stopping_later
 
@@ -37,6 +38,18 @@ def test_a_signal_stops_at_the_next_place_and_not_before(number):
             stop_here()
     assert stopped.value.number == number
     assert str(stopped.value) == f"stopped by {number.name}"
+
+
+def test_while_processes_stop_together_a_late_signal_ends_none(monkeypatch):
+    """torchrun sends another to those that still save when the first has ended."""
+    monkeypatch.setattr(signals, "world", lambda: 2)
+    monkeypatch.setattr(signals, "_ECHO", -1.0)
+    monkeypatch.setattr(signals, "largest", lambda number: number)
+    with stopping_later():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped):
+            stop_here()
+        os.kill(os.getpid(), signal.SIGTERM)  # would have ended this process at once
 
 
 def test_outside_of_the_block_signals_are_as_before():

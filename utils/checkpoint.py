@@ -102,7 +102,7 @@ def _weights_in(content: dict[str, Any], path: Path) -> Weights:
     return {
         key.removeprefix("module."): value
         for key, value in weights.items()
-        if isinstance(value, Tensor)
+        if isinstance(key, str) and isinstance(value, Tensor)
     }
 
 

@@ -159,7 +159,7 @@ def joined() -> Iterator[None]:
         if isinstance(error, RuntimeError) and _is_of_connection(error):
             raise UserError(
                 "torchrun: another process of this run is gone without a word, memory may have run "
-                "out; the same command goes on"
+                f"out, or they cannot talk ({str(error).splitlines()[0]}); the same command goes on"
             ) from error
         raise
     dist.destroy_process_group()

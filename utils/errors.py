@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import torch
+
 
 class UserError(Exception):
     """A mistake outside the program: one line with the file or key, what is wrong, what to do.
@@ -55,15 +57,28 @@ def _run(program: Callable[[], None]) -> tuple[int, str]:
     except UserError as error:
         return 2, "\n  ".join([f"error: {error}", *error.rows])
     except RuntimeError as error:
-        # Raised wherever the program is when the system tells of a worker's death.
-        if not str(error).startswith("DataLoader worker (pid"):
+        line = _line_of(error)
+        if line is None:
             raise
-        what = str(error).split(". ")[0]
-        hint = "if memory ran out take fewer; the same command goes on"
-        return 2, f"error: workers: {what}, a process that reads images; {hint}"
+        return 2, f"error: {line}"
     except Stopped as stopped:
         hint = "the same command, without --from-stage and --fresh, goes on"
         return 128 + stopped.number, f"{stopped}, all that is done is saved; {hint}"
     except KeyboardInterrupt:
         return 130, "interrupted; the same command goes on"
     return 0, ""
+
+
+def _line_of(error: RuntimeError) -> str | None:
+    """Say in a line what torch and the system complain about, if a user can do something."""
+    what = str(error).split(". ")[0].splitlines()[0] if str(error) else ""
+    # Raised wherever the program is when the system tells of a worker's death.
+    if what.startswith("DataLoader worker (pid"):
+        hint = "if memory ran out take fewer; the same command goes on"
+        return f"workers: {what}, a process that reads images; {hint}"
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return (
+            f"memory: {what}; raise supervised.accumulate and retrain.accumulate, or lower "
+            "batch_size, augment.crop_size or inference.batch_size; what was done is kept"
+        )
+    return None

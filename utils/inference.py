@@ -69,10 +69,12 @@ class Predictor:
         weight = _window_weight(shape, window.weighting, images.device)
         places = list(_window_places((height, width), shape, window.step))
         total, weights = 0.0, torch.zeros(height, width, device=images.device)
-        for start in range(0, len(places), window.batch_size):
-            chosen = places[start : start + window.batch_size]
+        step = max(1, window.batch_size // len(images))  # places that are cut out at once
+        for start in range(0, len(places), step):
+            chosen = places[start : start + step]
             crops = torch.cat([images[..., rows, columns] for rows, columns in chosen])
-            answers = _resized(self._logits(crops), shape).softmax(dim=1).chunk(len(chosen))
+            logits = torch.cat([self._logits(part) for part in crops.split(window.batch_size)])
+            answers = _resized(logits, shape).softmax(dim=1).chunk(len(chosen))
             for (rows, columns), answer in zip(chosen, answers, strict=True):
                 if isinstance(total, float):
                     total = answer.new_zeros(len(images), answer.shape[1], height, width)

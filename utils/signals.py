@@ -19,13 +19,13 @@ class _StopLater:
     """A signal handler that remembers the first signal for ``stop_here``."""
 
     def __init__(self) -> None:
-        self.caught, self._since = 0, 0.0
+        self.caught, self.stopping, self._since = 0, False, 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if not self.caught:
             self.caught, self._since = number, time.monotonic()
-        elif world() == 1 or time.monotonic() - self._since > _ECHO:
-            os._exit(128 + number)
+        elif world() == 1 or (not self.stopping and time.monotonic() - self._since > _ECHO):
+            os._exit(128 + number)  # torchrun sends another to those that save yet
 
 
 @contextmanager
@@ -48,6 +48,9 @@ def stop_here() -> None:
     """
     number = largest(_caught())
     if number:
+        handler = signal.getsignal(signal.SIGTERM)
+        if isinstance(handler, _StopLater):
+            handler.stopping = True
         raise Stopped(number)
 
 
