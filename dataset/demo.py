@@ -53,9 +53,10 @@ def write_demo(
     if others and not ours.is_file():
         raise UserError(f"{others[0]}: another data set is in this folder; name an empty one")
     with writing(root):
-        for name in ("JPEGImages", "SegmentationClass"):
-            (root / name).mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
         ours.write_text("{}\n")
+        for name in ("JPEGImages", "SegmentationClass"):
+            (root / name).mkdir(exist_ok=True)
         for path in lists:
             path.unlink(missing_ok=True)
         _write_all(root, palette, train, labeled, val, seed, size)
