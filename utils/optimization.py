@@ -96,7 +96,7 @@ class Optimization:
         loss = torch.stack(self._losses).sum()
         self._losses, finite = [], loss.isfinite()
         if not self._scaler.is_enabled():
-            finite = finite & self._largest_gradient().isfinite()
+            finite = finite & self._gradient_norm().isfinite()
             # The device itself leaves the step out: asking it first would be to wait for it.
             self._sgd.found_inf = (~finite).float()
         self._scaler.step(self._sgd)
@@ -113,10 +113,10 @@ class Optimization:
         """Whether gradients overflow fp16 however they are scaled; reading it waits."""
         return self._scaler.is_enabled() and self._scaler.get_scale() < 1.0
 
-    def _largest_gradient(self) -> Tensor:
+    def _gradient_norm(self) -> Tensor:
+        """Return the gradient's length, which torch adds up fastest; beyond 1e19 it is inf."""
         parameters = [p for group in self._sgd.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        return get_total_norm(gradients, torch.inf)
+        return get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def _keep_buffers(self) -> None:
         self._kept = [buffer.clone() for buffer in self._buffers]
