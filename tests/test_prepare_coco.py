@@ -7,7 +7,14 @@ from PIL import Image
 
 from dataset.catalog import KINDS
 from dataset.prepare import __main__ as program
-from dataset.prepare.coco import Region, Scene, draw_mask, prepare_coco, read_scenes
+from dataset.prepare.coco import (
+    Region,
+    Scene,
+    draw_mask,
+    prepare_coco,
+    read_scenes,
+    write_coco_mask,
+)
 from dataset.reading import read_mask
 from utils.errors import UserError
 
@@ -189,6 +196,11 @@ def test_a_region_that_is_none_is_named(root, spoilt):
         prepare_coco(root, download=False, workers=0, counts=COUNTS)
     assert "\n" not in str(error.value)
     assert not lost.exists()
+
+
+def test_an_image_without_pixels_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"x\.png: cannot draw .*an image of 0 x 6 pixels"):
+        write_coco_mask(Scene(0, 6, []), tmp_path / "x.png")
 
 
 def test_categories_without_names_are_refused(root):

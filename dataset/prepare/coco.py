@@ -135,6 +135,8 @@ def write_coco_mask(scene: Scene, path: Path) -> None:
     """
     try:
         ids = draw_mask(scene)
+        if not ids.size:
+            raise ValueError(f"an image of {scene.height} x {scene.width} pixels")
     except Exception as error:  # pycocotools raises no narrower one
         raise UserError(
             f"{path}: cannot draw the regions that are annotated in this image ({error!r}); unpack "
