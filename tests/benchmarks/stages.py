@@ -24,7 +24,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks.works import Bench
+from tests.benchmarks.works import Bench, bench_parser
 from utils.precision import Device
 
 FORMS = ("plain", "ours")
@@ -120,13 +120,7 @@ def measure(bench: Bench, stage: str, rate: float, pairs: int) -> dict[str, floa
 
 def main() -> None:
     before = resident("VmRSS")
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--backbone", default="resnet50")
-    parser.add_argument("--crop", type=int, default=321)
-    parser.add_argument("--batch", type=int, default=2, help="samples; a pair has two images")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser = bench_parser(__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--only", choices=STAGES, help="one stage")
     parser.add_argument("--json", type=Path)

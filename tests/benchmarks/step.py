@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model.dilated import DilatedConv2d
 from tests.benchmarks.stages import seconds
-from tests.benchmarks.works import Bench
+from tests.benchmarks.works import Bench, bench_parser
 
 KINDS = {  # of operations, by what their names hold; the first that fits
     "convolutions": ("conv",),
@@ -99,13 +99,7 @@ def print_compiled(bench: Bench, step: Callable[[], object]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--backbone", default="resnet50")
-    parser.add_argument("--crop", type=int, default=321)
-    parser.add_argument("--batch", type=int, default=2, help="unlabeled images")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser = bench_parser(__doc__.split("\n")[0])
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     typed = parser.parse_args()
     torch.set_num_threads(typed.threads)

@@ -43,6 +43,18 @@ class Row(NamedTuple):
     flop: float
 
 
+def bench_parser(description: str) -> argparse.ArgumentParser:
+    """Make a command line with what ``Bench`` asks for, and threads."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--crop", type=int, default=321)
+    parser.add_argument("--batch", type=int, default=2, help="samples; a pair has two images")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser
+
+
 class Bench:
     """Drawn images and a configuration; a method a stage builds what is timed there."""
 
