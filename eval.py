@@ -16,26 +16,24 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset.catalog import describe
+from dataset.lists import Sample, find_pictures, mask_file, read_label, read_val
+from dataset.loader import WholeImage, photographs, whole_images
 from dataset.reading import read_image, read_photograph
-from dataset.splits import Sample, find_pictures, mask_file, read_label, read_val
-from dataset.whole_images import photographs, whole_images
 from model import build_model
+from model.ops.frozen import frozen
 from utils import checkpoint
-from utils.config import Config, InferenceSection, PseudoLabelSection
+from utils.config.reading import config_from, read_config
+from utils.config.schema import Config, InferenceSection, PseudoLabelSection
+from utils.device import Device
 from utils.distributed import by_first, joined, merged, shared
 from utils.errors import Parser, UserError, exit_with_one_line
+from utils.evaluation import ConfusionMatrix, Predictor
 from utils.export import export
 from utils.files import write_json
-from utils.frozen import frozen
-from utils.inference import Predictor
-from utils.metrics import ConfusionMatrix
 from utils.panels import in_colour, save_legend, save_mask, save_overlay, save_panel
-from utils.precision import Device
 from utils.progress import no_bar
-from utils.read_config import config_from, read_config
-from utils.records import WholeImage
-from utils.signals import shall_stop, stop_here
-from utils.stage import checkpoint_of
+from utils.run.signals import shall_stop, stop_here
+from utils.run.stages import checkpoint_of
 
 Load = Callable[[Sequence[Sample], InferenceSection, int], DataLoader[WholeImage]]
 EXAMPLES = 4  # validation images in a run's picture

@@ -15,17 +15,7 @@ from torch import Tensor, nn
 
 from dataset.cache import sample_reader
 from dataset.catalog import describe
-from dataset.epochs import refuse_batch_sizes, repeats
-from dataset.loader import Chance, batch_keys, batch_seeds, training_batches
-from dataset.query import Querier, QueryIndex, QueryRule, build_query_index
-from dataset.segmentation import (
-    LabeledPairs,
-    RetrainSamples,
-    queried_image,
-    queried_prototype,
-)
-from dataset.selection import read_selection, write_csv, write_selection
-from dataset.splits import (
+from dataset.lists import (
     Sample,
     SampleReader,
     Splits,
@@ -33,7 +23,25 @@ from dataset.splits import (
     read_splits,
     with_pseudo_masks,
 )
-from dataset.whole_images import whole_images
+from dataset.loader import Chance, batch_keys, batch_seeds, training_batches, whole_images
+from dataset.query import (
+    Querier,
+    QueryIndex,
+    QueryRule,
+    build_query_index,
+    read_selection,
+    write_csv,
+    write_selection,
+)
+from dataset.training import (
+    LabeledPairs,
+    Queried,
+    RetrainSamples,
+    queried_image,
+    queried_prototype,
+    refuse_batch_sizes,
+    repeats,
+)
 from eval import build_network, draw_examples, predictor, report, validate, whole_batches
 from model.cisc import class_prototypes, image_reliability, reliability
 from model.objectives import (
@@ -45,23 +53,21 @@ from model.objectives import (
     weight_by_bank,
     weight_by_image,
 )
+from model.ops.frozen import frozen
 from model.training_step import training_step
 from utils.batch_norm import synchronised
 from utils.checkpoint import load_weights
-from utils.config import Config, TrainingSection
+from utils.config.reading import read_config
+from utils.config.schema import Config, TrainingSection
 from utils.distributed import by_first, gathered, joined, merged, parallel, shared
 from utils.errors import Parser, UserError, exit_with_one_line
-from utils.frozen import frozen
 from utils.optimization import Optimization
 from utils.outcomes import Outcomes
 from utils.panels import save_mask
 from utils.progress import StageBar
-from utils.read_config import read_config
-from utils.records import Queried
-from utils.resume import Journal, Progress
-from utils.run import Run
+from utils.run.resume import Journal, Progress
+from utils.run.stages import Report, Run, Stage, checkpoint_of
 from utils.spill import Spill
-from utils.stage import Report, Stage, checkpoint_of
 
 
 def train(config: Config, from_stage: int | None = None, fresh: bool = False) -> None:

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from dataset.lists import Sample, SampleReader, read_sample
 from dataset.reading import picture_size
-from dataset.splits import Sample, SampleReader, read_sample
 from utils.errors import UserError
 from utils.progress import no_bar
 

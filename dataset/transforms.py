@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import v2
 
 from utils import IGNORE
-from utils.config import AugmentSection, StrongSection
+from utils.config.schema import AugmentSection, StrongSection
 
 
 class View(NamedTuple):

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from torch import nn
 
-from model.deeplabv2 import DeepLabV2
-from model.deeplabv3plus import DeepLabV3Plus
-from model.layers import SegmentationOutput
-from model.pspnet import PSPNet
-from model.resnet import BLOCKS, ResNet
-from model.xception import Xception65
+from model.networks.deeplabv2 import DeepLabV2
+from model.networks.deeplabv3plus import DeepLabV3Plus
+from model.networks.pspnet import PSPNet
+from model.networks.resnet import BLOCKS, ResNet
+from model.networks.xception import Xception65
+from model.ops.layers import SegmentationOutput
 from utils.checkpoint import load_weights
 from utils.errors import UserError
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.bilinear import at_least_float32, full_precision, pull_back, resize
+from model.ops.bilinear import at_least_float32, full_precision, pull_back, resize
 from utils import IGNORE
 from utils.distributed import total
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dataset.training import QueriedImage, QueriedPrototype, QueryPair, RetrainSample
 from model.cisc import (
     class_region,
     consistency_loss,
@@ -15,9 +16,8 @@ from model.cisc import (
 )
 from model.losses import cross_entropy, ohem_cross_entropy, rectified_cross_entropy
 from utils import IGNORE
-from utils.config import OhemSection
+from utils.config.schema import OhemSection
 from utils.distributed import total
-from utils.records import QueriedImage, QueriedPrototype, QueryPair, RetrainSample
 
 LabeledLoss = Callable[..., Tensor]  # of logits, true labels, and ``batch_label``
 Guide = Callable[[RetrainSample], Tensor]  # weighs the pixels of pseudo labels

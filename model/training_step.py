@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from model.dropout import seed_dropout
+from dataset.training import parts
 from model.objectives import Loss
+from model.ops.dropout import seed_dropout
+from utils.device import Device
 from utils.optimization import Optimization, StepOutcome
-from utils.precision import Device
-from utils.records import parts
 
 
 def training_step(

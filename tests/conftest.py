@@ -15,9 +15,9 @@ from hypothesis import settings
 from torch import multiprocessing
 
 from dataset.catalog import KINDS
-from dataset.demo import write_demo
-from dataset.splits import Splits, read_splits
-from utils.config import AugmentSection, DatasetSection
+from dataset.demo.__main__ import write_demo
+from dataset.lists import Splits, read_splits
+from utils.config.schema import AugmentSection, DatasetSection
 from utils.errors import UserError, exit_with_one_line
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,8 +9,8 @@ from PIL import Image
 import eval as eval_program
 from eval import build_network
 from utils import checkpoint
+from utils.config.reading import read_config
 from utils.errors import exit_with_one_line
-from utils.read_config import read_config
 
 ROOT = Path(__file__).parents[1]
 

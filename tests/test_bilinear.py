@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.bilinear import pull_back, resize_by_products
+from model.ops.bilinear import pull_back, resize_by_products
 
 
 def test_pull_back_is_the_adjoint_of_the_resize():

@@ -9,14 +9,14 @@ from torch.utils.data import DataLoader
 from dataset import cache
 from dataset.cache import Memory, sample_reader
 from dataset.catalog import KINDS
+from dataset.lists import read_sample, read_splits, with_pseudo_masks
 from dataset.loader import Chance, SampleKey
 from dataset.query import Querier, QueryRule, build_query_index
-from dataset.segmentation import RetrainSamples, queried_image
-from dataset.splits import read_sample, read_splits, with_pseudo_masks
-from utils.config import DatasetSection, QuerySection
+from dataset.training import RetrainSamples, queried_image
+from utils.config.reading import read_config
+from utils.config.schema import DatasetSection, QuerySection
 from utils.errors import UserError
-from utils.read_config import read_config
-from utils.run import Run
+from utils.run.stages import Run
 
 KEYS = [[SampleKey(0, 0), SampleKey(0, 1)], [SampleKey(1, 3), SampleKey(0, 2)]]
 

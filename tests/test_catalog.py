@@ -1,7 +1,7 @@
 import pytest
 
 from dataset.catalog import KINDS, describe, voc_colours
-from utils.config import DatasetSection
+from utils.config.schema import DatasetSection
 from utils.errors import UserError
 
 

@@ -2,8 +2,8 @@ import pytest
 
 from dataset.catalog import describe
 from dataset.query import QueryRule
+from utils.config.reading import CONFIGS, config_from, read_config
 from utils.errors import UserError
-from utils.read_config import CONFIGS, config_from, read_config
 
 SMALL = {
     "name": "small",

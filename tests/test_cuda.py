@@ -7,10 +7,10 @@ import torch
 
 import train
 from eval import build_network
+from model.ops.frozen import frozen
+from utils.config.reading import read_config
+from utils.device import Device
 from utils.errors import Stopped
-from utils.frozen import frozen
-from utils.precision import Device
-from utils.read_config import read_config
 
 pytestmark = [
     pytest.mark.slow,

@@ -7,12 +7,12 @@ from PIL import Image
 
 from dataset import demo as program
 from dataset.catalog import KINDS
-from dataset.demo import write_demo
-from dataset.demo_objects import CLASSES
-from dataset.demo_scene import draw_scene
+from dataset.demo.__main__ import write_demo
+from dataset.demo.objects import CLASSES
+from dataset.demo.scene import draw_scene
+from dataset.lists import read_splits
 from dataset.query import QueryRule
-from dataset.splits import read_splits
-from utils.config import DatasetSection, QuerySection
+from utils.config.schema import DatasetSection, QuerySection
 from utils.errors import UserError
 
 PALETTE = KINDS["demo"].palette()

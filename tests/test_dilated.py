@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.dilated import DilatedConv2d
+from model.ops.dilated import DilatedConv2d
 
 
 def gradients(forward, conv, maps):

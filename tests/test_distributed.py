@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing, nn
 
+from dataset.training import QueriedImage, QueryPair, RetrainSample
 from model import build_model
-from model.dropout import seed_dropout
 from model.losses import cross_entropy, ohem_cross_entropy
 from model.objectives import retrain_loss, supervised_loss
+from model.ops.dropout import seed_dropout
 from utils.batch_norm import synchronised
-from utils.config import OptimizerSection
+from utils.config.schema import OptimizerSection
+from utils.device import Device
 from utils.distributed import (
     barrier,
     by_first,
@@ -32,11 +34,9 @@ from utils.distributed import (
     world,
 )
 from utils.errors import Stopped, UserError, exit_with_one_line
-from utils.metrics import ConfusionMatrix
+from utils.evaluation import ConfusionMatrix
 from utils.optimization import Optimization
-from utils.precision import Device
-from utils.records import QueriedImage, QueryPair, RetrainSample
-from utils.signals import stop_here, stopping_later
+from utils.run.signals import stop_here, stopping_later
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.dropout import Dropout, Dropout2d, seed_dropout
+from model.ops.dropout import Dropout, Dropout2d, seed_dropout
 
 
 def dropped(layers, seeds, images):

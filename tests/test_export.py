@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from model import SegmentationOutput, build_model
-from model.deeplabv2 import DeepLabV2
-from model.pspnet import PSPNet
-from model.resnet import ResNet
+from model.networks.deeplabv2 import DeepLabV2
+from model.networks.pspnet import PSPNet
+from model.networks.resnet import ResNet
 from utils.errors import UserError
 from utils.export import _GridMeans, export
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import train
+from dataset.lists import read_splits
 from dataset.loader import Chance, batch_keys
-from dataset.splits import read_splits
+from utils.config.reading import read_config
 from utils.errors import Stopped, UserError
-from utils.read_config import read_config
 
 ROOT = Path(__file__).parents[1]
 

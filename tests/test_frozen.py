@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from model import BACKBONES, NETWORKS, build_model
-from utils.frozen import frozen
-from utils.precision import Device
+from model.ops.frozen import frozen
+from utils.device import Device
 
 PAIRS = [("deeplabv3plus", backbone, "plain") for backbone in ("resnet18", "xception65")]
 PAIRS += [(name, "resnet50", "deep") for name in NETWORKS]

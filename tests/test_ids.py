@@ -5,14 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.catalog import describe
-from dataset.ids import id_table
-from dataset.loader import Chance, SampleKey
+from dataset.catalog import describe, id_table
+from dataset.lists import read_label, read_splits, read_val, with_pseudo_masks
+from dataset.loader import Chance, SampleKey, whole_images
 from dataset.query import Querier, QueryRule, build_query_index
-from dataset.segmentation import LabeledPairs
-from dataset.splits import read_label, read_splits, read_val, with_pseudo_masks
-from dataset.whole_images import whole_images
-from utils.config import DatasetSection, InferenceSection, QuerySection
+from dataset.training import LabeledPairs
+from utils.config.schema import DatasetSection, InferenceSection, QuerySection
 from utils.errors import UserError
 
 CLASSES = ["ground", "thing"]

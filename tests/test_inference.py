@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from utils.config import WindowSection
-from utils.inference import Predictor
-from utils.precision import Device
+from utils.config.schema import WindowSection
+from utils.device import Device
+from utils.evaluation import Predictor
 
 CPU = Device("cpu", "fp32")
 

@@ -9,18 +9,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataset.catalog import KINDS
-from dataset.loader import Chance, EpochBatches, SampleKey, training_batches
+from dataset.lists import read_splits
+from dataset.loader import Chance, EpochBatches, SampleKey, training_batches, whole_images
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.reading import read_mask
-from dataset.segmentation import (
+from dataset.training import (
     LabeledPairs,
     RetrainSamples,
     queried_image,
     queried_prototype,
 )
-from dataset.splits import read_splits
-from dataset.whole_images import whole_images
-from utils.config import AugmentSection, DatasetSection, InferenceSection, QuerySection
+from utils.config.schema import AugmentSection, DatasetSection, InferenceSection, QuerySection
 from utils.errors import UserError
 
 CHANCE = Chance(0, "4_retrain")

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from utils.errors import UserError
-from utils.lock import locked
+from utils.run.lock import locked
 
 ROOT = Path(__file__).parents[1]
-HOLD = "import sys, pathlib, utils.lock\nwith utils.lock.locked(pathlib.Path(sys.argv[1]), print):"
+HOLD = (
+    "import sys, pathlib, utils.run.lock\n"
+    "with utils.run.lock.locked(pathlib.Path(sys.argv[1]), print):"
+)
 
 
 @pytest.fixture

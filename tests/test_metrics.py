@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.metrics import ConfusionMatrix
+from utils.evaluation import ConfusionMatrix
 
 
 def matrix_of(num_classes, prediction, label):

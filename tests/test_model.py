@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torchvision.models import resnet as torchvision_resnet
 
 from model import BACKBONES, NETWORKS, STEMS, build_model
-from model.resnet import ResNet
-from model.xception import Xception65
+from model.networks.resnet import ResNet
+from model.networks.xception import Xception65
 from utils.errors import UserError
 
 SMALL = ("resnet18", "resnet50", "xception65")  # a basic block, a bottleneck, no ResNet

@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
+from dataset.training import QueriedImage, QueriedPrototype, QueryPair, RetrainSample
 from model import SegmentationOutput
 from model.cisc import class_prototypes
 from model.losses import cross_entropy
 from model.objectives import retrain_loss, supervised_loss, weight_by_bank, weight_by_image
-from utils.records import QueriedImage, QueriedPrototype, QueryPair, RetrainSample
 
 
 class Pointwise(nn.Module):

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from utils.config import OptimizerSection
+from utils.config.schema import OptimizerSection
+from utils.device import Device
 from utils.optimization import Optimization
-from utils.precision import Device
 
 
 class Net(nn.Module):

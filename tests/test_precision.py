@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from utils.device import Device
 from utils.errors import UserError
-from utils.precision import Device
 
 
 class Inner(NamedTuple):

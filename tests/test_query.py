@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataset.catalog import KINDS
+from dataset.lists import Sample, read_splits
 from dataset.query import Querier, QueryRule, build_query_index
-from dataset.splits import Sample, read_splits
-from utils.config import AugmentSection, DatasetSection, QuerySection
+from utils.config.schema import AugmentSection, DatasetSection, QuerySection
 from utils.errors import UserError
 
 WIDE = AugmentSection(base_size=60, scale=(1.0, 1.0), crop_size=60)  # keeps all of the image

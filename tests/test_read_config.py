@@ -3,9 +3,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.config import Config
+from utils.config.reading import config_from, read_config
+from utils.config.schema import Config
 from utils.errors import UserError
-from utils.read_config import config_from, read_config
 
 SMALL = {
     "name": "small",

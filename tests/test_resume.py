@@ -6,15 +6,15 @@ import torch
 from torch import nn
 
 from utils import checkpoint
-from utils.config import OptimizerSection
+from utils.config.schema import OptimizerSection
+from utils.device import Device
 from utils.errors import Stopped, UserError
-from utils.log import Log
 from utils.optimization import Optimization
 from utils.outcomes import Outcomes
-from utils.precision import Device
 from utils.progress import StageBar
-from utils.resume import Journal, Progress
-from utils.stage import Stage, Stopwatch
+from utils.run.log import Log
+from utils.run.resume import Journal, Progress
+from utils.run.stages import Stage, Stopwatch
 
 STEPS, EPOCHS = 3, 2
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 import yaml
 
+from utils.config.reading import read_config
 from utils.errors import UserError
-from utils.read_config import read_config
-from utils.results import stage_table
-from utils.run import Run
+from utils.run.results import stage_table
+from utils.run.stages import Run
 
 
 def config(tmp_path, *words):
@@ -184,7 +184,7 @@ def test_another_precision_is_refused_and_another_device_told(tmp_path):
 
 def test_seconds_count_all_sittings_whatever_the_clock_of_the_wall_does(tmp_path, monkeypatch):
     now = iter([100.0, 130.0, 7.0, 9.0])  # two sittings, of 30 and 2 seconds
-    monkeypatch.setattr("utils.stage.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("utils.run.stages.time.monotonic", lambda: next(now))
     monkeypatch.setattr("time.time", lambda: 0.0)
 
     def interrupted(stage):

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset.selection import (
+from dataset.lists import Sample
+from dataset.query import (
     keep_reliable_guides,
     read_selection,
     split_by_reliability,
     write_selection,
 )
-from dataset.splits import Sample
 
 SCORES = st.dictionaries(st.text("abcd", min_size=1), st.sampled_from([-2.0, -1.0, 0.0, -math.inf]))
 

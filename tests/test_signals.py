@@ -8,12 +8,12 @@ import pytest
 
 from utils import signals
 from utils.errors import Stopped
-from utils.signals import stop_here, stopping_later
+from utils.run.signals import stop_here, stopping_later
 
 ROOT = Path(__file__).parents[1]
 TWICE = """
 import os, signal
-from utils.signals import stopping_later
+from utils.run.signals import stopping_later
 with stopping_later():
     os.kill(os.getpid(), signal.SIGINT)
     print("still here", flush=True)
@@ -22,7 +22,7 @@ with stopping_later():
 """
 WORKER = """
 import os, signal, time
-from utils.signals import leave_to_parent
+from utils.run.signals import leave_to_parent
 leave_to_parent(0)
 print("ready", flush=True)
 time.sleep(60)

@@ -8,11 +8,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataset.catalog import KINDS
+from dataset.lists import (
+    Sample,
+    Splits,
+    line_of,
+    pick,
+    read_list,
+    read_splits,
+    read_val,
+    with_pseudo_masks,
+)
+from dataset.loader import whole_images
 from dataset.query import QueryRule, build_query_index
-from dataset.splits import Sample, Splits, pick, read_list, read_splits, read_val, with_pseudo_masks
-from dataset.splits.lines import line_of
-from dataset.whole_images import whole_images
-from utils.config import DatasetSection, InferenceSection, QuerySection
+from utils.config.schema import DatasetSection, InferenceSection, QuerySection
 from utils.errors import UserError
 
 LISTS = Path(__file__).parents[2] / "shared" / "lists"

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.splits import __main__ as program
-from dataset.splits import read_splits
-from dataset.splits.audit import Audit, audit
-from dataset.splits.report import audit_table
+from dataset.lists import __main__ as program
+from dataset.lists import read_splits
+from dataset.splits.check import Audit, audit, audit_table
+from utils.config.reading import read_config
 from utils.errors import UserError
-from utils.read_config import read_config
 
 SHARED = Path(__file__).parents[2] / "shared"
 LISTS, CAMVID = SHARED / "lists", SHARED / "camvid"

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataset.catalog import KINDS
-from dataset.splits import __main__ as program
-from dataset.splits import read_list
+from dataset.lists import __main__ as program
+from dataset.lists import read_list
 from dataset.splits.foreign import import_lists, read_foreign, read_query_index
 from utils.errors import UserError
 
@@ -153,7 +153,7 @@ def test_nothing_to_import(complaint, tmp_path):
 
 def test_program_as_typed(tmp_path, write):
     words = ["import", "--labeled", write("a.txt", ""), "--out", tmp_path]
-    command = [sys.executable, "-m", "dataset.splits", *words]
+    command = [sys.executable, "-m", "dataset.lists", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()

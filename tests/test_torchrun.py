@@ -13,18 +13,17 @@ from conftest import ROOT
 
 import train
 from dataset.catalog import describe
-from dataset.loader import Chance, batch_seeds, training_batches
+from dataset.lists import read_splits
+from dataset.loader import Chance, batch_seeds, training_batches, whole_images
 from dataset.query import QueryRule, build_query_index
-from dataset.splits import read_splits
-from dataset.whole_images import whole_images
 from eval import build_network, validate
 from utils import checkpoint
-from utils.config import InferenceSection
+from utils.config.reading import read_config
+from utils.config.schema import InferenceSection
 from utils.distributed import (
     world,
 )
-from utils.read_config import read_config
-from utils.run import Run
+from utils.run.stages import Run
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from PIL import Image
 
 import train
 from dataset.catalog import describe
+from dataset.lists import read_splits
 from dataset.query import QueryRule, build_query_index
-from dataset.splits import read_splits
+from utils.config.reading import read_config
 from utils.errors import UserError
-from utils.read_config import read_config
 
 STAGES = ["1_supervised", "2_pseudo_label", "3_select", "4_retrain", "5_relabel", "6_retrain"]
 

@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import nn
 
+from dataset.training import QueriedPrototype, QueryPair, RetrainSample
 from model import SegmentationOutput
-from model.dropout import Dropout2d
 from model.losses import cross_entropy, ohem_cross_entropy
 from model.objectives import retrain_loss, supervised_loss
+from model.ops.dropout import Dropout2d
 from model.training_step import training_step
 from utils import IGNORE
-from utils.config import OptimizerSection
+from utils.config.schema import OptimizerSection
+from utils.device import Device
 from utils.optimization import Optimization
-from utils.precision import Device
-from utils.records import QueriedPrototype, QueryPair, RetrainSample
 
 CPU, CLASSES = Device("cpu", "fp32"), 3
 

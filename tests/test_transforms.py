@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataset.transforms import StrongColours, View, random_view
-from utils.config import AugmentSection, StrongSection
+from utils.config.schema import AugmentSection, StrongSection
 
 SIDES, SCALES = st.integers(1, 60), st.floats(0.2, 3.0)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from utils.config import OptimizerSection
+from utils.config.schema import OptimizerSection
 from utils.distributed import total, world
 
 

@@ -12,7 +12,7 @@ from typing import IO, NamedTuple
 
 from tqdm import tqdm
 
-from utils.download import download
+from dataset.prepare.download import download
 from utils.errors import UserError
 from utils.files import write_atomically
 
@@ -25,7 +25,7 @@ class Archive(NamedTuple):
         inside: the folder in the archive; all else in it stays packed.
         folder: where that folder goes, relative to the root.
         address: of the file, or of the page that offers it after a login.
-        digest, algorithm: as ``utils.download.download`` takes them.
+        digest, algorithm: as ``download`` takes them.
         login: whether a program cannot fetch it.
     """
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torchvision.models import get_model_weights
 
-from utils.download import download
+from dataset.prepare.download import download
 from utils.errors import UserError
 
 PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained"

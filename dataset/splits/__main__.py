@@ -11,15 +11,14 @@ from fractions import Fraction
 from pathlib import Path
 
 from dataset.catalog import KINDS, describe
+from dataset.lists import Splits, find_root
 from dataset.query import QueryRule
-from dataset.splits.audit import audit
+from dataset.splits.check import audit, audit_table
 from dataset.splits.foreign import import_lists
-from dataset.splits.lists import Splits, find_root
 from dataset.splits.make import make_lists
-from dataset.splits.report import audit_table
+from utils.config.reading import read_config
 from utils.errors import Parser, UserError, exit_with_one_line
 from utils.files import write_json
-from utils.read_config import read_config
 
 
 def make(words: Sequence[str]) -> None:

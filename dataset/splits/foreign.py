@@ -5,9 +5,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dataset.catalog import Kind
-from dataset.splits.lines import line_of, read_line, read_lines, samples_of, write_lists
-from dataset.splits.lists import Splits, overlaps
-from dataset.splits.samples import Sample
+from dataset.lists import (
+    Sample,
+    Splits,
+    line_of,
+    overlaps,
+    read_line,
+    read_lines,
+    samples_of,
+    write_lists,
+)
 from utils.errors import UserError
 
 

@@ -9,10 +9,9 @@ from itertools import chain
 from pathlib import Path
 
 from dataset.catalog import Kind
+from dataset.lists import Sample, line_of, read_lines, samples_of, write_lists
 from dataset.query import QueryRule
-from dataset.splits.labels import class_areas, read_labels
-from dataset.splits.lines import line_of, read_lines, samples_of, write_lists
-from dataset.splits.samples import Sample
+from dataset.splits.check import class_areas, read_labels
 from utils.errors import UserError
 
 Shown = frozenset[tuple[int, bool]]  # (class id, whether a query can find it) of a label

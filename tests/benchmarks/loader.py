@@ -33,13 +33,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset import segmentation
 from dataset.cache import Memory
+from dataset.lists import Sample, SampleReader, read_sample
 from dataset.loader import Chance, SampleKey, training_batches
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.reading import read_image
-from dataset.segmentation import RetrainSamples, queried_image
-from dataset.splits import Sample, SampleReader, read_sample
+from dataset.training import RetrainSamples, queried_image
 from dataset.transforms import StrongColours, View, random_view
-from utils.config import AugmentSection
+from utils.config.schema import AugmentSection
 from utils.files import write_json
 
 CLASSES, PICTURES, BATCH = 19, 12, 4

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model import BACKBONES, NETWORKS, build_model
-from utils.precision import Device
+from utils.device import Device
 
 CLASSES, BATCH, SIDE = 21, 4, 321
 

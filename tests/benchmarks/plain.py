@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from dataset.lists import Sample
 from dataset.reading import read_image, read_mask, to_input, to_label
-from dataset.splits import Sample
-from model.dilated import DilatedConv2d
+from dataset.training import QueryPair, RetrainSample
+from model.ops.dilated import DilatedConv2d
 from utils import IGNORE
-from utils.metrics import ConfusionMatrix
-from utils.records import QueryPair, RetrainSample
+from utils.evaluation import ConfusionMatrix
 
 
 def plain_network(net: nn.Module) -> nn.Module:

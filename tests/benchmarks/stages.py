@@ -25,7 +25,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.benchmarks.works import Bench, bench_parser
-from utils.precision import Device
+from utils.device import Device
 
 FORMS = ("plain", "ours")
 COLUMNS = {  # of the table, with decimals

@@ -4,7 +4,7 @@ python tests/benchmarks/step.py [--backbone resnet50] [--crop 321] [--batch 2] [
 
 Shares: a retraining step of the code that train.py runs, by torch's profiler, each operation's
 own time. Dilated: the pyramid's three convolutions at output stride 8, torch's and
-model/dilated.py's in turn, the fastest of five. Compiled: the step with ``model.compile`` after
+model/ops/dilated.py's in turn, the fastest of five. Compiled: the step with ``model.compile`` after
 the first one, which compiles; --no-compile leaves it out.
 """
 
@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from model.dilated import DilatedConv2d
+from model.ops.dilated import DilatedConv2d
 from tests.benchmarks.stages import seconds
 from tests.benchmarks.works import Bench, bench_parser
 

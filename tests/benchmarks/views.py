@@ -16,12 +16,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset.splits import read_splits
+from dataset.lists import read_splits
 from eval import build_network, predictor, whole_batches
+from model.ops.frozen import frozen
 from utils import checkpoint
-from utils.frozen import frozen
-from utils.precision import Device
-from utils.read_config import config_from
+from utils.config.reading import config_from
+from utils.device import Device
 
 SHARES = (1.0, 0.5, 0.25)
 

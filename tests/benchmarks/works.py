@@ -13,23 +13,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from dataset.catalog import describe
-from dataset.demo import write_demo
+from dataset.demo.__main__ import write_demo
+from dataset.lists import Sample, read_splits
 from dataset.loader import Chance, training_batches
 from dataset.query import Querier, QueryRule, build_query_index
-from dataset.segmentation import LabeledPairs, RetrainSamples, queried_image, queried_prototype
-from dataset.splits import Sample, read_splits
+from dataset.training import LabeledPairs, RetrainSamples, queried_image, queried_prototype
 from eval import build_network, validate
 from model.losses import cross_entropy
 from model.objectives import Loss, retrain_loss, supervised_loss, weight_by_bank, weight_by_image
+from model.ops.frozen import frozen
 from model.training_step import training_step
 from tests.benchmarks import plain
 from utils.checkpoint import save
-from utils.frozen import frozen
-from utils.log import Log
+from utils.config.reading import read_config
+from utils.device import Device
 from utils.optimization import Optimization
-from utils.precision import Device
-from utils.read_config import read_config
-from utils.stage import Stage, Stopwatch, checkpoint_of
+from utils.run.log import Log
+from utils.run.stages import Stage, Stopwatch, checkpoint_of
 
 SIZE, SCALES, IMAGES = (360, 480), [0.5, 0.75, 1.0, 1.5, 2.0], 4
 CHANCE = Chance(0, "benchmark")

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from model.bilinear import resize
-from model.dropout import Dropout
-from model.layers import SegmentationOutput, SpatialMean, conv_bn_relu, full_size
+from model.ops.bilinear import resize
+from model.ops.dropout import Dropout
+from model.ops.layers import SegmentationOutput, SpatialMean, conv_bn_relu, full_size
 
 
 class PSPNet(nn.Module):

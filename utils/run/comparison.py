@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from utils.config import Config
+from utils.config.reading import read_config
+from utils.config.schema import Config
+from utils.device import Device
 from utils.distributed import world
 from utils.errors import UserError
 from utils.files import read_json
-from utils.precision import Device
-from utils.read_config import read_config
 
 # They change no result. Of precision and device it is what 'auto' comes to that counts.
 _FREE_KEYS = (

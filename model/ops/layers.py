@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.bilinear import resize
-from model.dilated import DilatedConv2d
+from model.ops.bilinear import resize
+from model.ops.dilated import DilatedConv2d
 
 
 class SegmentationOutput(NamedTuple):

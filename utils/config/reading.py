@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from utils.config import Config
+from utils.config.schema import Config
 from utils.errors import UserError
 
 _COMMAND_LINE = "command line"

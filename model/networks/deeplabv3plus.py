@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from model.bilinear import resize
-from model.dropout import Dropout, Dropout2d
-from model.layers import SegmentationOutput, SpatialMean, conv_bn_relu, full_size
+from model.ops.bilinear import resize
+from model.ops.dropout import Dropout, Dropout2d
+from model.ops.layers import SegmentationOutput, SpatialMean, conv_bn_relu, full_size
 
 
 class DeepLabV3Plus(nn.Module):

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from model.dilated import DilatedConv2d
-from model.layers import SegmentationOutput, full_size
+from model.ops.dilated import DilatedConv2d
+from model.ops.layers import SegmentationOutput, full_size
 
 
 class DeepLabV2(nn.Module):

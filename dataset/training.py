@@ -1,18 +1,101 @@
-"""What networks are trained on: labeled pairs, unlabeled images with what they query."""
+"""How long an epoch is, and whether batches fit into it."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
+from dataset.lists import Sample, SampleReader, Splits, read_sample
 from dataset.loader import Chance, SampleKey
-from dataset.query import Querier
+from dataset.query import Querier, count_kept
 from dataset.reading import to_input, to_label
-from dataset.splits import Sample, SampleReader, read_sample
 from dataset.transforms import StrongColours, random_view
-from utils.config import AugmentSection
-from utils.records import Queried, QueriedImage, QueriedPrototype, QueryPair, RetrainSample
+from utils.config.schema import AugmentSection, Config, SupervisedSection
+from utils.distributed import world
+from utils.errors import UserError
+
+Record = TypeVar("Record", bound=tuple)
+
+
+class QueryPair(NamedTuple):
+    """An image and the labeled image queried for it. A batch adds a first dimension.
+
+    Attributes:
+        image: (3, H, W) float, normalised.
+        label: (H, W) long, true or pseudo, 255 = ignored.
+        query_image: (3, H, W) float, normalised.
+        query_label: (H, W) long, true.
+        shared_class: class id, 255 if the pair shares none.
+    """
+
+    image: Tensor
+    label: Tensor
+    query_image: Tensor
+    query_label: Tensor
+    shared_class: Tensor | int
+
+
+class QueriedImage(NamedTuple):
+    """The labeled image queried for another, as a teacher sees it. A batch adds a first dimension.
+
+    Attributes:
+        shared_class: class id, 255 if the two share none.
+        image: (3, H, W) float, normalised, aimed at the shared class.
+        label: (H, W) long, true.
+    """
+
+    shared_class: Tensor | int
+    image: Tensor
+    label: Tensor
+
+
+class QueriedPrototype(NamedTuple):
+    """Which labeled image is queried for another, where a bank keeps its prototypes.
+
+    Attributes:
+        shared_class: class id, 255 if the two share none.
+        position: of the queried image in the labeled list.
+    """
+
+    shared_class: Tensor | int
+    position: Tensor | int
+
+
+Queried = QueriedImage | QueriedPrototype
+
+
+class RetrainSample(NamedTuple):
+    """What a retraining step needs of an unlabeled image. A batch adds a first dimension.
+
+    Attributes:
+        image: (3, H, W) float, normalised, as the teacher sees it.
+        pseudo_label: (H, W) long, 255 = ignored.
+        student_image: (3, H, W) float, normalised, the same crop in strong colours.
+        labeled_image: (3, H, W) float, normalised, of another labeled image.
+        labeled_label: (H, W) long, true.
+        queried: what guides the pseudo label.
+    """
+
+    image: Tensor
+    pseudo_label: Tensor
+    student_image: Tensor
+    labeled_image: Tensor
+    labeled_label: Tensor
+    queried: Queried
+
+
+def parts(batch: Record, count: int) -> list[Record]:
+    """Cut a batch into parts along the first dimension of its tensors.
+
+    Args:
+        batch: a record of tensors and records.
+        count: parts; alike in size where it divides the batch.
+    """
+    columns = [parts(x, count) if isinstance(x, tuple) else x.chunk(count) for x in batch]
+    return [type(batch)._make(row) for row in zip(*columns, strict=True)]
 
 
 class LabeledPairs(Dataset[QueryPair]):
@@ -146,3 +229,36 @@ def _weak_view(
     """Cut the same random view from image and mask."""
     view = random_view((image.height, image.width), augment, rng)
     return view.image(image), view.mask(mask)
+
+
+def repeats(settings: SupervisedSection, labeled: Sequence[Sample]) -> int:
+    """Tell how often stage 1 passes the labeled list an epoch."""
+    return 2 if len(labeled) < settings.repeat_below else 1
+
+
+def refuse_batch_sizes(config: Config, splits: Splits) -> None:
+    """Check the sizes of batches before anything trains.
+
+    Raises:
+        UserError: a batch is larger than an epoch, has no image for a process, or cannot be cut
+            into equal parts.
+    """
+    labeled = len(splits.labeled) * repeats(config.supervised, splits.labeled)
+    reliable = count_kept(len(splits.unlabeled), config.select.keep)
+    for key, settings, samples in (
+        ("supervised", config.supervised, labeled),
+        ("retrain", config.retrain, reliable),
+    ):
+        size, cuts = settings.batch_size, settings.accumulate
+        if size > samples:
+            raise UserError(
+                f"{key}.batch_size: {size} is larger than the {samples} samples of an epoch; "
+                "lower it"
+            )
+        if size < world():
+            raise UserError(f"{key}.batch_size: {size} is less than {world()} processes; raise it")
+        if cuts > 1 and size % (cuts * world()):
+            raise UserError(
+                f"{key}.accumulate: {cuts} does not cut the {size} images of a batch evenly for "
+                f"{world()} processes; change it or {key}.batch_size"
+            )

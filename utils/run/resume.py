@@ -15,8 +15,8 @@ from utils.files import append_text, read_records, sha256, write_atomically, wri
 from utils.optimization import Optimization
 from utils.outcomes import Outcomes
 from utils.progress import StageBar
-from utils.signals import stop_here
-from utils.stage import Report, Stage
+from utils.run.signals import stop_here
+from utils.run.stages import Report, Stage
 
 
 class Progress:

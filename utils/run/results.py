@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torchvision
 
+from utils.device import Device
 from utils.distributed import world
-from utils.precision import Device
 
 
 def stage_table(stages: dict[str, dict[str, Any]], checkpoint: str) -> str:

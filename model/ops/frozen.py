@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from utils.precision import Device
+from utils.device import Device
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 

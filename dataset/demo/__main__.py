@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from dataset.catalog import KINDS
-from dataset.demo_objects import CLASSES
-from dataset.demo_scene import draw_scene
+from dataset.demo.objects import CLASSES
+from dataset.demo.scene import draw_scene
 from utils.errors import Parser, UserError, exit_with_one_line
 from utils.files import writing
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from dataset.demo_objects import CLASSES, OBJECTS, Array, Light
+from dataset.demo.objects import CLASSES, OBJECTS, Array, Light
 from utils import IGNORE
 
 SUPERSAMPLE = 2

@@ -1,0 +1,1 @@
+"""Drawn scenes to try everything on: ``python -m dataset.demo DIR``."""

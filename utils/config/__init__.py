@@ -1,0 +1,1 @@
+"""A run's settings: the schema, and reading it from YAML."""

@@ -1,0 +1,1 @@
+"""The run folder: stages, resuming, comparison with what is there, logs."""
