@@ -6,8 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from dataset.prepare import download as module
 from dataset.prepare.download import download
-from utils import download as module
 from utils.errors import UserError
 
 BODY = random.Random(0).randbytes(200_000)  # several blocks

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from utils import signals
 from utils.errors import Stopped
+from utils.run import signals
 from utils.run.signals import stop_here, stopping_later
 
 ROOT = Path(__file__).parents[1]

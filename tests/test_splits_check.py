@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.lists import __main__ as program
 from dataset.lists import read_splits
+from dataset.splits import __main__ as program
 from dataset.splits.check import Audit, audit, audit_table
 from utils.config.reading import read_config
 from utils.errors import UserError

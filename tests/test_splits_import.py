@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataset.catalog import KINDS
-from dataset.lists import __main__ as program
 from dataset.lists import read_list
+from dataset.splits import __main__ as program
 from dataset.splits.foreign import import_lists, read_foreign, read_query_index
 from utils.errors import UserError
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataset.catalog import KINDS
-from dataset.lists import __main__ as program
 from dataset.query import QueryRule
+from dataset.splits import __main__ as program
 from dataset.splits.make import count_labeled, cover, make_lists
 from utils.errors import UserError
 

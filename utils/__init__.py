@@ -1,3 +1,22 @@
-"""What a training run needs around the method: config, run folder, devices, inference, metrics."""
+"""What a training run needs around the method: config, run folder, devices, evaluation."""
 
-IGNORE = 255  # the label of pixels that count nowhere: void and padding
+from typing import NamedTuple
+
+IGNORE = 255  # the label of pixels that are excluded everywhere: void and padding
+
+
+class Preprocessing(NamedTuple):
+    """How an encoder wants its images: part of the network, applied by the data sets.
+
+    Attributes:
+        mean: of each channel (red, green, blue), for values in [0, 1].
+        std: standard deviation of each channel, for values in [0, 1].
+        interpolation: 'bilinear' or 'bicubic', how images are resized.
+    """
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"
+
+
+IMAGENET = Preprocessing()  # torchvision's ResNets, and what the literature trains with
