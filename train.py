@@ -8,22 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dataset.cache import sample_reader
 from dataset.catalog import describe
-from dataset.lists import (
-    Sample,
-    SampleReader,
-    Splits,
-    mask_file,
-    read_splits,
-    with_pseudo_masks,
-)
-from dataset.loader import Chance, batch_keys, batch_seeds, training_batches, whole_images
+from dataset.lists import Sample, SampleReader, Splits, mask_file, read_splits, with_pseudo_masks
+from dataset.loader import Chance, batch_keys, training_batches, whole_images
 from dataset.query import (
     Querier,
     QueryIndex,
@@ -35,39 +28,64 @@ from dataset.query import (
 )
 from dataset.training import (
     LabeledPairs,
-    Queried,
+    QueryPair,
+    RetrainSample,
     RetrainSamples,
+    parts,
     queried_image,
     queried_prototype,
     refuse_batch_sizes,
     repeats,
 )
-from eval import build_network, draw_examples, predictor, report, validate, whole_batches
-from model.cisc import class_prototypes, image_reliability, reliability
-from model.objectives import (
-    Guide,
-    Loss,
-    labeled_loss_of,
-    retrain_loss,
-    supervised_loss,
-    weight_by_bank,
-    weight_by_image,
+from model import network_of
+from model.cisc import (
+    class_prototypes,
+    class_region,
+    consistency_loss,
+    cross_image_weight,
+    image_reliability,
+    masked_average_pooling,
+    reliability,
 )
+from model.losses import cross_entropy, ohem_cross_entropy, rectified_cross_entropy
 from model.ops.frozen import frozen
-from model.training_step import training_step
-from utils.batch_norm import synchronised
+from utils import IGNORE, Preprocessing
 from utils.checkpoint import load_weights
 from utils.config.reading import read_config
-from utils.config.schema import Config, TrainingSection
-from utils.distributed import by_first, gathered, joined, merged, parallel, shared
+from utils.config.schema import Config, OhemSection, TrainingSection
+from utils.device import Device
+from utils.distributed import (
+    averaging,
+    broadcast,
+    by_first,
+    counted,
+    gathered,
+    joined,
+    merged,
+    parallel,
+    rank,
+)
 from utils.errors import Parser, UserError, exit_with_one_line
+from utils.evaluation import Predictor, base_size, passes, resize_images, validate
 from utils.optimization import Optimization
-from utils.outcomes import Outcomes
-from utils.panels import save_mask
+from utils.panels import draw_examples, save_mask
 from utils.progress import StageBar
 from utils.run.resume import Journal, Progress
 from utils.run.stages import Report, Run, Stage, checkpoint_of
-from utils.spill import Spill
+
+EXAMPLES = 4  # validation images in a run's picture
+LabeledLoss = Callable[..., Tensor]  # of logits, labels and the valid pixels of the batch
+Weigh = Callable[[nn.Module, RetrainSample], Tensor]  # pixels of pseudo labels, by the teacher
+
+
+class Loss(NamedTuple):
+    """Total loss and logged terms of a part of a batch; the parts add up to the batch's."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+Objective = Callable[[nn.Module, Any, Any], Loss]  # of the student, a part of a batch, the batch
 
 
 def train(config: Config, from_stage: int | None = None, fresh: bool = False) -> None:
@@ -85,31 +103,83 @@ def train(config: Config, from_stage: int | None = None, fresh: bool = False) ->
         masks = run.stage("5_relabel", write_pseudo_labels, second, unreliable)
         pseudo_labeled += with_pseudo_masks(unreliable, masks / "masks")
         final = run.stage("6_retrain", retrain, splits, pseudo_labeled, second, index)
-        draw_examples(run.folder / "examples.png", splits.val, config, run.device, first, final)
+        _draw(run, splits.val, first, final)
         run.finish()
 
 
 def train_supervised(stage: Stage, splits: Splits, index: QueryIndex) -> Report:
     """Stage 1: labeled pairs, cross entropy on both images and the consistency loss."""
     config, chance = stage.config, Chance(stage.config.seed, stage.name)
+    net = _new_network(stage, chance)
     read = sample_reader(config.cache, splits.labeled, config.workers)
     querier = _querier(config, splits, index, read)
     repeat = repeats(config.supervised, splits.labeled)
-    pairs = LabeledPairs(splits.labeled, querier, config.augment, chance, repeat, read)
-    net = _new_network(stage, chance)
-    weight = config.supervised.consistency
-    loss = partial(supervised_loss, parallel(net), labeled_loss_of(config.ohem), weight)
-    return fit(stage, net, loss, pairs, config.supervised, splits.val)
+    pairs = LabeledPairs(
+        splits.labeled,
+        querier,
+        config.augment,
+        chance,
+        repeat,
+        read,
+        preprocessing=net.preprocessing,
+    )
+    objective = partial(
+        supervised_objective,
+        labeled_loss=_labeled_loss(config.ohem),
+        consistency=config.supervised.consistency,
+    )
+    return fit(stage, net, objective, pairs, config.supervised, splits.val)
+
+
+def supervised_objective(
+    net: nn.Module,
+    pair: QueryPair,
+    batch: QueryPair,
+    labeled_loss: LabeledLoss,
+    consistency: float,
+) -> Loss:
+    """Cross entropy of both images of each pair, and the consistency loss between them.
+
+    Args:
+        net: the student; both images pass it as one batch.
+        pair: the batch of pairs, or a part of it.
+        batch: all of this process's batch.
+        labeled_loss: cross entropy of logits and true labels.
+        consistency: weight of the consistency loss; 0 leaves it out.
+
+    Source: docs/method.md, sections 3 and 9.
+    """
+    pixels, query_pixels, pairs = counted(
+        batch.label != IGNORE, batch.query_label != IGNORE, batch.shared_class != IGNORE
+    )
+    output = net(torch.cat([pair.image, pair.query_image]))
+    logits, query_logits = output.logits.chunk(2)
+    features, query_features = output.features.chunk(2)
+    entropy = labeled_loss(logits, pair.label, pixels)
+    entropy = entropy + labeled_loss(query_logits, pair.query_label, query_pixels)
+    if consistency == 0:
+        return Loss(entropy, {"ce": entropy})
+    consistent = consistency_loss(
+        features, query_features, pair.label, pair.query_label, pair.shared_class, pairs
+    )
+    return Loss(entropy + consistency * consistent, {"ce": entropy, "consistency": consistent})
 
 
 @torch.inference_mode()
 def write_pseudo_labels(stage: Stage, teacher: Path, unlabeled: Sequence[Sample]) -> Report:
     """Stages 2 and 5: the teacher's most probable class of every pixel, as palette PNGs."""
-    settings, palette = stage.config.pseudo_label, describe(stage.config.dataset).palette()
+    config, palette = stage.config, describe(stage.config.dataset).palette()
     net = _teacher(stage, teacher)
-    predict = predictor(net, stage.device, stage.config.inference, settings)
+    predict = Predictor(net, stage.device, config.inference, config.pseudo_label)
     journal = Journal(stage)
-    done = shared(journal.read)
+    done = broadcast(journal.read)
+    loader = whole_images(
+        unlabeled,
+        config.inference,
+        config.workers,
+        done=frozenset(done),
+        preprocessing=net.preprocessing,
+    )
 
     def keep(samples: Sequence[Sample], masks: Any, means: Sequence[float]) -> dict[str, float]:
         files = [mask_file(stage.folder / "masks", sample) for sample in samples]
@@ -117,11 +187,11 @@ def write_pseudo_labels(stage: Stage, teacher: Path, unlabeled: Sequence[Sample]
             save_mask(file, mask, palette)
         return journal.add([sample.name for sample in samples], files, means)
 
-    load = partial(whole_images, done=frozenset(done))
     with ThreadPoolExecutor(1) as writer:  # a batch is written while the next one is predicted
         kept = []
-        for chosen, batch in whole_batches(unlabeled, stage.config, stage.device, stage.name, load):
+        for batch in passes(loader, stage.device, stage.name):
             probabilities, ids = predict(batch.image, tuple(batch.label.shape[-2:])).max(dim=1)
+            chosen = [unlabeled[index] for index in batch.index.tolist()]
             means = probabilities.mean(dim=(1, 2)).tolist()
             kept.append(writer.submit(keep, chosen, ids.byte().cpu().numpy(), means))
             if len(kept) > 1:
@@ -139,37 +209,29 @@ def select(stage: Stage, teacher: Path, splits: Splits, masks: Path, index: Quer
     """Stage 3: which pseudo labels, and which labeled images of each class, are reliable."""
     settings, classes = stage.config.select, describe(stage.config.dataset).classes
     net = _teacher(stage, teacher)
-
-    def passed(samples: Sequence[Sample], title: str) -> Iterator[tuple[list, Tensor, Tensor]]:
-        """Yield batches: samples, features, labels."""
-        title = f"{stage.name} {title}"
-        for chosen, batch in whole_batches(samples, stage.config, stage.device, title):
-            with stage.device.autocast():
-                features = net.extract(batch.image)
-            yield chosen, features, batch.label
-
-    sums: list[Tensor] = []  # of each batch, (C, D + 1): prototypes and how many there are
-    kept = Spill(stage.unfinished / "features", stage.device.device)
-    for chosen, features, label in passed(splits.labeled, "labeled"):
-        prototypes, present = class_prototypes(features, label, len(classes))
-        sums.append(torch.cat([prototypes, present.unsqueeze(2)], dim=2).sum(dim=0).cpu())
-        kept.add([sample.name for sample in chosen], features, label)
-    summed = torch.stack(gathered(sums)).sum(dim=0).to(stage.device.device)
+    sums = [  # of each batch, (C, D + 1): prototypes, and how many images have one
+        torch.cat([prototypes, present.unsqueeze(2)], dim=2).sum(dim=0).cpu()
+        for _, prototypes, present in _prototypes(stage, net, splits.labeled, "anchors")
+    ]
+    summed = torch.stack(gathered(sums)).sum(dim=0).to(stage.device.torch_device)
     anchors = summed[:, :-1] / summed[:, -1:]  # NaN, 0 / 0, for a class that no label shows
 
-    guides: list[dict[tuple[int, str], float]] = []  # of each batch, as are images
-    for names, features, label in kept:
-        rows = zip(names, reliability(features, label, anchors).tolist(), strict=True)
-        scores = {(c, name): x for name, row in rows for c, x in enumerate(row)}
-        guides.append({key: score for key, score in scores.items() if math.isfinite(score)})
+    def scored(samples: Sequence[Sample], title: str) -> Iterator[tuple[list[str], Tensor]]:
+        for names, features, label in _features(stage, net, samples, title):
+            yield names, reliability(features, label, anchors)
+
+    partners: list[dict[tuple[int, str], float]] = []  # of each batch, as are images
+    for names, scores in scored(splits.labeled, "labeled"):
+        rows = zip(names, scores.tolist(), strict=True)
+        found = {(c, name): score for name, row in rows for c, score in enumerate(row)}
+        partners.append({key: score for key, score in found.items() if math.isfinite(score)})
     images: list[dict[str, float]] = []
-    pseudo_labeled = with_pseudo_masks(splits.unlabeled, masks / "masks")
-    for chosen, features, label in passed(pseudo_labeled, "unlabeled"):
-        scores = image_reliability(reliability(features, label, anchors), settings.score == "mean")
-        images.append(dict(zip((s.name for s in chosen), scores.tolist(), strict=True)))
+    for names, scores in scored(with_pseudo_masks(splits.unlabeled, masks / "masks"), "unlabeled"):
+        ranked = image_reliability(scores, settings.score == "mean").tolist()
+        images.append(dict(zip(names, ranked, strict=True)))
     by_name = merged(images)
-    scored = {sample.name: by_name[sample.name] for sample in splits.unlabeled}, merged(guides)
-    reliable = shared(write_selection, stage.folder, *scored, index, settings.keep, classes)
+    both = {sample.name: by_name[sample.name] for sample in splits.unlabeled}, merged(partners)
+    reliable = broadcast(write_selection, stage.folder, *both, index, settings.keep, classes)
     return {"images": reliable}
 
 
@@ -182,112 +244,279 @@ def retrain(
 ) -> Report:
     """Stages 4 and 6: a new network on labeled and pseudo-labeled images."""
     config, chance = stage.config, Chance(stage.config.seed, stage.name)
+    net, frozen_teacher = _new_network(stage, chance), _teacher(stage, teacher)
+    labeled_loss, preprocessing = _labeled_loss(config.ohem), net.preprocessing
     read = sample_reader(config.cache, [*pseudo_labeled, *splits.labeled], config.workers)
-    query, guide = _guidance(stage, splits, teacher, _querier(config, splits, index, read))
-    strong = config.retrain.teacher_view == "strong"
+    querier = _querier(config, splits, index, read)
+    query, weigh = _rectification(stage, frozen_teacher, splits.labeled, querier, preprocessing)
     samples = RetrainSamples(
-        pseudo_labeled, splits.labeled, query, config.augment, chance, strong, read
+        pseudo_labeled,
+        splits.labeled,
+        query,
+        config.augment,
+        chance,
+        config.retrain.teacher_view == "strong",
+        read,
+        preprocessing=preprocessing,
     )
-    net = _new_network(stage, chance)
-    loss = partial(retrain_loss, parallel(net), guide, labeled_loss_of(config.ohem))
-    outcome = fit(stage, net, loss, samples, config.retrain, splits.val)
+
+    def objective(student: nn.Module, samples: RetrainSample, batch: RetrainSample) -> Loss:
+        with torch.no_grad():
+            weight = weigh(frozen_teacher, samples)
+        return retrain_objective(student, samples, batch, weight, labeled_loss)
+
+    outcome = fit(stage, net, objective, samples, config.retrain, splits.val)
     return {"images": len(samples), **outcome}
+
+
+def retrain_objective(
+    net: nn.Module,
+    samples: RetrainSample,
+    batch: RetrainSample,
+    weight: Tensor,
+    labeled_loss: LabeledLoss,
+) -> Loss:
+    """Rectified cross entropy of unlabeled images, and cross entropy of labeled ones.
+
+    Args:
+        net: the student; both kinds of images pass it as one batch.
+        samples: the batch of samples, or a part of it.
+        batch: all of this process's batch.
+        weight: (B, H, W) float in [0, 1], of the pixels of the samples' pseudo labels.
+        labeled_loss: cross entropy of logits and true labels.
+
+    Source: docs/method.md, sections 4 and 9.
+    """
+    everyone = batch.queried.shared_class
+    pixels, labeled_pixels, images = counted(
+        batch.pseudo_label != IGNORE, batch.labeled_label != IGNORE, torch.ones_like(everyone)
+    )
+    logits = net(torch.cat([samples.student_image, samples.labeled_image])).logits
+    student_logits, labeled_logits = logits.chunk(2)
+    unlabeled = rectified_cross_entropy(student_logits, samples.pseudo_label, weight, pixels)
+    labeled = labeled_loss(labeled_logits, samples.labeled_label, labeled_pixels)
+    terms = {
+        "unlabeled": unlabeled,
+        "labeled": labeled,
+        "weight": (weight * (samples.pseudo_label != IGNORE)).sum() / pixels.clamp_min(1),
+        "queried": (samples.queried.shared_class != IGNORE).sum() / images,
+    }
+    return Loss(unlabeled + labeled, terms)
+
+
+def weight_by_image(teacher: nn.Module, samples: RetrainSample) -> Tensor:
+    """Weigh pseudo labels by the queried images, which pass the teacher in the same batch.
+
+    Args:
+        teacher: frozen.
+        samples: their ``queried`` are ``QueriedImage``.
+
+    Returns:
+        (B, H, W) float32 in [0, 1].
+    """
+    queried = samples.queried
+    features = teacher.extract(torch.cat([samples.image, queried.image]))
+    features, query_features = features.chunk(2)
+    region = class_region(queried.label, queried.shared_class)
+    prototype = masked_average_pooling(query_features, region)
+    return cross_image_weight(features, prototype, samples.pseudo_label, queried.shared_class)
+
+
+def weight_by_bank(teacher: nn.Module, samples: RetrainSample, bank: Tensor) -> Tensor:
+    """Weigh pseudo labels by stored prototypes of whole labeled images.
+
+    Args:
+        teacher: frozen.
+        samples: their ``queried`` are ``QueriedPrototype``.
+        bank: (labeled images, C, D) float32, the teacher's prototypes.
+
+    Returns:
+        (B, H, W) float32 in [0, 1].
+    """
+    queried = samples.queried
+    some_class = queried.shared_class.clamp_max(bank.shape[1] - 1)  # 255 has weight 1 anyway
+    prototype = bank[queried.position, some_class]
+    features = teacher.extract(samples.image)
+    return cross_image_weight(features, prototype, samples.pseudo_label, queried.shared_class)
+
+
+def weight_one(_: nn.Module, samples: RetrainSample) -> Tensor:
+    """Weigh every pixel 1: plain self-training."""
+    return torch.ones_like(samples.pseudo_label, dtype=torch.float32)
+
+
+def training_step(
+    student: nn.Module,
+    objective: Objective,
+    optimization: Optimization,
+    device: Device,
+    batch: Any,
+    seed: int,
+    count: int = 1,
+) -> tuple[dict[str, Tensor], float | None]:
+    """Update the weights once by the objective of a batch.
+
+    Args:
+        student: from ``parallel``.
+        objective: of the network, a part of a batch, and the batch.
+        optimization: of the student.
+        device: its precision; the batch is there.
+        batch: a record of tensors.
+        seed: of dropout.
+        count: parts that pass one after another; batch norm sees one at a time.
+
+    Returns:
+        This process's part of the logged terms; and None, or the loss where it or the gradient is
+        not finite: then nothing was updated.
+    """
+    torch.manual_seed(seed)
+    terms: dict[str, Any] = {}
+    for number, part in enumerate(parts(batch, count), start=1):
+        with averaging(student, last=number == count):
+            with device.autocast():
+                loss = objective(student, part, batch)
+            optimization.backward(loss.total)
+        for name, value in loss.terms.items():
+            terms[name] = terms.get(name, 0.0) + value.detach()
+    return terms, optimization.step()
 
 
 def fit(
     stage: Stage,
     net: nn.Module,
-    loss: Callable[[Any, Any], Loss],
+    objective: Objective,
     dataset: LabeledPairs | RetrainSamples,
     settings: TrainingSection,
     val: Sequence[Sample],
 ) -> Report:
-    """The one training loop; writes ``checkpoint.pth``, and goes on where it was stopped."""
+    """Train a network, write ``checkpoint.pth``; continue where an earlier run was stopped.
+
+    Args:
+        stage: where it works; its config and device.
+        net: on the device; it is changed in place.
+        objective: of the network, a part of a batch, and the batch.
+        dataset: what the batches are made of.
+        settings: length and batch size of the stage.
+        val: images to validate on.
+
+    Returns:
+        Last means of the logged terms, mIoU and IoU by class of the kept checkpoint.
+
+    Raises:
+        UserError: the loss or the gradient of a batch is not finite.
+    """
     config, device, size = stage.config, stage.device, settings.batch_size
     chance, steps = Chance(config.seed, stage.name), len(dataset) // size
-    skip, iterations = config.on_nonfinite == "skip", steps * settings.epochs
-    optimization = Optimization(net, config.optimizer, iterations, device.scaler(), undo=skip)
+    optimization = Optimization(net, config.optimizer, steps * settings.epochs, device.scaler())
+    student, classes = parallel(net), describe(config.dataset).classes
     best = config.evaluate.checkpoint == "best"
     bar = StageBar(stage.name, settings.epochs, steps, images=2 * size)
-
-    def leave_out(epoch: int, step: int, loss: float) -> None:
-        keys = batch_keys(len(dataset), size, epoch, step, chance)
-        stage.leave_out(epoch, step, loss, dataset.names(keys))
-
-    outcomes = Outcomes(leave_out)
-    with bar, Progress(stage, net, optimization, bar, outcomes) as at:
+    with bar, Progress(stage, net, optimization, bar) as at:
         epochs, outcome = range(at.epoch, settings.epochs), at.report
         batches = training_batches(dataset, size, epochs, chance, config.workers, at.step)
-        seeds = batch_seeds(len(dataset), size, epochs, chance, at.step)
         for epoch in epochs:
             net.train()
             bar.start(epoch, at.seen)
             for step in range(at.step, steps):
                 batch, rate = device.move(next(batches)), optimization.lr
-                shown, stepped = training_step(
-                    net, loss, optimization, device, batch, next(seeds), settings.accumulate
+                seed = chance.torch_seed(epoch, step, rank())
+                terms, spoilt = training_step(
+                    student, objective, optimization, device, batch, seed, settings.accumulate
                 )
-                bar.update(shown, stepped.finite, rate)
-                outcomes.add(epoch, step, stepped)
+                if spoilt is not None:
+                    keys = batch_keys(len(dataset), size, epoch, step, chance)
+                    stage.refuse_not_finite(epoch, step, spoilt, dataset.names(keys))
+                bar.update(terms, rate)
                 at.step_done()
-            outcomes.settle()
             numbers, last = bar.means(), epoch + 1 == settings.epochs
             if last or (epoch + 1) % config.evaluate.every == 0:
-                matrix = validate(net, val, config, device)
+                loader = _whole(config, val, net.preprocessing)
+                predict = Predictor(frozen(net, device), device, config.inference)
+                matrix = validate(predict, loader, len(classes))
                 numbers["miou"] = matrix.mean_iou()
                 if numbers["miou"] > outcome.get("miou", -1.0) if best else last:
-                    outcome = {**numbers, **report(matrix, config), "epoch": epoch + 1}
+                    outcome = {**numbers, **matrix.report(classes), "epoch": epoch + 1}
                     stage.save(net, epoch + 1)
             stage.record(epoch + 1, numbers)
             at.epoch_done(outcome)
     return outcome
 
 
-def _new_network(stage: Stage, chance: Chance) -> nn.Module:
-    """Build a network from the backbone's weights and the stage's random numbers."""
-    torch.manual_seed(chance.torch_seed())
-    net = synchronised(
-        stage.device.place(build_network(stage.config, stage.config.model.pretrained))
-    )
-    if stage.config.model.compile:
-        net.compile(dynamic=False)
-    return net
-
-
-def _teacher(stage: Stage, folder: Path) -> nn.Module:
-    """Load the network of a finished stage, frozen."""
-    net = build_network(stage.config, pretrained=None)
-    load_weights(net, checkpoint_of(folder))
-    return frozen(net, stage.device)
-
-
-def _guidance(
-    stage: Stage, splits: Splits, teacher: Path, querier: Querier
-) -> tuple[Callable[..., Queried], Guide | None]:
-    """Return what samples query for, and how that weighs their pseudo labels."""
+def _rectification(
+    stage: Stage,
+    teacher: nn.Module,
+    labeled: Sequence[Sample],
+    querier: Querier,
+    preprocessing: Preprocessing,
+) -> tuple[Callable[..., Any], Weigh]:
+    """Return what is queried for each unlabeled image, and how it weighs the pseudo label."""
     settings = stage.config.retrain
     if not settings.rectify:
-        return partial(queried_prototype, querier), None
-    net = _teacher(stage, teacher)
+        return partial(queried_prototype, querier), weight_one
     if settings.query == "image":
-        return partial(queried_image, querier), partial(weight_by_image, net)
-    bank = prototype_bank(stage, net, splits.labeled)
-    return partial(queried_prototype, querier), partial(weight_by_bank, net, bank)
+        return partial(queried_image, querier, preprocessing=preprocessing), weight_by_image
+    bank = prototype_bank(stage, teacher, labeled)
+    return partial(queried_prototype, querier), partial(weight_by_bank, bank=bank)
 
 
 @torch.inference_mode()
 def prototype_bank(stage: Stage, teacher: nn.Module, labeled: Sequence[Sample]) -> Tensor:
     """Average the teacher's features over every class of every labeled image: (labeled, C, D)."""
-    num_classes = len(describe(stage.config.dataset).classes)
     rows: list[dict[str, Tensor]] = []  # of each batch
-    title = f"{stage.name} prototypes"
-    for chosen, batch in whole_batches(labeled, stage.config, stage.device, title):
-        with stage.device.autocast():
-            features = teacher.extract(batch.image)
-        prototypes, _ = class_prototypes(features, batch.label, num_classes)
-        rows.append(dict(zip((sample.name for sample in chosen), prototypes.cpu(), strict=True)))
+    for names, prototypes, _ in _prototypes(stage, teacher, labeled, "prototypes"):
+        rows.append(dict(zip(names, prototypes.cpu(), strict=True)))
     bank = merged(rows)
-    return torch.stack([bank[sample.name] for sample in labeled]).to(stage.device.device)
+    return torch.stack([bank[sample.name] for sample in labeled]).to(stage.device.torch_device)
+
+
+def _prototypes(
+    stage: Stage, net: nn.Module, samples: Sequence[Sample], title: str
+) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+    """Yield names, class prototypes (B, C, D) and which of them are present (B, C), by batch."""
+    num_classes = len(describe(stage.config.dataset).classes)
+    for names, features, label in _features(stage, net, samples, title):
+        yield names, *class_prototypes(features, label, num_classes)
+
+
+def _features(
+    stage: Stage, net: nn.Module, samples: Sequence[Sample], title: str
+) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+    """Pass whole images through a network; yield names, features and labels by batch."""
+    loader, preprocessing = _whole(stage.config, samples, net.preprocessing), net.preprocessing
+    for batch in passes(loader, stage.device, f"{stage.name} {title}"):
+        size = base_size(batch.image.shape[-2:], stage.config.inference.long_side)
+        with stage.device.autocast():
+            features = net.extract(resize_images(batch.image, size, preprocessing.interpolation))
+        yield [samples[index].name for index in batch.index.tolist()], features, batch.label
+
+
+def _whole(config: Config, samples: Sequence[Sample], preprocessing: Preprocessing) -> Any:
+    return whole_images(samples, config.inference, config.workers, preprocessing=preprocessing)
+
+
+def _new_network(stage: Stage, chance: Chance) -> nn.Module:
+    """Build a network from the backbone's weights; the head is initialised at random."""
+    torch.manual_seed(chance.torch_seed())
+    settings, kind = stage.config.model, describe(stage.config.dataset)
+    net = stage.device.place(network_of(settings, len(kind.classes), settings.pretrained))
+    if settings.compile:
+        net.compile(dynamic=False)
+    return net
+
+
+def _trained_network(config: Config, stage: Path) -> nn.Module:
+    net = network_of(config.model, len(describe(config.dataset).classes), pretrained=None)
+    load_weights(net, checkpoint_of(stage))
+    return net
+
+
+def _teacher(stage: Stage, folder: Path) -> nn.Module:
+    """Load the network of a finished stage, frozen."""
+    return frozen(_trained_network(stage.config, folder), stage.device)
+
+
+def _labeled_loss(ohem: OhemSection | None) -> LabeledLoss:
+    return cross_entropy if ohem is None else partial(ohem_cross_entropy, **ohem.model_dump())
 
 
 def _querier(config: Config, splits: Splits, index: QueryIndex, read: SampleReader) -> Querier:
@@ -295,14 +524,29 @@ def _querier(config: Config, splits: Splits, index: QueryIndex, read: SampleRead
     return Querier(splits.labeled, index, rule, config.augment, read)
 
 
+def _draw(run: Run, val: Sequence[Sample], *stages: Path) -> None:
+    """Draw a few validation images, their labels and the predictions of stages."""
+    chosen = val[:: max(1, len(val) // EXAMPLES)][:EXAMPLES]
+    networks = {stage.name: _trained_network(run.config, stage) for stage in stages}
+    predictors = {
+        name: Predictor(frozen(net, run.device), run.device, run.config.inference)
+        for name, net in networks.items()
+    }
+    path, kind = run.folder / "examples.png", describe(run.config.dataset)
+    preprocessing = next(iter(networks.values())).preprocessing
+    draw_examples(path, _whole(run.config, chosen, preprocessing), predictors, kind, preprocessing)
+
+
 def main() -> None:
     """Read the command line and train; with ``torchrun``, as one of several processes."""
-    with joined():
+    # The same command gives the same bits; faster convolutions cost determinism.
+    deterministic = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+    with joined(), deterministic:
         train(*read_arguments())
 
 
 def read_arguments() -> tuple[Config, int | None, bool]:
-    """Read the command line: settings, the stage to start over from, whether to start afresh."""
+    """Read the command line: settings, the stage to start from, whether to start over."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, help="a YAML file, here or in configs/")
     parser.add_argument(

@@ -10,7 +10,9 @@ from model.networks.pspnet import PSPNet
 from model.networks.resnet import BLOCKS, ResNet
 from model.networks.xception import Xception65
 from model.ops.layers import SegmentationOutput
+from utils import IMAGENET
 from utils.checkpoint import load_weights
+from utils.config.schema import ModelSection
 from utils.errors import UserError
 
 __all__ = ["BACKBONES", "NETWORKS", "STEMS", "SegmentationOutput", "build_model"]
@@ -55,7 +57,9 @@ def build_model(
     if pretrained is not None:
         weights = backbone if stem == "plain" else f"{backbone}_{stem}"
         load_weights(trunk, _weights_file(weights, pretrained))
-    return NETWORKS[name](trunk, num_classes, output_stride)
+    net = NETWORKS[name](trunk, num_classes, output_stride)
+    net.preprocessing = IMAGENET
+    return net
 
 
 def _refuse_unknown(key: str, value: str | int, known: tuple[str | int, ...]) -> None:
@@ -73,3 +77,17 @@ def _weights_file(weights: str, pretrained: str | Path) -> Path:
             "random numbers"
         )
     return path
+
+
+def network_of(
+    settings: ModelSection, num_classes: int, pretrained: str | Path | None
+) -> nn.Module:
+    """Build the network that a config describes; ``pretrained`` as in ``build_model``."""
+    return build_model(
+        settings.name,
+        settings.backbone,
+        num_classes,
+        settings.output_stride,
+        pretrained,
+        settings.stem,
+    )

@@ -1,9 +1,9 @@
-"""Cross-image semantic consistency: METHOD pieces 1 to 4, 7 and 8, as pure functions of tensors.
+"""Cross-image semantic consistency: sections 1 to 4, 7 and 8 of docs/method.md, as pure functions.
 
 Notation: B images of H x W pixels; ``features`` (B, D, h, w) of a network; a prototype (B, D) is
-the mean feature of a region; 255 marks pixels that count nowhere. Everything is computed in
-float32 (float64 stays float64) whatever autocast says: cosines leave [0, 1] by rounding, and
-binary cross entropy in half precision is not safe.
+the mean feature of a region; 255 marks pixels that are ignored. Everything is computed in
+float32 (float64 stays float64), also under autocast: cosines leave [0, 1] by rounding, and binary
+cross entropy in half precision is not safe.
 
 Source: Wu et al., TPAMI 2023, doi 10.1109/TPAMI.2022.3233584.
 """
@@ -14,15 +14,14 @@ from torch import Tensor
 
 from model.ops.bilinear import at_least_float32, full_precision, pull_back, resize
 from utils import IGNORE
-from utils.distributed import total
 
-_AREA_EPS = 0.0005  # METHOD piece 1: an empty region has a zero prototype
+_AREA_EPS = 0.0005  # section 1: an empty region has a zero prototype
 _NORM_EPS = 1e-8
 _PROBABILITY_EPS = 1e-6  # bounds the slope of binary cross entropy where a cosine is 0 or 1
 
 
 def masked_average_pooling(features: Tensor, mask: Tensor) -> Tensor:
-    """Average the features of a region: its prototype (METHOD piece 1).
+    """Average the features of a region: its prototype (section 1).
 
     The definition resizes the features bilinearly to (H, W) and averages them over the region.
     Resizing is linear: pulling the mask back to (h, w) by the adjoint of the resize gives the same
@@ -38,12 +37,12 @@ def masked_average_pooling(features: Tensor, mask: Tensor) -> Tensor:
     mask = mask.to(at_least_float32(features))
     pulled = pull_back(mask, features.shape[-2:])
     with full_precision(features):
-        total = torch.einsum("bdhw,bhw->bd", features.to(mask.dtype), pulled)
-    return total / (mask.sum(dim=(1, 2)) + _AREA_EPS).unsqueeze(1)
+        sums = torch.einsum("bdhw,bhw->bd", features.to(mask.dtype), pulled)
+    return sums / (mask.sum(dim=(1, 2)) + _AREA_EPS).unsqueeze(1)
 
 
 def similarity_map(features: Tensor, prototype: Tensor, size: tuple[int, int]) -> Tensor:
-    """Show where an image looks like a prototype (METHOD piece 2).
+    """Show where an image looks like a prototype (section 2).
 
     It is the CISC map of the image when the prototype comes from another image that shares
     the class.
@@ -65,9 +64,9 @@ def consistency_loss(
     label: Tensor,
     query_label: Tensor,
     shared_class: Tensor,
-    batch_shared_class: Tensor | None = None,
+    pairs: Tensor | None = None,
 ) -> Tensor:
-    """Ask that pairs of labeled images find their shared class in each other (METHOD piece 3).
+    """Train pairs of labeled images to find their shared class in each other (section 3).
 
     Args:
         features: (B, D, h, w) float, of the images.
@@ -75,14 +74,13 @@ def consistency_loss(
         label: (B, H, W) long, of the images, 255 = ignored.
         query_label: (B, H, W) long, of their partners, 255 = ignored.
         shared_class: (B,) long, the class id that a pair shares, 255 if none.
-        batch_shared_class: (N,) long, of the batch that these pairs are a part of; None: they are
-            all. The losses of the parts add up.
+        pairs: () number of pairs that share a class in the batch that these are a part of; None:
+            they are all of it. The losses of the parts add up.
 
     Returns:
         Scalar float32 >= 0: binary cross entropy between each image's CISC map and its region of
         the class, averaged over valid pixels, both directions added, averaged over the pairs
-        that share a class; 0 if none does. A pair whose crop lost the class must say 255. Of
-        several processes each gets its part: the parts add up (``utils.distributed``).
+        that share a class; 0 if none does. A pair whose crop lost the class must say 255.
     """
     region = class_region(label, shared_class)
     query_region = class_region(query_label, shared_class)
@@ -93,9 +91,8 @@ def consistency_loss(
     loss = _mean_entropy(forward, region, label) + _mean_entropy(
         backward, query_region, query_label
     )
-    everyone = shared_class if batch_shared_class is None else batch_shared_class
-    count = total((everyone != IGNORE).sum()).clamp_min(1)
-    return (loss * (shared_class != IGNORE)).sum() / count
+    sharing = shared_class != IGNORE
+    return (loss * sharing).sum() / (sharing.sum() if pairs is None else pairs).clamp_min(1)
 
 
 def rectification_weight(region: Tensor, cisc_map: Tensor) -> Tensor:
@@ -108,7 +105,7 @@ def rectification_weight(region: Tensor, cisc_map: Tensor) -> Tensor:
     Returns:
         (B, H, W) in [0, 1]: 1 agrees, 0 clashes. Carries no gradient.
 
-    Source: the paper's rectified loss; METHOD piece 4.
+    Source: the paper's rectified loss; section 4.
     """
     return 1.0 - (region.float() - cisc_map.detach()).abs()
 
@@ -127,7 +124,7 @@ def cross_image_weight(
     Returns:
         (B, H, W) float in [0, 1], 1 everywhere in images that share no class. No gradient.
 
-    Source: METHOD pieces 2 and 4.
+    Source: sections 2 and 4.
     """
     cisc_map = similarity_map(features, prototype, pseudo_label.shape[-2:])
     weight = rectification_weight(class_region(pseudo_label, shared_class), cisc_map)
@@ -148,7 +145,7 @@ def class_region(label: Tensor, shared_class: Tensor) -> Tensor:
 
 
 def class_prototypes(features: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Average the features of every class of every image (METHOD piece 7, before its mean).
+    """Average the features of every class of every image (section 7, before its mean).
 
     Args:
         features: (B, D, h, w) float.
@@ -164,12 +161,12 @@ def class_prototypes(features: Tensor, label: Tensor, num_classes: int) -> tuple
     pulled = regions.new_zeros(*area.shape, *features.shape[-2:])
     pulled[image, label_of] = pull_back(regions, features.shape[-2:])
     with full_precision(features):
-        total = torch.einsum("bdhw,bchw->bcd", features.to(pulled.dtype), pulled)
-    return total / (area + _AREA_EPS).unsqueeze(2), area > 0
+        sums = torch.einsum("bdhw,bchw->bcd", features.to(pulled.dtype), pulled)
+    return sums / (area + _AREA_EPS).unsqueeze(2), area > 0
 
 
 def reliability(features: Tensor, label: Tensor, anchors: Tensor) -> Tensor:
-    """Score how well an image's classes agree with the class anchors (METHOD piece 8).
+    """Score how well an image's classes agree with the class anchors (section 8).
 
     Args:
         features: (B, D, h, w) float.
@@ -195,7 +192,7 @@ def reliability(features: Tensor, label: Tensor, anchors: Tensor) -> Tensor:
 
 
 def image_reliability(scores: Tensor, average: bool) -> Tensor:
-    """Score images over the classes that they show (METHOD piece 8).
+    """Score images over the classes that they show (section 8).
 
     Args:
         scores: (B, C) float from ``reliability``, NaN where a class does not count.
@@ -204,8 +201,8 @@ def image_reliability(scores: Tensor, average: bool) -> Tensor:
     Returns:
         (B,) float, higher is more reliable; -inf for an image in which no class counts.
     """
-    total = scores.nanmean(dim=1) if average else scores.nansum(dim=1)
-    return total.masked_fill(scores.isnan().all(dim=1), -torch.inf)
+    score = scores.nanmean(dim=1) if average else scores.nansum(dim=1)
+    return score.masked_fill(scores.isnan().all(dim=1), -torch.inf)
 
 
 def _cosines(features: Tensor, prototypes: Tensor) -> Tensor:

@@ -53,6 +53,9 @@ def test_no_valid_pixel_costs_nothing(loss, batch):
     assert logits.grad.abs().max() == 0
 
 
+ZEROS = torch.zeros(1, 1, 4, dtype=torch.long)
+
+
 def probability_logits(*probabilities):
     """Two classes; the true one, 0, has these probabilities."""
     p = torch.tensor(probabilities)
@@ -61,13 +64,17 @@ def probability_logits(*probabilities):
 
 def test_ohem_keeps_pixels_under_the_threshold():
     logits = probability_logits(0.9, 0.6, 0.2, 0.8)
-    loss = ohem_cross_entropy(logits, torch.zeros(1, 1, 4, dtype=torch.long), 0.7, min_kept=1)
+    loss = ohem_cross_entropy(
+        logits, torch.zeros(1, 1, 4, dtype=torch.long), threshold=0.7, min_kept=1
+    )
     assert loss.item() == pytest.approx(-(math.log(0.6) + math.log(0.2)) / 2, rel=1e-5)
 
 
 def test_ohem_keeps_the_hardest_where_few_are_hard():
     logits = probability_logits(0.9, 0.6, 0.2, 0.8)
-    loss = ohem_cross_entropy(logits, torch.zeros(1, 1, 4, dtype=torch.long), 0.7, min_kept=3)
+    loss = ohem_cross_entropy(
+        logits, torch.zeros(1, 1, 4, dtype=torch.long), threshold=0.7, min_kept=3
+    )
     expected = -(math.log(0.6) + math.log(0.2) + math.log(0.8)) / 3
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 

@@ -1,91 +1,152 @@
+"""The objectives of train.py, and one training step, on networks small enough to check."""
+
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from dataset.training import QueriedPrototype, QueryPair, RetrainSample
+from dataset.training import QueriedImage, QueriedPrototype, QueryPair, RetrainSample
 from model import SegmentationOutput
+from model.cisc import class_prototypes
 from model.losses import cross_entropy, ohem_cross_entropy
-from model.objectives import retrain_loss, supervised_loss
-from model.ops.dropout import Dropout2d
-from model.training_step import training_step
+from train import (
+    Loss,
+    retrain_objective,
+    supervised_objective,
+    training_step,
+    weight_by_bank,
+    weight_by_image,
+    weight_one,
+)
 from utils import IGNORE
 from utils.config.schema import OptimizerSection
 from utils.device import Device
 from utils.optimization import Optimization
 
-CPU, CLASSES = Device("cpu", "fp32"), 3
+CPU, CLASSES = Device("cpu", "fp32"), 4
+close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)  # means of parts are far off
 
 
 class Net(nn.Module):
-    """No batch norm, which sees a part; dropout, whose noise is the sample's."""
+    """Features are a convolution of the image, at its size; no batch norm, no dropout."""
 
     def __init__(self):
         super().__init__()
         self.backbone, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, CLASSES, 1)
-        self.dropout = Dropout2d(0.5)
+
+    def extract(self, images):
+        return self.backbone(images).relu()
 
     def forward(self, images):
-        features = self.dropout(self.backbone(images)).relu()
+        features = self.extract(images)
         return SegmentationOutput(self.head(features), features)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(1)
+    return Net()
 
 
 @pytest.fixture
 def pair():
     torch.manual_seed(0)
     labels = torch.randint(0, CLASSES, (2, 4, 9, 9))
-    labels[:, :2, :7] = IGNORE  # the first part is mostly void, and shares its class once less
-    shared = torch.tensor([IGNORE, 1, 0, 2])
+    labels[:, :2, :7] = IGNORE  # valid pixels and shared classes differ between parts
     images = torch.randn(2, 4, 3, 9, 9)
-    return QueryPair(images[0], labels[0], images[1], labels[1], shared)
+    shared_class = torch.tensor([IGNORE, 1, 0, 2])
+    return QueryPair(images[0], labels[0], images[1], labels[1], shared_class)
 
 
-def steps(loss, batch, count):
-    """Weights after three steps, and what the last one shows."""
-    torch.manual_seed(1)
-    net = Net()
-    optimization = Optimization(net, OptimizerSection(lr=0.1), 9, CPU.scaler())
-    for step in range(3):
-        seeds = torch.arange(4) + 10 * step
-        shown, _ = training_step(net, partial(loss, net), optimization, CPU, batch, seeds, count)
-    return dict(net.state_dict()), shown
-
-
-close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)  # means of parts would be far off
-
-
-@pytest.mark.parametrize("count", [2, 4])
-def test_parts_of_a_batch_of_pairs_learn_what_the_batch_does(pair, count):
-    def loss(net, part, batch):
-        return supervised_loss(net, cross_entropy, 0.7, part, batch)
-
-    close(steps(loss, pair, count), steps(loss, pair, 1))
-
-
-@pytest.mark.parametrize("count", [2, 4])
-def test_parts_of_a_batch_of_samples_learn_what_the_batch_does(pair, count):
-    queried = QueriedPrototype(pair.shared_class, torch.arange(4))
-    samples = RetrainSample(
-        pair.image, pair.label, pair.image, pair.query_image, pair.query_label, queried
+@pytest.fixture
+def samples(pair):
+    queried = QueriedImage(pair.shared_class, pair.query_image.flip(0), pair.query_label.flip(0))
+    strong = pair.image + 0.1
+    return RetrainSample(
+        pair.image, pair.label, strong, pair.query_image, pair.query_label, queried
     )
 
-    def weigh(part):
-        return part.image.mean(dim=1).sigmoid()
 
-    def loss(net, part, batch):
-        return retrain_loss(net, weigh, cross_entropy, part, batch)
+def retrained(student, samples, batch, weigh=weight_one):
+    weight = weigh(student, samples).detach()
+    return retrain_objective(student, samples, batch, weight, cross_entropy)
 
-    close(steps(loss, samples, count), steps(loss, samples, 1))
+
+def test_supervised_objective_adds_its_terms(net, pair):
+    objective = partial(supervised_objective, labeled_loss=cross_entropy)
+    plain = objective(net, pair, pair, consistency=0.0)
+    both = cross_entropy(net(pair.image).logits, pair.label)
+    both = both + cross_entropy(net(pair.query_image).logits, pair.query_label)
+    close(plain.total, both)
+    assert plain.terms.keys() == {"ce"}
+    consistent = objective(net, pair, pair, consistency=2.0)
+    close(consistent.total, plain.total + 2 * consistent.terms["consistency"])
+
+
+def test_retrain_objective_adds_both_kinds_of_images_with_weight_one(net, samples):
+    loss = retrained(net, samples, samples)
+    unlabeled = cross_entropy(net(samples.student_image).logits, samples.pseudo_label)
+    labeled = cross_entropy(net(samples.labeled_image).logits, samples.labeled_label)
+    close(loss.total, unlabeled + labeled)
+    assert loss.terms["weight"] == 1.0
+    assert loss.terms["queried"] == 0.75
+
+
+def test_stored_prototypes_weigh_as_the_queried_images_do(net, samples):
+    queried = samples.queried
+    bank, _ = class_prototypes(net.extract(queried.image), queried.label, CLASSES)
+    banked = samples._replace(queried=QueriedPrototype(queried.shared_class, torch.arange(4)))
+    by_image, by_bank = weight_by_image(net, samples), weight_by_bank(net, banked, bank)
+    torch.testing.assert_close(by_bank, by_image)
+    assert (by_bank[0] == 1).all()  # shares no class
+    assert by_bank[1].min() < 0.9
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("kind", ["pairs", "samples"])
+def test_parts_of_a_batch_give_the_update_of_the_batch(pair, samples, kind, count):
+    def updated(count):
+        torch.manual_seed(1)
+        net = Net()
+        optimization = Optimization(net, OptimizerSection(lr=0.1), 9, CPU.scaler())
+        objective, batch = {
+            "pairs": (
+                partial(supervised_objective, labeled_loss=cross_entropy, consistency=0.7),
+                pair,
+            ),
+            "samples": (
+                partial(retrained, weigh=lambda _, part: part.image.mean(dim=1).sigmoid()),
+                samples,
+            ),
+        }[kind]
+        for step in range(3):
+            terms, spoilt = training_step(net, objective, optimization, CPU, batch, step, count)
+            assert spoilt is None
+        return dict(net.state_dict()), terms
+
+    close(updated(count), updated(1))
+
+
+def test_a_step_that_is_not_finite_updates_nothing(net, pair):
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    optimization = Optimization(net, OptimizerSection(), 9, CPU.scaler())
+
+    def objective(student, part, _):
+        total = student(part.image).logits.mean() * torch.nan
+        return Loss(total, {"ce": total})
+
+    _, spoilt = training_step(net, objective, optimization, CPU, pair, 0)
+    assert spoilt != spoilt
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
 
 
 def test_a_part_keeps_its_share_of_the_hardest_pixels():
     torch.manual_seed(0)
     logits, label = torch.randn(4, CLASSES, 5, 5), torch.randint(0, CLASSES, (4, 5, 5))
     hard = partial(ohem_cross_entropy, threshold=1e-9, min_kept=20)
-    parts = [
-        hard(*part, batch_label=label) for part in zip(logits.chunk(2), label.chunk(2), strict=True)
-    ]
+    pixels = torch.tensor(100)
+    parts = [hard(*part, pixels) for part in zip(logits.chunk(2), label.chunk(2), strict=True)]
     losses = torch.nn.functional.cross_entropy(logits, label, reduction="none").chunk(2)
     hardest = [loss.flatten().topk(10).values.mean() for loss in losses]
     torch.testing.assert_close(sum(parts), sum(hardest) / 2)

@@ -20,22 +20,20 @@ class Device:
             ``cuda:1``, ``mps``. Of several processes on a machine each takes a CUDA device of
             its own.
         precision: ``fp32``; ``bf16`` or ``fp16`` autocast; ``auto`` is bf16 where the hardware
-            multiplies it natively (a CPU: AMX), fp16 on older CUDA devices, else fp32.
+            has bf16 arithmetic, fp16 on older CUDA devices, else fp32.
 
     Raises:
         UserError: the device does not exist here, or does not know the precision.
     """
 
     def __init__(self, device: str, precision: str) -> None:
-        self.device = _find_device(device)
-        self.precision = _best_precision(self.device) if precision == "auto" else precision
-        if self.precision == "fp16" and self.device.type == "cpu":
+        self.torch_device = _find_device(device)
+        self.precision = _best_precision(self.torch_device) if precision == "auto" else precision
+        if self.precision == "fp16" and self.torch_device.type == "cpu":
             raise UserError("precision: 'fp16' needs an accelerator; a CPU takes fp32 or bf16")
-        # The same command, the same bits; faster convolutions were not to be had for less.
-        torch.backends.cudnn.deterministic = True
 
     def __str__(self) -> str:
-        return f"{self.device}, {self.precision}"
+        return f"{self.torch_device}, {self.precision}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,22 +42,24 @@ class Device:
 
     def autocast(self) -> torch.autocast:
         """Run convolutions in the precision; sums that need float32 say so themselves."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(
+            self.torch_device.type, self.dtype, enabled=self.dtype != torch.float32
+        )
 
     def scaler(self) -> torch.amp.GradScaler:
         """Scale gradients in fp16; hands them through otherwise."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        return torch.amp.GradScaler(self.torch_device.type, enabled=self.precision == "fp16")
 
     def place(self, net: nn.Module) -> nn.Module:
         """Move a network here, its convolutions channels-last."""
-        return net.to(self.device, memory_format=torch.channels_last)
+        return net.to(self.torch_device, memory_format=torch.channels_last)
 
     def move(self, batch: Batch) -> Batch:
         """Move a tensor, or a record of tensors and records, here; images channels-last."""
         if not isinstance(batch, Tensor):
             return type(batch)._make(self.move(part) for part in batch)
         layout = torch.channels_last if batch.dim() == 4 else torch.preserve_format
-        return batch.to(self.device, non_blocking=True, memory_format=layout)
+        return batch.to(self.torch_device, non_blocking=True, memory_format=layout)
 
 
 def _find_device(name: str) -> torch.device:
@@ -90,6 +90,12 @@ def _existing(name: str) -> torch.device:
 def _best_precision(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16"):
-        return "bf16"
-    return "fp32"
+    return "bf16" if device.type == "cpu" and _cpu_multiplies_bf16() else "fp32"
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Tell whether the CPU has bf16 arithmetic: AVX512-BF16 or AMX (x86), or ARM's bf16."""
+    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.12 and newer
+        known = torch.cpu.get_capabilities()
+        return any(known.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,17 +1,17 @@
-"""Several processes as one: what they share, add up and wait for. In one process, identities.
+"""Several processes: collectives, and which part of the data each takes. Identities in one process.
 
-``torchrun`` starts the processes and says by environment variables who is who. What is called
-collective here must be called by all of them, in the same order.
+``torchrun`` starts the processes and numbers them by environment variables. Functions that are
+collective must be called by all processes, in the same order.
 """
 
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import wraps
 from threading import Thread
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,7 +36,7 @@ def world() -> int:
 
 
 def is_first() -> bool:
-    """Tell whether this process writes what all share."""
+    """Tell whether this process has rank 0: it writes files and logs."""
     return rank() == 0
 
 
@@ -51,10 +51,10 @@ def mine(items: Sequence[T]) -> Sequence[T]:
 
 
 def gathered(rows: list[T]) -> list[T]:
-    """Put the parts of all together again, in the order that ``mine`` took them from. Collective.
+    """Gather the parts of all processes in the order that ``mine`` took them from. Collective.
 
     Args:
-        rows: what came of this process's part, an entry an item; tensors on the CPU.
+        rows: results of this process's part, an entry an item; tensors on the CPU.
     """
     if world() == 1:
         return rows
@@ -68,18 +68,18 @@ def merged(rows: list[dict[K, T]]) -> dict[K, T]:
     return {key: value for row in gathered(rows) for key, value in row.items()}
 
 
-def total(tensor: Tensor) -> Tensor:
-    """Sum a tensor over the processes; gradients flow to all of them. Collective."""
-    return tensor if world() == 1 else _Total.apply(tensor)
-
-
-def everyones(tensor: Tensor) -> Tensor:
-    """Concatenate the processes' (N,) tensors, all of one size. Without gradient. Collective."""
+def reduced(tensor: Tensor) -> Tensor:
+    """Sum a tensor over the processes. No gradient. Collective."""
     if world() == 1:
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(world())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
+    summed = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(summed)
+    return summed
+
+
+def counted(*masks: Tensor) -> Tensor:
+    """Count the true values of bool masks over all processes: (masks,) float32. Collective."""
+    return reduced(torch.stack([mask.sum() for mask in masks]).float())
 
 
 def largest(number: int) -> int:
@@ -91,8 +91,8 @@ def largest(number: int) -> int:
     return int(numbers)
 
 
-def shared(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Let the first process work, and return to all what came of it. Collective."""
+def broadcast(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function on rank 0 and broadcast what it returns. Collective."""
     if world() == 1:
         return work(*args, **kwargs)
     outcome = [work(*args, **kwargs) if is_first() else None]
@@ -101,7 +101,7 @@ def shared(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 def by_first(work: Callable[P, None]) -> Callable[P, None]:
-    """Let only the first process do what all call, such as writing a file that they share."""
+    """Call a function on rank 0 alone, such as one that writes a common file."""
 
     @wraps(work)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -117,16 +117,29 @@ def barrier() -> None:
 
 
 def parallel(net: nn.Module) -> nn.Module:
-    """Let a network that trains average its gradients over the processes. Collective.
+    """Wrap a network so that its gradients are averaged over the processes. Collective.
 
-    ``net`` stays the one to save and to load: it shares its weights. Gradients are averaged for as
-    long as what is returned lives.
+    Batch norm becomes ``nn.SyncBatchNorm`` on accelerators; on a CPU each process normalises by
+    its own part of the batch. ``net`` stays the one to save and to load: it shares its weights.
     """
     if world() == 1:
         return net
+    if next(net.parameters()).device.type != "cpu":
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     return nn.parallel.DistributedDataParallel(
         net, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
+
+
+def averaging(net: nn.Module, last: bool) -> AbstractContextManager:
+    """Average gradients over the processes in the last part of a batch only.
+
+    Args:
+        net: of ``parallel``; forward and backward pass run inside.
+        last: whether this is the last part.
+    """
+    wrapped = isinstance(net, nn.parallel.DistributedDataParallel)
+    return net.no_sync() if wrapped and not last else nullcontext()
 
 
 @contextmanager
@@ -163,20 +176,6 @@ def joined() -> Iterator[None]:
             ) from error
         raise
     dist.destroy_process_group()
-
-
-class _Total(torch.autograd.Function):
-    """The sum over the processes; its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(_: Any, tensor: Tensor) -> Tensor:
-        summed = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(summed)
-        return summed
-
-    @staticmethod
-    def backward(_: Any, gradient: Tensor) -> Tensor:
-        return _Total.apply(gradient)
 
 
 def _shall_tell(store: dist.Store, error: BaseException) -> bool:

@@ -1,22 +1,27 @@
-"""From a network to class probabilities: whole images or windows, several scales, flips."""
+"""From a network to class probabilities and scores: views, windows, confusion matrix."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from utils.config.schema import WindowSection
+from utils.config.schema import InferenceSection, PseudoLabelSection, WindowSection
 from utils.device import Device
-from utils.distributed import total
+from utils.distributed import reduced, world
+from utils.progress import no_bar
+from utils.run.signals import stop_here
 
 
 class ConfusionMatrix:
     """Counts of (true class, predicted class) over all pixels seen.
 
     Args:
-        num_classes: C. Pixels whose label is not in [0, C), 255 among them, are left out.
+        num_classes: C. Pixels whose label is not in [0, C), 255 among them, are excluded.
         device: where predictions and labels are, and the counts.
     """
 
@@ -32,8 +37,8 @@ class ConfusionMatrix:
         self.counts += counted.view(self.num_classes, self.num_classes)
 
     def reduce(self) -> "ConfusionMatrix":
-        """Add what all processes counted; return itself. Collective."""
-        self.counts = total(self.counts)
+        """Sum the counts over the processes; return itself. Collective."""
+        self.counts = reduced(self.counts)
         return self
 
     def iou(self) -> Tensor:
@@ -49,57 +54,87 @@ class ConfusionMatrix:
         """Share of the counted pixels that are right, in [0, 1]; NaN if none was counted."""
         return (self.counts.diagonal().sum() / self.counts.sum()).item()
 
+    def report(self, classes: Sequence[str]) -> dict[str, Any]:
+        """Return mIoU, pixel accuracy and IoU by class name; None for a class that is not seen."""
+        values = [None if value != value else value for value in self.iou().tolist()]
+        return {
+            "miou": self.mean_iou(),
+            "pixel_accuracy": self.pixel_accuracy(),
+            "per_class_iou": dict(zip(classes, values, strict=True)),
+        }
+
+
+def passes(loader: DataLoader, device: Device, title: str) -> Iterator[Any]:
+    """Iterate over the batches of whole images on the device, under a progress bar.
+
+    Each of several processes has its part; all of them must finish, or stop at a signal, together.
+
+    Args:
+        loader: gives records with ``index``, the positions in the list.
+        device: where the batches go.
+        title: of the bar.
+    """
+    count = sum(map(len, loader.batch_sampler))
+    with tqdm(desc=title, total=count, disable=no_bar(), leave=False, unit="image") as bar:
+        for batch in loader:
+            yield device.move(batch)
+            bar.update(len(batch.index))
+            if world() == 1:  # several processes can have unequal numbers of batches
+                stop_here()
+    stop_here()
+
 
 @dataclass(frozen=True)
 class Predictor:
-    """Class probabilities of images. Validation, labeling and ``eval.py`` all use this.
+    """Class probabilities of images: several views, averaged. All evaluation and labeling use it.
 
     Attributes:
-        net: in eval mode, best ``frozen``; ``classify(extract(images))`` gives logits of any size.
-        device: where, in which precision.
-        window: cut images into overlapping windows of this size; None passes them whole.
-        scales: factors on the height and width of the image; probabilities are averaged over them.
-        flip: average over the mirrored image too.
-        average_at: share of the answer's height and width at which several views are averaged.
+        net: in eval mode, best ``frozen``; ``classify(extract(images))`` gives logits of any size,
+            ``preprocessing.interpolation`` says how images are resized.
+        device: where and in which precision.
+        settings: ``long_side``, windows, and at which size views are averaged.
+        views: ``scales`` and ``flip``; None: those of ``settings``.
     """
 
     net: nn.Module
     device: Device
-    window: WindowSection | None = None
-    scales: Sequence[float] = (1.0,)
-    flip: bool = False
-    average_at: float = 1.0
+    settings: InferenceSection
+    views: InferenceSection | PseudoLabelSection | None = None
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         """Predict.
 
         Args:
-            images: (B, 3, h, w) float, normalised, on any device.
-            size: (H, W) of the answer, which may differ from the images'.
+            images: (B, 3, h, w) float, normalised, at the size of their files, on any device.
+            size: (H, W) of the result, which may differ from the images'.
 
         Returns:
             (B, C, H, W) float32 probabilities, on the device. They sum to 1 over C.
         """
-        images = self.device.move(images)
-        views = len(self.scales) * (2 if self.flip else 1)
-        share = 1.0 if views == 1 else self.average_at
-        meeting = tuple(max(1, round(side * share)) for side in size)
-        total = torch.zeros((), device=images.device)
-        for scale in self.scales:
-            view = _scaled(images, scale)
-            if self.flip:
-                both = self._probabilities(torch.cat([view, view.flip(-1)]), meeting)
+        images, views = self.device.move(images), self.views or self.settings
+        count = len(views.scales) * (2 if views.flip else 1)
+        share = 1.0 if count == 1 else self.settings.average_at
+        common = tuple(max(1, round(side * share)) for side in size)
+        summed = torch.zeros((), device=images.device)
+        base = base_size(images.shape[-2:], self.settings.long_side)
+        for scale in views.scales:
+            # Each view is resized once from the file's own pixels.
+            scaled = tuple(max(1, round(side * scale)) for side in base)
+            view = resize_images(images, scaled, self.net.preprocessing.interpolation)
+            if views.flip:
+                both = self._probabilities(torch.cat([view, view.flip(-1)]), common)
                 straight, mirrored = both.chunk(2)
-                total = total + straight + mirrored.flip(-1)
+                summed = summed + straight + mirrored.flip(-1)
             else:
-                total = total + self._probabilities(view, meeting)
-        return _resized(total / views, size)
+                summed = summed + self._probabilities(view, common)
+        return _resize_maps(summed / count, size)
 
     def _probabilities(self, images: Tensor, size: tuple[int, int]) -> Tensor:
-        if self.window is None or max(images.shape[-2:]) <= self.window.size:
-            return _resized(self._logits(images), size).softmax(dim=1)
-        return _resized(self._by_windows(images, self.window), size)
+        window = self.settings.window
+        if window is None or max(images.shape[-2:]) <= window.size:
+            return _resize_maps(self._logits(images), size).softmax(dim=1)
+        return _resize_maps(self._by_windows(images, window), size)
 
     def _by_windows(self, images: Tensor, window: WindowSection) -> Tensor:
         """Average the probabilities of all windows that show a pixel, at the images' size."""
@@ -107,19 +142,19 @@ class Predictor:
         shape = min(window.size, height), min(window.size, width)
         weight = _window_weight(shape, window.weighting, images.device)
         places = list(_window_places((height, width), shape, window.step))
-        total, weights = 0.0, torch.zeros(height, width, device=images.device)
-        step = max(1, window.batch_size // len(images))  # places that are cut out at once
+        summed, weights = 0.0, torch.zeros(height, width, device=images.device)
+        step = max(1, window.batch_size // len(images))  # windows of each image in a batch
         for start in range(0, len(places), step):
             chosen = places[start : start + step]
             crops = torch.cat([images[..., rows, columns] for rows, columns in chosen])
             logits = torch.cat([self._logits(part) for part in crops.split(window.batch_size)])
-            answers = _resized(logits, shape).softmax(dim=1).chunk(len(chosen))
+            answers = _resize_maps(logits, shape).softmax(dim=1).chunk(len(chosen))
             for (rows, columns), answer in zip(chosen, answers, strict=True):
-                if isinstance(total, float):
-                    total = answer.new_zeros(len(images), answer.shape[1], height, width)
-                total[..., rows, columns] += answer * weight
+                if isinstance(summed, float):
+                    summed = answer.new_zeros(len(images), answer.shape[1], height, width)
+                summed[..., rows, columns] += answer * weight
                 weights[rows, columns] += weight
-        return total / weights
+        return summed / weights
 
     def _logits(self, images: Tensor) -> Tensor:
         """Return logits at the size that the network has them in."""
@@ -127,10 +162,50 @@ class Predictor:
             return self.net.classify(self.net.extract(images)).float()
 
 
+def validate(
+    predict: Predictor,
+    loader: DataLoader,
+    num_classes: int,
+    keep: Callable[[int, Tensor], None] | None = None,
+) -> ConfusionMatrix:
+    """Compare predictions with labels, at the labels' own size. Collective.
+
+    Args:
+        predict: the network and its views.
+        loader: whole images with labels.
+        num_classes: C.
+        keep: takes the index and the predicted ids, (H, W) long, of every image of this process.
+
+    Returns:
+        The matrix over the images of all processes.
+    """
+    matrix = ConfusionMatrix(num_classes, predict.device.torch_device)
+    for batch in passes(loader, predict.device, "evaluating"):
+        ids = predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
+        matrix.update(ids, batch.label)
+        if keep is not None:
+            for index, mask in zip(batch.index.tolist(), ids, strict=True):
+                keep(index, mask)
+    return matrix.reduce()
+
+
+def base_size(size: Sequence[int], long_side: int | None) -> tuple[int, int]:
+    """Return the size at scale 1: the image's own, shrunk to ``long_side`` where it is larger."""
+    shrink = 1.0 if long_side is None else min(1.0, long_side / max(size))
+    return tuple(max(1, round(side * shrink)) for side in size)
+
+
+def resize_images(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    """Resize (B, 3, h, w) images to (B, 3, H, W), antialiased as the images of training are."""
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    return F.interpolate(images, size, mode=interpolation, align_corners=False, antialias=True)
+
+
 def _window_places(
     size: tuple[int, int], shape: tuple[int, int], step: float
 ) -> Iterator[tuple[slice, slice]]:
-    """Yield (rows, columns) of windows; those at the far edges are snapped to the image."""
+    """Yield (rows, columns) of windows; the last ones end at the edges of the image."""
     starts = []
     for length, side in zip(size, shape, strict=True):
         stride = max(1, round(side * step))
@@ -141,7 +216,7 @@ def _window_places(
 
 
 def _window_weight(shape: tuple[int, int], weighting: str, device: torch.device) -> Tensor:
-    """Say how much each pixel of a window counts: (h, w), all 1, or a Gaussian about its middle."""
+    """Return the weight of each pixel of a window, (h, w): all 1, or a Gaussian at its centre."""
     if weighting == "uniform":
         return torch.ones(shape, device=device)
     lines = []
@@ -151,13 +226,8 @@ def _window_weight(shape: tuple[int, int], weighting: str, device: torch.device)
     return torch.outer(*lines)
 
 
-def _scaled(images: Tensor, scale: float) -> Tensor:
-    if scale == 1.0:
-        return images
-    return _resized(images, tuple(max(1, round(side * scale)) for side in images.shape[-2:]))
-
-
-def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    if maps.shape[-2:] == size:
+def _resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize logits or probabilities, corners aligned as in the published networks."""
+    if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return F.interpolate(maps, size, mode="bilinear", align_corners=True)

@@ -1,134 +1,135 @@
-"""SGD as this family of methods uses it: a faster head, polynomial decay every iteration."""
+"""Optimizer, learning-rate schedule and gradient scaler of a training stage."""
 
-from typing import Any, NamedTuple
+import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from utils.config.schema import OptimizerSection
-from utils.distributed import total, world
-
-
-class StepOutcome(NamedTuple):
-    """What came of a training step. On the device: to read it is to wait for the step.
-
-    Attributes:
-        loss: () float, of all processes.
-        finite: () bool; if not, the step has changed no weight.
-    """
-
-    loss: Tensor
-    finite: Tensor
+from utils.distributed import reduced, world
 
 
 class Optimization:
-    """Optimizer, learning-rate schedule and gradient scaler of a stage, as one thing to step.
+    """SGD or AdamW with a polynomial decay to zero, stepped once an iteration.
 
     Args:
-        net: parameters below ``net.backbone`` learn at ``lr``, the others ``head_multiple`` faster.
-        settings: rates, momentum, weight decay, power of the decay.
-        steps: iterations of the whole stage; the rate reaches zero after the last.
-        scaler: of the precision.
-        undo: put buffers back where a loss is not finite, at the price of a copy an iteration.
+        net: parameters below ``net.backbone`` learn at ``lr``, the others at ``head_multiple``
+            times that.
+        settings: learning rates, decay, warm-up.
+        iterations: of the whole stage; the rate reaches zero after the last.
+        scaler: scales gradients in fp16, and does nothing in other precisions.
     """
 
     def __init__(
         self,
         net: nn.Module,
         settings: OptimizerSection,
-        steps: int,
+        iterations: int,
         scaler: torch.amp.GradScaler,
-        undo: bool = False,
     ) -> None:
-        backbone = list(net.backbone.parameters())
-        of_backbone = {id(parameter) for parameter in backbone}
-        head = [p for p in net.parameters() if id(p) not in of_backbone]
-        groups = [
-            {"params": backbone, "lr": settings.lr},
-            {"params": head, "lr": settings.lr * settings.head_multiple},
-        ]
-        self._sgd = torch.optim.SGD(
-            groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
+        groups = _parameter_groups(net, settings)
+        self._peaks = [group["lr"] for group in groups]
+        options = {"weight_decay": settings.weight_decay, "fused": True}
+        self._optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(groups, momentum=settings.momentum, **options)
+            if settings.name == "sgd"
+            else torch.optim.AdamW(groups, **options)
         )
-        if settings.momentum:
-            # A fused first step that is left out would leave momentum uninitialised.
-            for parameter in net.parameters():
-                momentum = torch.zeros_like(parameter)
-                self._sgd.state[parameter]["momentum_buffer"] = momentum
-        self._buffers = list(net.buffers()) if undo else []
-        self._keep_buffers()
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._sgd, lambda step: max(0.0, 1.0 - step / steps) ** settings.power
-        )
-        self._scaler = scaler
-        self._losses: list[Tensor] = []  # of this step, so far
+        self._settings, self._iterations, self._scaler = settings, iterations, scaler
+        self._done = 0  # iterations
+        self._loss: Tensor | float = 0.0  # of this iteration so far
+        self._set_rates()
 
     @property
     def lr(self) -> float:
-        """The backbone's learning rate now."""
-        return self._sgd.param_groups[0]["lr"]
+        """The learning rate of the backbone (its last layer) in this iteration."""
+        return self._settings.lr * self._factor()
 
-    def add(self, loss: Tensor) -> None:
-        """Add the gradient of a scalar loss to those of this step.
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a scalar loss to those of this iteration.
 
-        Of several processes each brings its part of the loss. If their sum is not finite, ``step``
-        will change no weight.
+        Args:
+            loss: this process's part of the batch's loss; the parts add up to it.
         """
-        whole = total(loss.detach())
-        self._losses.append(whole)
-        # A process has its part of the loss, and parts add up; gradients are averaged. NaN for a
-        # loss that is not finite makes all gradients NaN, which no scaler lets pass.
-        weight = torch.where(whole.isfinite(), float(world()), torch.nan)
-        self._scaler.scale(loss * weight).backward()
+        self._loss = self._loss + loss.detach()
+        # DistributedDataParallel averages gradients over processes, and the parts add up.
+        self._scaler.scale(loss * world()).backward()
 
-    def step(self) -> StepOutcome:
-        """Go one step down the gradients that were added, if losses and gradients are finite.
+    def step(self) -> float | None:
+        """Update the weights, unless the loss or the gradient is not finite.
 
-        In fp16 gradients that overflow are left out, and scaled less from then on; that is no
-        failure, see ``overflows``.
+        In fp16 a gradient that overflows is expected: the scaler skips the update and scales less
+        from then on, until the scale is below 1.
 
         Returns:
-            How it went. If it is not finite, the rate has gone on; weights and momentum are
-            untouched, and with ``undo`` the buffers are those before the forward pass, which may
-            have put its infinities into the running means of batch norm.
+            None after an update. Else the loss of the batch: nothing was changed, and training
+            should stop. Collective.
         """
-        loss = torch.stack(self._losses).sum()
-        self._losses, finite = [], loss.isfinite()
-        if not self._scaler.is_enabled():
-            finite = finite & self._gradient_norm().isfinite()
-            # The device itself leaves the step out: asking it first would be to wait for it.
-            self._sgd.found_inf = (~finite).float()
-        self._scaler.step(self._sgd)
+        loss, self._loss = reduced(torch.as_tensor(self._loss)), 0.0
+        if self._scaler.is_enabled():
+            finite = loss.isfinite() and self._scaler.get_scale() >= 1.0
+        else:
+            finite = bool((loss + self._gradient_norm()).isfinite())  # waits for the device
+        if not finite:
+            return loss.item()
+        self._scaler.step(self._optimizer)
         self._scaler.update()
-        for buffer, kept in zip(self._buffers, self._kept, strict=True):
-            buffer.copy_(torch.where(finite, buffer, kept))
-        self._keep_buffers()
-        self._sgd.zero_grad()
-        self._schedule.step()
-        return StepOutcome(loss, finite)
-
-    @property
-    def overflows(self) -> bool:
-        """Whether gradients overflow fp16 however they are scaled; reading it waits."""
-        return self._scaler.is_enabled() and self._scaler.get_scale() < 1.0
-
-    def _gradient_norm(self) -> Tensor:
-        """Return the gradient's length, which torch adds up fastest; beyond 1e19 it is inf."""
-        parameters = [p for group in self._sgd.param_groups for p in group["params"]]
-        return get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-    def _keep_buffers(self) -> None:
-        self._kept = [buffer.clone() for buffer in self._buffers]
+        self._optimizer.zero_grad()
+        self._done += 1
+        self._set_rates()
+        return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a run needs to go on."""
-        parts = {"sgd": self._sgd, "schedule": self._schedule, "scaler": self._scaler}
-        return {name: part.state_dict() for name, part in parts.items()}
+        """Return what a run needs to continue."""
+        state = {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
+        return {**state, "iterations": self._done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what ``state_dict`` returned; the network has its own state back already."""
-        self._sgd.load_state_dict(state["sgd"])
-        self._schedule.load_state_dict(state["schedule"])
+        """Restore what ``state_dict`` returned."""
+        self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
-        self._keep_buffers()
+        self._done = int(state["iterations"])
+        self._set_rates()
+
+    def _factor(self) -> float:
+        """Return the share of the peak learning rate: linear warm-up times polynomial decay."""
+        decay = max(0.0, 1.0 - self._done / self._iterations) ** self._settings.power
+        return decay * min(1.0, (self._done + 1) / (self._settings.warmup + 1))
+
+    def _set_rates(self) -> None:
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * self._factor()
+
+    def _gradient_norm(self) -> Tensor:
+        """Return the length of the gradient, which is not finite if an element is not."""
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        return get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def _parameter_groups(net: nn.Module, settings: OptimizerSection) -> list[dict[str, Any]]:
+    """Group parameters by learning rate: layers of the backbone, and the head.
+
+    With ``layer_decay`` d, block k of n transformer blocks learns at lr * d ** (n - k), what comes
+    before the blocks at lr * d ** (n + 1), the rest of the backbone at lr (BEiT, Bao et al., ICLR
+    2022; blocks are recognised by ``blocks.<k>.`` in the name of a parameter).
+    """
+    backbone = dict(net.backbone.named_parameters())
+    blocks = {name: int(found[1]) for name in backbone if (found := _BLOCK.search(name))}
+    count = max(blocks.values(), default=-1) + 1
+    first_block = next((place for place, name in enumerate(backbone) if name in blocks), 0)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for place, (name, parameter) in enumerate(backbone.items()):
+        depth = count - 1 - blocks[name] if name in blocks else -1
+        if place < first_block:
+            depth = count
+        rate = settings.lr * settings.layer_decay ** (depth + 1)
+        groups.setdefault(rate, []).append(parameter)
+    in_backbone = {id(parameter) for parameter in backbone.values()}
+    head = [p for p in net.parameters() if id(p) not in in_backbone]
+    rows = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+    return [*rows, {"params": head, "lr": settings.lr * settings.head_multiple}]
+
+
+_BLOCK = re.compile(r"\bblocks\.(\d+)\.")

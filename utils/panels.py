@@ -1,15 +1,31 @@
-"""Pictures for people: masks in colour, and what each stage made of the same images."""
+"""Pictures: masks in colour, overlays, legends, and predictions side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.utils.data import DataLoader
 
+from utils import Preprocessing
+from utils.distributed import by_first, merged
+from utils.evaluation import Predictor, passes
 from utils.files import write_atomically
 
 Entry = tuple[str, tuple[int, int, int]]  # of a legend: class name and colour
 _MARGIN, _LINE = 6, 18  # pixels
+
+
+class Classes(Protocol):
+    """Names and colours by class id."""
+
+    classes: Sequence[str]
+    colours: Sequence[tuple[int, int, int]]
+
+    def palette(self) -> bytes:
+        """768 bytes for pictures of mode P."""
 
 
 def save_mask(path: Path, ids: np.ndarray, palette: bytes) -> None:
@@ -41,7 +57,7 @@ def save_overlay(
         image: the picture.
         ids: (H, W) uint8 class ids, of the picture's size.
         palette: 768 bytes, the colours of the ids.
-        strength: of the colours, in [0, 1].
+        strength: opacity of the colours, in [0, 1].
     """
     picture = Image.blend(image, in_colour(ids, palette).convert("RGB"), strength)
     write_atomically(path, lambda partial: picture.save(partial, "JPEG", quality=92))
@@ -51,6 +67,44 @@ def save_legend(path: Path, legend: Sequence[Entry], width: int = 480) -> None:
     """Write class names beside their colours, as PNG, atomically."""
     picture = _legend(legend, width)
     write_atomically(path, lambda partial: picture.save(partial, "PNG"))
+
+
+def draw_examples(
+    path: Path,
+    loader: DataLoader,
+    predictors: Mapping[str, Predictor],
+    kind: Classes,
+    preprocessing: Preprocessing,
+) -> None:
+    """Write a panel of images, labels and predictions, as PNG. Collective.
+
+    Args:
+        path: where.
+        loader: of the images.
+        predictors: by column title.
+        kind: classes and colours.
+        preprocessing: of the loader's images.
+    """
+    palette, rows = kind.palette(), []
+    device = next(iter(predictors.values())).device
+    for batch in passes(loader, device, path.stem):
+        size = tuple(batch.label.shape[-2:])
+        ids = [predict(batch.image, size).argmax(dim=1) for predict in predictors.values()]
+        for place, index in enumerate(batch.index.tolist()):
+            masks = [mask[place].byte().cpu().numpy() for mask in (batch.label, *ids)]
+            picture = _as_picture(batch.image[place], preprocessing)
+            rows.append({index: (picture, [in_colour(mask, palette) for mask in masks])})
+    columns = [[picture, *masks] for _, (picture, masks) in sorted(merged(rows).items())]
+    titles = ["image", "label", *predictors]
+    legend = list(zip(kind.classes, kind.colours, strict=True))
+    by_first(save_panel)(path, titles, columns, legend)
+
+
+def _as_picture(image: Tensor, preprocessing: Preprocessing) -> Image.Image:
+    """Undo the normalisation of a (3, H, W) image."""
+    mean, std = (np.asarray(values)[:, None, None] for values in preprocessing[:2])
+    values = (image.cpu().double().numpy() * std + mean) * 255
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 def save_panel(

@@ -1,4 +1,4 @@
-"""The progress bar of a training stage, and what its epochs came to."""
+"""The progress bar of a training stage, and the means of an epoch."""
 
 import time
 from types import TracebackType
@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.distributed import is_first, total
-from utils.errors import UserError
+from utils.distributed import is_first, reduced
 
 
 def no_bar() -> bool | None:
-    """Tell tqdm where to draw nothing: None is wherever stderr is no terminal."""
+    """Return tqdm's ``disable``: None draws nothing where stderr is no terminal."""
     return None if is_first() else True
 
 
@@ -58,56 +57,43 @@ class StageBar:
 
         Args:
             epoch: which.
-            seen: ``state_dict`` of a sitting that began it; empty if none did.
+            seen: ``state_dict`` of an interrupted run of this epoch; empty if there is none.
         """
         self._sums: dict[str, Tensor] = dict(seen.get("sums", {}))
-        self._counted: Tensor | int = seen.get("counted", 0)
         self._steps, self._lr = seen.get("steps", 0), seen.get("lr", 0.0)
         self._started = time.monotonic() - seen.get("seconds", 0.0)
         done = epoch * self._an_epoch + self._steps * self._images
         if self._bar.n == 0:
-            self._bar.initial = done  # what earlier sittings did tells nothing of the speed now
+            self._bar.initial = done  # earlier iterations do not count in the speed
         self._bar.n = done
         self._bar.set_description(f"{self._stage} epoch {epoch + 1}/{self._epochs}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what ``start`` takes to go on with the epoch."""
+        """Return what ``start`` takes to continue the epoch."""
         seconds = time.monotonic() - self._started
-        counts = {"counted": self._counted, "steps": self._steps}
-        return {"sums": self._sums, **counts, "lr": self._lr, "seconds": seconds}
+        return {"sums": self._sums, "steps": self._steps, "lr": self._lr, "seconds": seconds}
 
-    def update(self, shown: dict[str, Tensor], finite: Tensor, lr: float) -> None:
-        """Count an iteration with this process's part of its scalars; they stay on their device.
+    def update(self, terms: dict[str, Tensor], lr: float) -> None:
+        """Count an iteration. Collective.
 
         Args:
-            shown: the scalars by name.
-            finite: () bool; if not, they count in no mean.
+            terms: this process's part of the logged scalars, on their device.
             lr: the learning rate.
         """
         self._steps, self._lr = self._steps + 1, lr
-        self._counted = finite + self._counted
-        for name, value in shown.items():
-            value = torch.where(finite, total(value.detach()), 0.0)
+        values = reduced(torch.stack(list(terms.values())))
+        for name, value in zip(terms, values, strict=True):
             self._sums[name] = value + self._sums.get(name, 0.0)
-        # Reading a scalar waits for the device: only where the bar is drawn anew.
+        # Reading a scalar waits for the device: only when the bar is redrawn.
         if self._bar.update(self._images):
-            means = {name: f"{value:.3g}" for name, value in self._term_means().items()}
+            means = {name: f"{value:.3g}" for name, value in self._means().items()}
             self._bar.set_postfix({**means, "lr": f"{lr:.2g}"}, refresh=False)
 
     def means(self) -> dict[str, float]:
-        """Return the epoch's mean of each scalar, its last learning rate, and images a second.
-
-        Raises:
-            UserError: no iteration of the epoch was finite.
-        """
-        if not self._counted:
-            raise UserError(
-                f"{self._stage}: no batch of an epoch had a finite loss and gradient; lower "
-                f"optimizer.lr or set precision=fp32, with --from-stage {self._stage[0]}"
-            )
+        """Return the epoch's mean of each scalar, its last learning rate, and images a second."""
         seconds = max(time.monotonic() - self._started, 1e-9)
         speed = self._images * self._steps / seconds
-        return {**self._term_means(), "lr": self._lr, "images_per_second": speed}
+        return {**self._means(), "lr": self._lr, "images_per_second": speed}
 
-    def _term_means(self) -> dict[str, float]:
-        return {name: (value / self._counted).item() for name, value in self._sums.items()}
+    def _means(self) -> dict[str, float]:
+        return {name: float(value) / self._steps for name, value in self._sums.items()}

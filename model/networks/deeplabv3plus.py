@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from model.ops.bilinear import resize
-from model.ops.dropout import Dropout, Dropout2d
 from model.ops.layers import SegmentationOutput, SpatialMean, conv_bn_relu, full_size
 
 
@@ -25,7 +24,7 @@ class DeepLabV3Plus(nn.Module):
         self.head = AtrousSpatialPyramid(channels, 256, (rate, 2 * rate, 3 * rate))
         self.reduce = conv_bn_relu(low_channels, 48, 1)
         self.fuse = nn.Sequential(
-            *conv_bn_relu(304, 256, 3), *conv_bn_relu(256, 256, 3), Dropout(0.1)
+            *conv_bn_relu(304, 256, 3), *conv_bn_relu(256, 256, 3), nn.Dropout(0.1)
         )
         self.classifier = nn.Conv2d(256, num_classes, 1)
 
@@ -53,7 +52,7 @@ class AtrousSpatialPyramid(nn.Module):
         self.b0 = conv_bn_relu(in_channels, channels, 1)
         self.b1, self.b2, self.b3 = (conv_bn_relu(in_channels, channels, 3, rate) for rate in rates)
         self.b4 = ImageMean(in_channels, channels)
-        self.project = nn.Sequential(*conv_bn_relu(5 * channels, channels, 1), Dropout2d(0.5))
+        self.project = nn.Sequential(*conv_bn_relu(5 * channels, channels, 1), nn.Dropout2d(0.5))
 
     def forward(self, last: Tensor) -> Tensor:
         """Map (B, in_channels, h, w) to (B, channels, h, w)."""

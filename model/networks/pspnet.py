@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from model.ops.bilinear import resize
-from model.ops.dropout import Dropout
 from model.ops.layers import SegmentationOutput, SpatialMean, conv_bn_relu, full_size
 
 
@@ -27,7 +26,7 @@ class PSPNet(nn.Module):
             nn.Sequential(_grid_of_means(grid), *conv_bn_relu(channels, channels // 4, 1))
             for grid in self.GRIDS
         )
-        self.fuse = nn.Sequential(*conv_bn_relu(2 * channels, channels // 4, 3), Dropout(0.1))
+        self.fuse = nn.Sequential(*conv_bn_relu(2 * channels, channels // 4, 3), nn.Dropout(0.1))
         self.classifier = nn.Conv2d(channels // 4, num_classes, 1)
 
     def forward(self, images: Tensor) -> SegmentationOutput:

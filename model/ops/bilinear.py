@@ -1,4 +1,4 @@
-"""The bilinear resize, and its adjoint, by which regions meet features at the features' size."""
+"""The bilinear resize, and its adjoint, which brings masks to the size of the features."""
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +8,13 @@ from torch import Tensor
 def resize(maps: Tensor, size: tuple[int, int], align_corners: bool = False) -> Tensor:
     """Resize (B, C, h, w) maps bilinearly to (B, C, H, W).
 
-    On a CUDA device ``interpolate`` adds up its gradient in an order of its own, so that no two
-    runs would end alike: ``resize_by_products`` is used there.
+    On a CUDA device the gradient of ``interpolate`` is not deterministic: ``resize_by_products`` is
+    used there.
 
     Args:
         maps: float.
         size: (H, W).
-        align_corners: as the published networks do; METHOD's maps do not.
+        align_corners: as in the published networks; the maps of docs/method.md do not align them.
     """
     if maps.is_cuda:
         return resize_by_products(maps, size, align_corners)
@@ -22,7 +22,7 @@ def resize(maps: Tensor, size: tuple[int, int], align_corners: bool = False) -> 
 
 
 def resize_by_products(maps: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    """Resize as ``resize`` does, to the same bits whenever it is done, and so the gradient.
+    """Resize as ``resize`` does; output and gradient are deterministic.
 
     The resize is separable, U(F) = R F S': two matrix products, whose gradients are matrix
     products too. They are taken in float32 (float64 stays), whatever the dtype of the maps.
@@ -46,9 +46,9 @@ def pull_back(masks: Tensor, size: tuple[int, int]) -> Tensor:
         size: (h, w), of the features.
 
     Returns:
-        (..., h, w) of the masks' dtype; sums over H x W stay what they were.
+        (..., h, w) of the masks' dtype; sums over H x W are preserved.
 
-    Source: METHOD piece 1.
+    Source: docs/method.md, section 1.
     """
     (height, width), (small_height, small_width) = masks.shape[-2:], size
     with full_precision(masks):

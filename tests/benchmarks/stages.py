@@ -81,14 +81,14 @@ def peak(bench: Bench, stage: str, form: str, before: float) -> float:
     work = STAGES[stage](bench).forms[form]()
     for _ in range(2 if stage in STEPS else 1):
         work()
-    if bench.device.device.type == "cuda":
+    if bench.device.torch_device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20 - before
     return resident("VmHWM") - before
 
 
 def peak_alone(bench: Bench, stage: str, form: str) -> float:
     """Measure ``peak`` where nothing else is: in a child; on a CUDA device, which tells, here."""
-    if bench.device.device.type == "cuda":
+    if bench.device.torch_device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return peak(bench, stage, form, torch.cuda.memory_allocated() / 2**20)
     words = [sys.executable, __file__, *sys.argv[1:], "--peak", stage, form]

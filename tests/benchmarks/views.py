@@ -16,12 +16,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from dataset.catalog import describe
 from dataset.lists import read_splits
-from eval import build_network, predictor, whole_batches
+from dataset.loader import whole_images
+from model import network_of
 from model.ops.frozen import frozen
 from utils import checkpoint
 from utils.config.reading import config_from
 from utils.device import Device
+from utils.evaluation import Predictor, passes
 
 SHARES = (1.0, 0.5, 0.25)
 
@@ -35,7 +38,7 @@ def main() -> None:
     content = checkpoint.load(typed.checkpoint)
     config = config_from(content["config"], str(typed.checkpoint), typed.settings)
     device = Device(config.device, config.precision)
-    net = build_network(config, pretrained=None)
+    net = network_of(config.model, len(describe(config.dataset).classes), pretrained=None)
     checkpoint.load_weights(net, typed.checkpoint)
     net = frozen(net, device)
     unlabeled = read_splits(config.dataset).unlabeled
@@ -44,10 +47,11 @@ def main() -> None:
         share: config.inference.model_copy(update={"average_at": share}) for share in SHARES
     }
     predictors = {
-        share: predictor(net, device, settings[share], config.pseudo_label) for share in SHARES
+        share: Predictor(net, device, settings[share], config.pseudo_label) for share in SHARES
     }
     equal, seconds, pixels = dict.fromkeys(SHARES, 0), dict.fromkeys(SHARES, 0.0), 0
-    for number, (_, batch) in enumerate(whole_batches(samples, config, device, "views")):
+    loader = whole_images(samples, config.inference, 0, preprocessing=net.preprocessing)
+    for number, batch in enumerate(passes(loader, device, "views")):
         ids = {}
         for share in SHARES[:: -1 if number % 2 else 1]:  # none is always the first, and cold
             start = time.perf_counter()

@@ -18,11 +18,10 @@ from dataset.lists import Sample, read_splits
 from dataset.loader import Chance, training_batches
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.training import LabeledPairs, RetrainSamples, queried_image, queried_prototype
-from eval import build_network, validate
+from eval import evaluate
+from model import network_of
 from model.losses import cross_entropy
-from model.objectives import Loss, retrain_loss, supervised_loss, weight_by_bank, weight_by_image
 from model.ops.frozen import frozen
-from model.training_step import training_step
 from tests.benchmarks import plain
 from utils.checkpoint import save
 from utils.config.reading import read_config
@@ -77,10 +76,10 @@ class Bench:
         save(checkpoint_of(self.teacher), {"model": self.network().state_dict()})
 
     def network(self) -> nn.Module:
-        return build_network(self.config, pretrained=None)
+        return network_of(self.config.model, self.classes, pretrained=None)
 
     def plain(self) -> nn.Module:
-        return plain.plain_network(self.network()).to(self.device.device)
+        return plain.plain_network(self.network()).to(self.device.torch_device)
 
     def ours(self) -> nn.Module:
         return self.device.place(self.network())
@@ -94,20 +93,29 @@ class Bench:
     def on_device(self, batch: tuple) -> tuple:
         """Move a record as it is, not channels-last."""
         return type(batch)._make(
-            part.to(self.device.device) if isinstance(part, Tensor) else self.on_device(part)
+            part.to(self.device.torch_device) if isinstance(part, Tensor) else self.on_device(part)
             for part in batch
         )
 
-    def step(self, net: nn.Module, loss: Callable[..., Loss], batch: tuple) -> Callable:
+    def step(self, net: nn.Module, objective: Callable[..., train.Loss], batch: tuple) -> Callable:
         """Build the step that ``train.fit`` repeats."""
         optimization = Optimization(net, self.config.optimizer, 10_000, self.device.scaler())
-        seeds = torch.arange(self.batch)
 
         def step() -> None:
             moved = self.device.move(batch)
-            training_step(net, loss, optimization, self.device, moved, seeds)
+            train.training_step(net, objective, optimization, self.device, moved, seed=0)
 
         return step
+
+    def retrain_step(self, weigh: Callable, batch: tuple) -> Callable:
+        net, teacher = self.ours(), frozen(self.network(), self.device)
+
+        def objective(student: nn.Module, part: tuple, whole: tuple) -> train.Loss:
+            with torch.no_grad():
+                weight = weigh(teacher, part)
+            return train.retrain_objective(student, part, whole, weight, cross_entropy)
+
+        return self.step(net, objective, batch)
 
     def plain_step(self, net: nn.Module, work: Callable, batch: tuple, *more: object) -> Callable:
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
@@ -118,8 +126,10 @@ class Bench:
         (batch, *_) = training_batches(pairs, self.batch, range(1), CHANCE, 0)
 
         def ours() -> Callable:
-            net = self.ours()
-            return self.step(net, partial(supervised_loss, net, cross_entropy, 1.0), batch)
+            objective = partial(
+                train.supervised_objective, labeled_loss=cross_entropy, consistency=1.0
+            )
+            return self.step(self.ours(), objective, batch)
 
         forms = {"ours": ours}
         forms["plain"] = lambda: self.plain_step(self.plain(), plain.supervised_step, batch)
@@ -129,8 +139,7 @@ class Bench:
         batch = self.retrain_batch(queried_image)
 
         def ours() -> Callable:
-            net, guide = self.ours(), partial(weight_by_image, frozen(self.network(), self.device))
-            return self.step(net, partial(retrain_loss, net, guide, cross_entropy), batch)
+            return self.retrain_step(train.weight_by_image, batch)
 
         def naive() -> Callable:
             return self.plain_step(self.plain(), plain.retrain_step, batch, self.plain().eval())
@@ -142,10 +151,9 @@ class Bench:
         batch = self.retrain_batch(queried_prototype)
 
         def ours() -> Callable:
-            net, teacher = self.ours(), frozen(self.network(), self.device)
+            teacher = frozen(self.network(), self.device)
             bank = train.prototype_bank(self.stage("bank"), teacher, self.splits.labeled)
-            guide = partial(weight_by_bank, teacher, bank)
-            return self.step(net, partial(retrain_loss, net, guide, cross_entropy), batch)
+            return self.retrain_step(partial(train.weight_by_bank, bank=bank), batch)
 
         row = self.retrain()
         flop = (2 * 3 + 1) * self.flop(self.config.augment.crop_size)
@@ -159,7 +167,7 @@ class Bench:
         return batch
 
     def pseudo_label(self) -> Row:
-        samples, device = self.splits.unlabeled[: self.batch], self.device.device
+        samples, device = self.splits.unlabeled[: self.batch], self.device.torch_device
 
         def ours() -> None:  # a new stage each time: one that is there goes on where it stopped
             train.write_pseudo_labels(self.stage("labels"), self.teacher, samples)
@@ -185,7 +193,7 @@ class Bench:
 
         def naive() -> Callable:
             net = self.plain().eval()
-            return partial(plain.select, net, labeled, unlabeled, self.device.device)
+            return partial(plain.select, net, labeled, unlabeled, self.device.torch_device)
 
         return Row({"plain": naive, "ours": lambda: ours}, 2 * self.batch, self.flop(*SIZE))
 
@@ -193,11 +201,11 @@ class Bench:
         val: Sequence[Sample] = self.splits.val
 
         def ours() -> Callable:
-            return partial(validate, self.ours(), val, self.config, self.device)
+            return partial(evaluate, self.ours(), self.config, self.device)
 
         def naive() -> Callable:
             return partial(
-                plain.evaluate, self.plain().eval(), val, self.classes, self.device.device
+                plain.evaluate, self.plain().eval(), val, self.classes, self.device.torch_device
             )
 
         return Row({"plain": naive, "ours": ours}, len(val), self.flop(*SIZE))

@@ -103,22 +103,28 @@ class AugmentSection(Section):
 class ModelSection(Section):
     """The network, the same in every stage."""
 
-    name: str = "deeplabv3plus"
-    backbone: str = "resnet101"
+    name: Literal["deeplabv3plus", "pspnet", "deeplabv2", "dpt"] = "deeplabv3plus"
+    backbone: str = "resnet101"  # resnet18/34/50/101/152, xception65, or timm/<name>
     stem: Literal["plain", "deep"] = "plain"  # of ResNets: torchvision's 7 x 7, or UniMatch's
     output_stride: Literal[8, 16, 32] = 8
     compile: bool = False  # torch.compile the training step: minutes at first, faster on some GPUs
-    pretrained: str | None = "auto"  # 'auto': pretrained/<backbone>.pth; a file; null: random
+    # Weights of the backbone: 'auto' (pretrained/README.md), a file, or null for random ones.
+    pretrained: str | None = "auto"
 
 
 class OptimizerSection(Section):
-    """SGD with a polynomial decay to zero over all iterations of a stage."""
+    """The optimizer, with a polynomial decay to zero over all iterations of a stage."""
 
-    lr: float = Field(0.001, gt=0)  # of the backbone
-    head_multiple: float = Field(10.0, gt=0)  # everything else learns so much faster
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(1e-4, ge=0)
-    power: float = Field(0.9, gt=0)
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.001, gt=0)  # peak learning rate of the backbone
+    head_multiple: float = Field(10.0, gt=0)  # learning rate of all other layers, as multiple of lr
+    momentum: float = Field(0.9, ge=0, lt=1)  # of SGD; AdamW's betas are 0.9 and 0.999
+    weight_decay: float = Field(1e-4, ge=0)  # of all parameters: L2 in SGD, decoupled in AdamW
+    power: float = Field(0.9, gt=0)  # exponent of the decay (1 - iteration / iterations) ** power
+    warmup: int = Field(0, ge=0)  # iterations in which the rate rises linearly to its peak
+    layer_decay: float = Field(
+        1.0, gt=0, le=1
+    )  # factor on lr from a transformer block to the one below
 
 
 class OhemSection(Section):
@@ -131,10 +137,10 @@ class OhemSection(Section):
 class TrainingSection(Section):
     """What training stages share."""
 
-    epochs: int = Field(80, gt=0)
-    batch_size: int = Field(32, gt=1)  # batch norm needs two
-    # Parts of a batch that pass one after another, for less memory. Their losses and gradients add
-    # up to the batch's; but batch norm sees one part at a time, and ohem ranks one.
+    epochs: int = Field(80, gt=0)  # passes over the stage's list: labeled, or pseudo-labeled
+    batch_size: int = Field(32, gt=1)  # samples an iteration, over all processes
+    # Parts of a batch that pass one after another, to save memory. Their gradients add up to those
+    # of the batch; batch norm sees one part at a time, and ohem ranks the pixels of one.
     accumulate: int = Field(1, gt=0)
 
     @model_validator(mode="after")
@@ -157,8 +163,8 @@ class SupervisedSection(TrainingSection):
 class RetrainSection(TrainingSection):
     """Stages 4 and 6. A batch holds batch_size unlabeled and as many labeled images."""
 
-    # What guides a pseudo label: the queried image, augmented anew each time and passed through the
-    # teacher as in the published code; or a bank of prototypes of whole labeled images.
+    # What a pseudo label is compared with: the queried image, augmented and passed through the
+    # teacher each time as in the published code; or stored prototypes of whole labeled images.
     query: Literal["image", "bank"] = "image"
     rectify: bool = True  # weigh pixels by cross-image consistency; false is plain self-training
     teacher_view: Literal["weak", "strong"] = "weak"  # strong reproduces the published code
@@ -219,14 +225,14 @@ class Config(Section):
 
     name: str = Field(pattern=r"^\w[\w.-]*$")  # run folder: <outdir>/<name>
     outdir: str = "outdir"
-    seed: int = Field(0, ge=0)
-    device: str = "auto"
+    seed: int = Field(0, ge=0)  # of all random numbers: weights, order, augmentation, dropout
+    device: str = "auto"  # auto (the first accelerator, else the CPU), cpu, cuda, cuda:1, mps
+    # Arithmetic of convolutions and matrix products; auto: see docs/devices.md.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     workers: int = Field(4, ge=0)  # processes that read images
     # 'ram': a training stage decodes its images once and keeps them in memory, 4 bytes a pixel.
     cache: Literal["ram"] | None = None
     checkpoint_every: int | None = Field(None, gt=0)  # iterations; null: only whole epochs are kept
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # 'skip' leaves a batch with such a loss out
     dataset: DatasetSection
     augment: AugmentSection
     model: ModelSection = ModelSection()

@@ -94,7 +94,7 @@ def refuse_other_precision(folder: Path, device: Device, say: Callable[[str], No
             f"{folder}: holds a run in {before.get('precision')}, and this is {device.precision}; "
             f"set precision={before.get('precision')}, or name=... for another run"
         )
-    now = _rounding(str(device.device), torch.get_num_threads(), world())
+    now = _rounding(str(device.torch_device), torch.get_num_threads(), world())
     then = _rounding(str(before.get("device")), before.get("threads"), before.get("processes", 1))
     if then != now:
         say(

@@ -47,7 +47,7 @@ def environment(device: Device) -> dict[str, Any]:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "machine": platform.platform(),
-        "device": str(device.device),
+        "device": str(device.torch_device),
         "precision": device.precision,
         "processes": world(),
         "threads": torch.get_num_threads(),

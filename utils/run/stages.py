@@ -17,7 +17,7 @@ from torch import nn
 from utils import checkpoint
 from utils.config.schema import Config
 from utils.device import Device
-from utils.distributed import barrier, by_first, is_first, shared
+from utils.distributed import barrier, broadcast, by_first, is_first
 from utils.errors import Stopped, UserError
 from utils.files import read_json, sha256, write_json, write_text, writing
 from utils.run.comparison import refuse_other_config, refuse_other_lists, refuse_other_precision
@@ -253,11 +253,11 @@ class Run:
             UserError: the stage is done, and a file of it is gone or has changed.
         """
         folder = self.folder / name
-        if shared(is_finished, folder):
+        if broadcast(is_finished, folder):
             self.log.say(f"{name}: done before")
         else:
             self._work(name, work, inputs)
-        self.stages[name], files = shared(read_finished, folder)
+        self.stages[name], files = broadcast(read_finished, folder)
         self._files |= {f"{name}/{file}": digest for file, digest in files.items()}
         return folder
 

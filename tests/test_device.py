@@ -41,7 +41,7 @@ def test_fp32_does_not_autocast():
 def test_auto_finds_a_device_and_a_precision():
     device = Device("auto", "auto")
     assert device.precision in ("fp32", "bf16", "fp16")
-    assert str(device) == f"{device.device}, {device.precision}"
+    assert str(device) == f"{device.torch_device}, {device.precision}"
 
 
 @pytest.mark.parametrize("name", ["cuda:63", "tpu", "cpu:x", ""])

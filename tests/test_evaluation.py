@@ -1,0 +1,216 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from utils import IMAGENET
+from utils.config.schema import InferenceSection, WindowSection
+from utils.device import Device
+from utils.evaluation import ConfusionMatrix
+
+CPU = Device("cpu", "fp32")
+
+
+def predictor(net, window=None, **settings):
+    return predictor(net, InferenceSection(window=window, **settings))
+
+
+class Pointwise(nn.Module):
+    """Logits are the channels, times three."""
+
+    preprocessing = IMAGENET
+
+    def extract(self, images):
+        return images
+
+    def classify(self, features):
+        return 3 * features
+
+
+class Positional(Pointwise):
+    """Logits also grow to the right, so that a mirrored image gives another answer."""
+
+    def classify(self, features):
+        ramp = torch.linspace(0, 1, features.shape[-1]).view(1, 1, 1, -1)
+        weights = torch.tensor([0.0, 1.0, 2.0]).view(1, 3, 1, 1)
+        return features + ramp * weights
+
+
+def test_a_pointwise_network_gives_the_softmax_of_its_logits():
+    images = torch.randn(2, 3, 8, 9)
+    predicted = predictor(Pointwise())(images, (8, 9))
+    torch.testing.assert_close(predicted, (3 * images).softmax(dim=1))
+
+
+def test_flip_does_not_change_a_pointwise_network():
+    images = torch.randn(1, 3, 8, 9)
+    plain, flipped = (predictor(Pointwise(), flip=f)(images, (8, 9)) for f in (False, True))
+    torch.testing.assert_close(plain, flipped)
+
+
+def test_flip_averages_the_mirrored_answer_mirrored_back():
+    images = torch.zeros(1, 3, 1, 5)
+    predicted = predictor(Positional(), flip=True)(images, (1, 5))
+    ramp = torch.linspace(0, 1, 5)
+    logits = torch.outer(torch.tensor([0.0, 1.0, 2.0]), ramp)
+    expected = (logits.softmax(0) + logits.flip(-1).softmax(0)) / 2
+    torch.testing.assert_close(predicted[0, :, 0], expected)
+
+
+def test_scales_average_and_keep_an_image_of_one_colour():
+    images = torch.tensor([0.5, -1.0, 2.0]).view(1, 3, 1, 1).expand(1, 3, 5, 9)
+    one = predictor(Pointwise())(images, (10, 18))
+    many = predictor(Pointwise(), scales=[0.5, 1.0, 2.0])(images, (10, 18))
+    torch.testing.assert_close(one, many, atol=1e-5, rtol=0)
+    torch.testing.assert_close(many.sum(dim=1), torch.ones(1, 10, 18))
+
+
+def test_a_view_is_resized_once_from_the_pixels_of_the_file():
+    """At scale 2 of half its size an image is seen as it is in its file."""
+    images = torch.randn(1, 3, 8, 12)
+    own = predictor(Pointwise())(images, (8, 12))
+    seen = predictor(Pointwise(), long_side=6, scales=[2.0])(images, (8, 12))
+    assert torch.equal(own, seen)
+    small = Counted()
+    predictor(small, long_side=6)(images, (8, 12))
+    assert small.shapes == [(1, 3, 4, 6)]
+
+
+def test_the_answer_has_the_size_asked_for():
+    predict = predictor(Pointwise(), scales=[0.3])
+    assert predict(torch.randn(1, 3, 7, 5), (31, 17)).shape == (1, 3, 31, 17)
+
+
+def test_views_of_a_smooth_image_may_meet_at_half_its_size():
+    """What meets at (6, 9) is resized once; linear in between, so a ramp's class stays."""
+    row = torch.linspace(-1, 1, 18)
+    images = torch.stack([row, -row, 0 * row])[None, :, None].expand(1, 3, 12, 18)
+    exact, half = (
+        predictor(Pointwise(), flip=True, average_at=share)(images, (12, 18))
+        for share in (1.0, 0.5)
+    )
+    assert half.shape == exact.shape
+    assert (half - exact).abs().max() < 0.05
+    assert torch.equal(half.argmax(dim=1), exact.argmax(dim=1))
+
+
+def test_a_single_view_is_exact_wherever_several_meet():
+    images = torch.randn(1, 3, 12, 18)
+    one, other = (predictor(Pointwise(), average_at=a)(images, (12, 18)) for a in (0.1, 1.0))
+    assert torch.equal(one, other)
+
+
+class Counted(Pointwise):
+    """Pointwise, and notes the shapes it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def extract(self, images):
+        self.shapes.append(tuple(images.shape))
+        return images
+
+
+class PerImage(Pointwise):
+    """Logits depend on the whole window: its mean is added to the first class."""
+
+    def classify(self, features):
+        logits = features.clone()
+        logits[:, 0] += features.mean(dim=(1, 2, 3), keepdim=True)[:, 0]
+        return logits
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "gaussian"])
+@pytest.mark.parametrize("size", [(20, 31), (8, 40), (5, 9), (30, 8)])
+def test_windows_do_not_change_a_pointwise_network(size, weighting):
+    images = torch.randn(2, 3, *size)
+    window = WindowSection(size=8, step=0.4, weighting=weighting, batch_size=3)
+    whole, cut = (predictor(Pointwise(), w)(images, size) for w in (None, window))
+    torch.testing.assert_close(whole, cut)
+
+
+def test_windows_of_an_exact_tiling_are_predicted_tile_by_tile():
+    images = torch.randn(1, 3, 16, 24)
+    cut = predictor(PerImage(), WindowSection(size=8, step=1.0))(images, (16, 24))
+    for top in (0, 8):
+        for left in (0, 8, 16):
+            tile = images[..., top : top + 8, left : left + 8]
+            expected = predictor(PerImage())(tile, (8, 8))
+            torch.testing.assert_close(cut[..., top : top + 8, left : left + 8], expected)
+
+
+def test_windows_at_the_edges_are_snapped_and_batched():
+    net = Counted()
+    window = WindowSection(size=8, step=0.5, batch_size=4)
+    predictor(net, window)(torch.randn(1, 3, 8, 21), (8, 21))
+    assert net.shapes == [(4, 3, 8, 8), (1, 3, 8, 8)]  # from columns 0, 4, 8, 12 and 13
+    both = Counted()
+    predictor(both, window, flip=True)(torch.randn(3, 3, 8, 9), (8, 9))
+    assert both.shapes == [(4, 3, 8, 8), (2, 3, 8, 8)] * 2  # two places of three images, mirrored
+    small = Counted()
+    predictor(small, window)(torch.randn(1, 3, 8, 7), (8, 7))
+    assert small.shapes == [(1, 3, 8, 7)]  # fits one window: passed whole
+
+
+def test_windows_overlap_as_the_mean_of_their_probabilities():
+    images = torch.randn(1, 3, 4, 6)
+    cut = predictor(PerImage(), WindowSection(size=4, step=0.5))(images, (4, 6))
+    left = predictor(PerImage())(images[..., :4], (4, 4))
+    right = predictor(PerImage())(images[..., 2:], (4, 4))
+    torch.testing.assert_close(cut[..., 2:4], (left[..., 2:] + right[..., :2]) / 2)
+    torch.testing.assert_close(cut[..., :2], left[..., :2])
+
+
+def matrix_of(num_classes, prediction, label):
+    matrix = ConfusionMatrix(num_classes)
+    matrix.update(torch.tensor(prediction), torch.tensor(label))
+    return matrix
+
+
+def test_iou_matches_hand_count():
+    matrix = matrix_of(3, [[0, 0, 1, 1], [1, 1, 1, 0]], [[0, 0, 0, 1], [1, 1, 255, 255]])
+    # Six pixels count. Class 0: 2 hits, 3 in label, 2 predicted. Class 1: 3 hits, 3 and 4.
+    assert matrix.counts.tolist() == [[2, 1, 0], [0, 3, 0], [0, 0, 0]]
+    assert matrix.iou()[:2].tolist() == pytest.approx([2 / 3, 3 / 4])
+    assert math.isnan(matrix.iou()[2])
+    assert matrix.mean_iou() == pytest.approx((2 / 3 + 3 / 4) / 2)
+    assert matrix.pixel_accuracy() == pytest.approx(5 / 6)
+
+
+def test_class_that_is_only_predicted_counts_as_zero():
+    matrix = matrix_of(3, [0, 2], [0, 0])
+    assert matrix.iou()[2] == 0
+    assert matrix.mean_iou() == pytest.approx((1 / 2 + 0) / 2)
+
+
+def test_nothing_valid_is_nan_and_not_zero():
+    matrix = matrix_of(2, [0, 1], [255, 255])
+    assert math.isnan(matrix.mean_iou())
+    assert math.isnan(matrix.pixel_accuracy())
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0, 1, 2, 3, 255])), min_size=1))
+def test_matrix_is_a_plain_count_however_it_is_fed(pixels):
+    once = matrix_of(4, *map(list, zip(*pixels, strict=True)))
+    piecewise = ConfusionMatrix(4)
+    for prediction, label in pixels:
+        piecewise.update(torch.tensor([prediction]), torch.tensor([label], dtype=torch.uint8))
+    expected = torch.zeros(4, 4, dtype=torch.int64)
+    for prediction, label in pixels:
+        if label != 255:
+            expected[label, prediction] += 1
+    assert torch.equal(once.counts, expected)
+    assert torch.equal(piecewise.counts, expected)
+
+
+def test_counts_stay_exact_beyond_float32():
+    matrix = ConfusionMatrix(2)
+    matrix.counts[0, 0] = 2**24
+    matrix.update(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    assert matrix.counts[0, 0] == 2**24 + 1
+    matrix.counts[0, 1] = 2**60
+    assert matrix.iou()[0].item() == (2**24 + 1) / (2**24 + 1 + 2**60)
