@@ -406,18 +406,20 @@ def fit(
         UserError: the loss or the gradient of a batch is not finite.
     """
     config, device, size = stage.config, stage.device, settings.batch_size
-    chance, steps = Chance(config.seed, stage.name), len(dataset) // size
-    optimization = Optimization(net, config.optimizer, steps * settings.epochs, device.scaler())
+    chance, steps = Chance(config.seed, stage.name), len(dataset) // size  # steps an epoch
+    iterations = settings.iterations or steps * settings.epochs
+    count = math.ceil(iterations / steps)  # epochs; the last one may be shorter
+    optimization = Optimization(net, config.optimizer, iterations, device.scaler())
     student, classes = parallel(net), describe(config.dataset).classes
     best = config.evaluate.checkpoint == "best"
-    bar = StageBar(stage.name, settings.epochs, steps, images=2 * size)
+    bar = StageBar(stage.name, iterations, steps, images=2 * size)
     with bar, Progress(stage, net, optimization, bar) as at:
-        epochs, outcome = range(at.epoch, settings.epochs), at.report
+        epochs, outcome = range(at.epoch, count), at.report
         batches = training_batches(dataset, size, epochs, chance, config.workers, at.step)
         for epoch in epochs:
             net.train()
             bar.start(epoch, at.seen)
-            for step in range(at.step, steps):
+            for step in range(at.step, min(steps, iterations - epoch * steps)):
                 batch, rate = device.move(next(batches)), optimization.lr
                 seed = chance.torch_seed(epoch, step, rank())
                 terms, spoilt = training_step(
@@ -428,7 +430,7 @@ def fit(
                     stage.refuse_not_finite(epoch, step, spoilt, dataset.names(keys))
                 bar.update(terms, rate)
                 at.step_done()
-            numbers, last = bar.means(), epoch + 1 == settings.epochs
+            numbers, last = bar.means(), epoch + 1 == count
             if last or (epoch + 1) % config.evaluate.every == 0:
                 loader = _whole(config, val, net.preprocessing)
                 predict = Predictor(frozen(net, device), device, config.inference)

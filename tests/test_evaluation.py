@@ -9,13 +9,13 @@ from torch import nn
 from utils import IMAGENET
 from utils.config.schema import InferenceSection, WindowSection
 from utils.device import Device
-from utils.evaluation import ConfusionMatrix
+from utils.evaluation import ConfusionMatrix, Predictor
 
 CPU = Device("cpu", "fp32")
 
 
 def predictor(net, window=None, **settings):
-    return predictor(net, InferenceSection(window=window, **settings))
+    return Predictor(net, CPU, InferenceSection(window=window, **settings))
 
 
 class Pointwise(nn.Module):

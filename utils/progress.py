@@ -1,5 +1,6 @@
 """The progress bar of a training stage, and the means of an epoch."""
 
+import math
 import time
 from types import TracebackType
 from typing import Any
@@ -23,16 +24,16 @@ class StageBar:
 
     Args:
         stage: name of the stage.
-        epochs: of the whole stage.
+        iterations: of the whole stage.
         steps: iterations an epoch.
         images: labeled and unlabeled images that the student sees an iteration.
     """
 
-    def __init__(self, stage: str, epochs: int, steps: int, images: int) -> None:
-        self._stage, self._epochs, self._images = stage, epochs, images
+    def __init__(self, stage: str, iterations: int, steps: int, images: int) -> None:
+        self._stage, self._epochs, self._images = stage, math.ceil(iterations / steps), images
         self._an_epoch = steps * images
         self._bar = tqdm(
-            total=epochs * self._an_epoch,
+            total=iterations * images,
             unit="img",
             unit_scale=True,
             disable=no_bar(),

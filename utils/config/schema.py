@@ -138,6 +138,7 @@ class TrainingSection(Section):
     """What training stages share."""
 
     epochs: int = Field(80, gt=0)  # passes over the stage's list: labeled, or pseudo-labeled
+    iterations: int | None = Field(None, gt=0)  # updates of the weights, in place of epochs
     batch_size: int = Field(32, gt=1)  # samples an iteration, over all processes
     # Parts of a batch that pass one after another, to save memory. Their gradients add up to those
     # of the batch; batch norm sees one part at a time, and ohem ranks the pixels of one.
