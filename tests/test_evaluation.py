@@ -15,7 +15,7 @@ CPU = Device("cpu", "fp32")
 
 
 def predictor(net, window=None, **settings):
-    return Predictor(net, CPU, InferenceSection(window=window, **settings))
+    return Predictor(net, CPU, InferenceSection(window=window, **{"average_at": 1.0, **settings}))
 
 
 class Pointwise(nn.Module):
