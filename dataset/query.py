@@ -49,10 +49,14 @@ class QueryRule(NamedTuple):
         excluded = frozenset(kind.classes.index(name) for name in section.exclude)
         return cls(len(kind.classes), section.min_area, excluded)
 
-    def classes_in(self, mask: Image.Image) -> list[int]:
-        """Return the ids, ascending, that a mask shows with enough area; none if all is 255."""
+    def areas(self, mask: Image.Image | np.ndarray) -> np.ndarray:
+        """Count the pixels of every class that are not 255: (C,) int64."""
         ids = np.asarray(mask)
-        area = np.bincount(ids[ids != IGNORE], minlength=self.num_classes)
+        return np.bincount(ids[ids != IGNORE], minlength=self.num_classes)
+
+    def classes_in(self, mask: Image.Image | np.ndarray) -> list[int]:
+        """Return the ids, ascending, that a mask shows with enough area; none if all is 255."""
+        area = self.areas(mask)
         enough = area >= max(1.0, self.min_area * area.sum())
         return [int(label) for label in np.flatnonzero(enough) if label not in self.excluded]
 
