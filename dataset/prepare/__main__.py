@@ -1,7 +1,7 @@
 """Fetch what training reads and git does not keep: ``python -m dataset.prepare COMMAND``.
 
 ``weights resnet101 …`` writes torchvision's ImageNet weights as ``pretrained/resnet101.pth``.
-``pascal``, ``cityscapes``, ``coco`` and ``camvid`` bring a public data set into the layout that
+``pascal``, ``cityscapes``, ``coco`` and ``camvid`` put a public data set into the layout that
 configs read, with its lists.
 """
 
@@ -44,7 +44,7 @@ def main() -> None:
 
 def _add_data_set(parser: Parser, prepare: Callable[..., None]) -> None:
     parser.add_argument(
-        "--root", type=Path, required=True, metavar="DIR", help="where archives lie and files go"
+        "--root", type=Path, required=True, metavar="DIR", help="where archives are and files go"
     )
     parser.add_argument("--download", action="store_true", help="fetch archives that are missing")
     parser.add_argument(

@@ -1,11 +1,10 @@
-"""What the data sets share: masks written over all cores, and lists that say they are complete."""
+"""What all data sets need: files written on all cores, then the lists that name them."""
 
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +23,7 @@ class Step(NamedTuple):
 
     Attributes:
         title: of the progress bar.
-        write: takes a source and the path to write, atomically; a function of a module.
+        write: takes a source and the path to write atomically; a module's function, to be pickled.
         sources: by path.
     """
 
@@ -40,9 +39,9 @@ def complete(
     steps: Iterable[Step],
     workers: int,
 ) -> None:
-    """Write what is missing of a data set, and last its lists.
+    """Write the missing files of a data set, then its lists.
 
-    Files that exist are whole and stay as they are, so a killed run goes on where it stopped.
+    Files that exist are complete and are left alone, so a killed run goes on where it stopped.
 
     Args:
         root: folder of the data set.
@@ -52,11 +51,10 @@ def complete(
         workers: processes; below 2, all is done in this one.
 
     Raises:
-        UserError: another number of images, or a list with other lines in the place of ours, found
-            before anything is written; or what a step raises.
+        UserError: another number of images, or a list with other lines is there (both before
+            anything is written); or what a step raises.
     """
-    _refuse_other_counts(root, lists, counts)
-    _refuse_other_lists(root, lists)
+    _refuse_other_lists(root, lists, counts)
     for step in steps:
         _write_missing(step, workers)
     for name, lines in lists.items():
@@ -107,32 +105,32 @@ def copy_file(source: Path, path: Path) -> None:
 
 def _write_missing(step: Step, workers: int) -> None:
     jobs = [(source, path) for path, source in step.sources.items() if not path.exists()]
-    total = len(step.sources)
-    bar = partial(
-        tqdm, desc=step.title, total=total, initial=total - len(jobs), disable=None, leave=False
-    )
-    if min(workers, len(jobs)) < 2:
-        for source, path in bar(jobs):
+    bar = tqdm(desc=step.title, total=len(jobs), disable=None, leave=False)
+    workers = min(workers, len(jobs))
+    if workers < 2:
+        for source, path in jobs:
             step.write(source, path)
+            bar.update()
         return
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), initializer=_leave_interrupts_to_the_parent)
+    pool = ProcessPoolExecutor(workers, initializer=_ignore_interrupts)
     try:
-        for _ in bar(pool.map(step.write, *zip(*jobs, strict=True), chunksize=_CHUNK)):
-            pass
+        for _ in pool.map(step.write, *zip(*jobs, strict=True), chunksize=_CHUNK):
+            bar.update()
     except BrokenProcessPool as error:
         raise UserError(
-            f"--workers: one of {workers} was killed, for want of memory perhaps; "
-            "the same command goes on, with fewer workers if need be"
+            f"--workers: one of {workers} was killed, perhaps for lack of memory; run the same "
+            "command again, with fewer workers if need be"
         ) from error
     finally:
+        bar.close()
         pool.shutdown(cancel_futures=True)
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _refuse_other_counts(
+def _refuse_other_lists(
     root: Path, lists: Mapping[str, Sequence[str]], counts: Mapping[str, int]
 ) -> None:
     for name, lines in lists.items():
@@ -141,11 +139,6 @@ def _refuse_other_counts(
                 f"{root}: {len(lines)} images for {name}.txt where the data set has "
                 f"{counts[name]}; nothing is written: complete the files and run it again"
             )
-
-
-def _refuse_other_lists(root: Path, lists: Mapping[str, Sequence[str]]) -> None:
-    """A list of the user's own is not to be overwritten."""
-    for name, lines in lists.items():
         path = root / f"{name}.txt"
         if path.exists() and sorted(read_words(path)) != sorted(" ".join(lines).split()):
-            raise UserError(f"{path}: another list is there; rename it, ours goes by this name")
+            raise UserError(f"{path}: another list is there; rename it, ours has this name")
