@@ -16,7 +16,7 @@ from dataset.prepare.pascal import prepare_pascal
 from dataset.prepare.weights import PRETRAINED, WEIGHTS, fetch_weights
 from utils.errors import Parser, exit_with_one_line
 
-DATA_SETS = {
+DATA_SETS = {  # functions of (root, download, workers, counts of images in each list)
     "pascal": (prepare_pascal, "VOC 2012 with the masks of SBD"),
     "cityscapes": (prepare_cityscapes, "train ids from label ids"),
     "coco": (prepare_coco, "COCO 2017, semantic masks from instances"),

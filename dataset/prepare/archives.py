@@ -17,66 +17,45 @@ T = TypeVar("T")
 
 
 class Archive(NamedTuple):
-    """A tar or zip file on the web, and the folder in it that is needed.
+    """A tar or zip file on the web, and the folder in it that is needed."""
 
-    Attributes:
-        name: of the file below the root.
-        inside: the folder in the archive; nothing else is unpacked.
-        folder: where that folder goes, relative to the root.
-        address: of the file, or of the page that offers it after a login.
-        digest, algorithm: as ``download`` takes them.
-        login: whether a program cannot fetch it.
-    """
-
-    name: str
-    inside: str
-    folder: str
-    address: str
-    digest: str = ""
+    name: str  # of the file below the root
+    inside: str  # the folder in the archive; nothing else is unpacked
+    folder: str  # where that folder goes, relative to the root
+    address: str  # of the file, or of the page that offers it after a login
+    digest: str = ""  # as ``download`` takes it
     algorithm: str = "sha256"
-    login: bool = False
+    login: bool = False  # whether a program cannot fetch it
 
 
 def provide(root: Path, archives: Sequence[Archive], fetch: bool) -> None:
-    """Make sure that the folders of these archives are below the root.
-
-    A folder that is there is left as it is; else the archive is unpacked, and fetched first if it
-    is not in the root.
-
-    Args:
-        root: folder of the data set.
-        archives: what has to be there.
-        fetch: whether archives may be fetched from the web.
+    """Unpack the archives whose folder is missing below the root, fetching those that are missing.
 
     Raises:
         UserError: an archive is missing and may not be fetched; as ``download`` and ``unpack``.
     """
     wanted = [archive for archive in archives if not (root / archive.folder).is_dir()]
     absent = [archive for archive in wanted if not (root / archive.name).exists()]
-    if any(archive.login or not fetch for archive in absent):
+    login = any(archive.login for archive in absent)
+    if absent and (login or not fetch):
         folders = ", ".join(archive.folder for archive in absent)
         files = ", ".join(f"{archive.name} ({archive.address})" for archive in absent)
-        login = any(archive.login for archive in absent)
         way = "log in, since no program can," if login else "add --download, or fetch by hand"
         raise UserError(f"{root}: {folders} missing; {way} and put there: {files}")
     for archive in wanted:
-        download(archive.address, root / archive.name, archive.digest, archive.algorithm)
-        unpack(root / archive.name, archive.inside, root / archive.folder)
+        path = root / archive.name
+        download(archive.address, path, archive.digest, archive.algorithm)
+        unpack(path, archive.inside, root / archive.folder)
 
 
 def unpack(path: Path, inside: str, folder: Path) -> None:
-    """Unpack one folder of an archive; after an error or a kill nothing counts as unpacked.
-
-    Args:
-        path: a tar file, compressed or not, or a zip file.
-        inside: the folder in the archive.
-        folder: where it goes; must not exist.
+    """Unpack one folder of a tar or zip file as ``folder``, which must not exist.
 
     Raises:
-        UserError: a damaged archive; one without that folder; a member of a tar file that would
-            be written or linked outside. (Zip files: such names lose what leads outside.)
+        UserError: a damaged archive, one without that folder, or a tar file with a member that
+            would be written or linked outside (zipfile itself cuts such names).
     """
-    gathered = path.with_name(f".{path.name}.unpacked")
+    gathered = path.with_name(f".{path.name}.unpacked")  # renamed when complete
     shutil.rmtree(gathered, ignore_errors=True)
 
     def chosen(members: Iterable[T], name: Callable[[T], str]) -> Iterator[T]:
@@ -106,5 +85,5 @@ def unpack(path: Path, inside: str, folder: Path) -> None:
 
 _DAMAGE = (
     *(tarfile.TarError, zipfile.BadZipFile, zlib.error),
-    *(EOFError, OSError, KeyError, NotImplementedError, RuntimeError),
+    *(EOFError, OSError, KeyError, RuntimeError),
 )
