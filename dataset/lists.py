@@ -22,19 +22,12 @@ from utils.progress import no_bar
 
 
 class Sample(NamedTuple):
-    """A line of a list.
+    """A line of a list."""
 
-    Attributes:
-        name: the image's path as the list has it, relative to the root; names the sample.
-        image: where to read it.
-        mask: where its label or pseudo label is; None where there is none.
-        ids: what ids in its mask mean, as in ``Kind``.
-    """
-
-    name: str
+    name: str  # the image's path relative to the root; identifies the sample
     image: Path
-    mask: Path | None
-    ids: bytes | None = None
+    mask: Path | None  # of the label or pseudo label, if there is one
+    ids: bytes | None = None  # meaning of the ids in the mask, as in ``Kind``
 
 
 def read_label(sample: Sample) -> Image.Image:
@@ -200,17 +193,11 @@ class Splits(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """Something in the lists or their files that training refuses.
+    """Something in the lists or their files that training refuses."""
 
-    Attributes:
-        where: the list, or the two lists.
-        what: the same words for all faults of a sort.
-        line: what is wrong, and what to do.
-    """
-
-    where: str
-    what: str
-    line: str
+    where: str  # the list, or the two lists
+    what: str  # the same words for all faults of a sort
+    line: str  # what is wrong, and what to do
 
 
 def read_splits(section: DatasetSection, fields: Sequence[str] = Splits._fields) -> Splits:

@@ -120,17 +120,11 @@ ImageReader = Callable[[Path], Image.Image]
 
 
 class WholeImage(NamedTuple):
-    """An image as inference takes it. A batch adds a first dimension.
+    """An image as inference takes it. A batch adds a first dimension."""
 
-    Attributes:
-        image: (3, H, W) float at the file's own size, normalised.
-        label: (H, W) long, 255 everywhere if the sample has no mask.
-        index: position in the list.
-    """
-
-    image: Tensor
-    label: Tensor
-    index: Tensor | int
+    image: Tensor  # (3, H, W) float at the file's own size, normalised
+    label: Tensor  # (H, W) long, 255 everywhere if the sample has no mask
+    index: Tensor | int  # position in the list
 
 
 class WholeImages(Dataset[WholeImage]):

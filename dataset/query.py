@@ -22,25 +22,15 @@ QueryIndex = dict[int, list[str]]  # class id -> names of its partners, labeled 
 
 
 class QueryRule(NamedTuple):
-    """Which classes of a label can be queried; the one criterion of index and crops.
-
-    Attributes:
-        num_classes: C.
-        min_area: share of the pixels that are not 255.
-        excluded: class ids that never count.
-    """
+    """Which classes of a label can be queried; the one criterion of index and crops."""
 
     num_classes: int
-    min_area: float
-    excluded: frozenset[int]
+    min_area: float  # share of the pixels that are not 255
+    excluded: frozenset[int]  # class ids that never count
 
     @classmethod
     def of(cls, section: QuerySection, kind: Kind) -> "QueryRule":
-        """Read the rule off a config.
-
-        Raises:
-            UserError: ``query.exclude`` names no class.
-        """
+        """Read the rule off a config; a ``UserError`` if ``query.exclude`` names no class."""
         for name in section.exclude:
             if name not in kind.classes:
                 raise UserError(
@@ -62,11 +52,7 @@ class QueryRule(NamedTuple):
 
 
 def build_query_index(labeled: Iterable[Sample], rule: QueryRule) -> QueryIndex:
-    """List, for each class, the labeled images that show it. Reads true masks of labeled images.
-
-    Returns:
-        Class id to names in the list's order; classes that nothing shows have no entry.
-    """
+    """List, for each class that is shown, the labeled images that show it, in the list's order."""
     index: QueryIndex = {}
     for sample in labeled:
         for label in rule.classes_in(read_label(sample)):
@@ -75,40 +61,25 @@ def build_query_index(labeled: Iterable[Sample], rule: QueryRule) -> QueryIndex:
 
 
 class Choice(NamedTuple):
-    """A partner, a labeled image, chosen for another image.
+    """A partner, a labeled image, chosen for another image."""
 
-    Attributes:
-        position: in the labeled list.
-        shared_class: class id that both show, or 255.
-    """
-
-    position: int
-    shared_class: int
+    position: int  # in the labeled list
+    shared_class: int  # class id that both show, or 255
 
 
 class Query(NamedTuple):
-    """The augmented partner of another image.
+    """The augmented partner of another image."""
 
-    Attributes:
-        image: RGB crop.
-        mask: its true label, of equal size.
-        shared_class: class id that both show, or 255.
-    """
-
-    image: Image.Image
-    mask: Image.Image
-    shared_class: int
+    image: Image.Image  # RGB crop
+    mask: Image.Image  # its true label, of equal size
+    shared_class: int  # class id that both show, or 255
 
 
 class Querier:
     """Draws partners: labeled images that show a class of the image they are drawn for.
 
-    Args:
-        labeled: the labeled images.
-        index: which of them show which class.
-        rule: which classes of a crop can be queried.
-        augment: how the partner is augmented.
-        read: reads a sample's image and label.
+    ``index`` holds the partners of each class, ``rule`` tells which classes of a crop can be
+    queried, ``read`` reads a sample's image and label.
     """
 
     def __init__(
@@ -179,16 +150,11 @@ def _pixel_of(label: int, mask: Image.Image, rng: np.random.Generator) -> tuple[
 
 
 class Selection(NamedTuple):
-    """What stage 3 selects for retraining.
+    """What stage 3 selects for retraining."""
 
-    Attributes:
-        reliable, unreliable: the unlabeled images, best first.
-        index: the partners that are kept of each class.
-    """
-
-    reliable: list[Sample]
+    reliable: list[Sample]  # unlabeled images, best first
     unreliable: list[Sample]
-    index: QueryIndex
+    index: QueryIndex  # the partners that are kept
 
 
 def split_by_reliability(scores: Mapping[str, float], keep: float) -> tuple[list[str], list[str]]:
@@ -234,11 +200,10 @@ def write_selection(
     keep: float,
     classes: Sequence[str],
 ) -> int:
-    """Rank, and write both halves, the kept index (by class name) and all scores.
+    """Rank, and write ``reliable.txt``, ``unreliable.txt``, ``query_index.json`` and the scores.
 
     Args:
-        folder: gets ``reliable.txt``, ``unreliable.txt``, ``query_index.json`` and, as CSV,
-            ``unlabeled_scores`` and ``labeled_scores``.
+        folder: gets the files.
         images: reliability of each unlabeled image.
         partners: reliability by (class id, labeled image), of the index at least.
         index: class id to names of labeled images.
@@ -252,9 +217,8 @@ def write_selection(
     for name, half in zip(("reliable", "unreliable"), halves, strict=True):
         write_text(folder / f"{name}.txt", "".join(f"{image}\n" for image in half))
     kept = keep_reliable_partners(index, partners, keep)
-    write_json(
-        folder / "query_index.json", {classes[label]: names for label, names in kept.items()}
-    )
+    named = {classes[label]: names for label, names in kept.items()}
+    write_json(folder / "query_index.json", named)
     write_csv(folder / "unlabeled_scores.csv", ("image", "reliability"), images.items())
     rows = [(classes[label], name, score) for (label, name), score in partners.items()]
     write_csv(folder / "labeled_scores.csv", ("class", "image", "reliability"), rows)

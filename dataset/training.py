@@ -22,79 +22,46 @@ Record = TypeVar("Record", bound=tuple)
 
 
 class QueryPair(NamedTuple):
-    """An image and the labeled image queried for it. A batch adds a first dimension.
+    """A labeled image and its partner. A batch adds a first dimension."""
 
-    Attributes:
-        image: (3, H, W) float, normalised.
-        label: (H, W) long, true or pseudo, 255 = ignored.
-        query_image: (3, H, W) float, normalised.
-        query_label: (H, W) long, true.
-        shared_class: class id, 255 if the pair shares none.
-    """
-
-    image: Tensor
-    label: Tensor
-    query_image: Tensor
-    query_label: Tensor
-    shared_class: Tensor | int
+    image: Tensor  # (3, H, W) float, normalised
+    label: Tensor  # (H, W) long, 255 = ignored
+    query_image: Tensor  # (3, H, W) float, normalised
+    query_label: Tensor  # (H, W) long
+    shared_class: Tensor | int  # class id, 255 if the pair shares none
 
 
 class QueriedImage(NamedTuple):
-    """The partner of an image, for the teacher to pass. A batch adds a first dimension.
+    """The partner of an image, for the teacher to pass. A batch adds a first dimension."""
 
-    Attributes:
-        shared_class: class id, 255 if the two share none.
-        image: (3, H, W) float, normalised; shows the shared class.
-        label: (H, W) long, true.
-    """
-
-    shared_class: Tensor | int
-    image: Tensor
-    label: Tensor
+    shared_class: Tensor | int  # class id, 255 if the two share none
+    image: Tensor  # (3, H, W) float, normalised; shows the shared class
+    label: Tensor  # (H, W) long, true
 
 
 class QueriedPrototype(NamedTuple):
-    """The partner of an image, for a bank of prototypes. A batch adds a first dimension.
+    """The partner of an image, for a bank of prototypes. A batch adds a first dimension."""
 
-    Attributes:
-        shared_class: class id, 255 if the two share none.
-        position: of the partner in the labeled list.
-    """
-
-    shared_class: Tensor | int
-    position: Tensor | int
+    shared_class: Tensor | int  # class id, 255 if the two share none
+    position: Tensor | int  # of the partner in the labeled list
 
 
 Queried = QueriedImage | QueriedPrototype
 
 
 class RetrainSample(NamedTuple):
-    """What a retraining step needs of an unlabeled image. A batch adds a first dimension.
+    """What a retraining step needs of an unlabeled image. A batch adds a first dimension."""
 
-    Attributes:
-        image: (3, H, W) float, normalised, as the teacher sees it.
-        pseudo_label: (H, W) long, 255 = ignored.
-        student_image: (3, H, W) float, normalised, the same crop in strong colours.
-        labeled_image: (3, H, W) float, normalised, of another labeled image.
-        labeled_label: (H, W) long, true.
-        queried: the partner whose prototype weighs the pseudo label.
-    """
-
-    image: Tensor
-    pseudo_label: Tensor
-    student_image: Tensor
-    labeled_image: Tensor
-    labeled_label: Tensor
-    queried: Queried
+    image: Tensor  # (3, H, W) float, normalised, as the teacher sees it
+    pseudo_label: Tensor  # (H, W) long, 255 = ignored
+    student_image: Tensor  # (3, H, W) float, normalised, the same crop in strong colours
+    labeled_image: Tensor  # (3, H, W) float, normalised, of a labeled image
+    labeled_label: Tensor  # (H, W) long, true
+    queried: Queried  # the partner whose prototype weighs the pseudo label
 
 
 def parts(batch: Record, count: int) -> list[Record]:
-    """Cut a batch into parts along the first dimension of its tensors.
-
-    Args:
-        batch: a record of tensors and records.
-        count: parts; alike in size where it divides the batch.
-    """
+    """Cut a batch, a record of tensors and records, into parts along the first dimension."""
     columns = [parts(x, count) if isinstance(x, tuple) else x.chunk(count) for x in batch]
     return [type(batch)._make(row) for row in zip(*columns, strict=True)]
 
@@ -255,12 +222,7 @@ def repeats(settings: SupervisedSection, labeled: Sequence[Sample]) -> int:
 
 
 def refuse_batch_sizes(config: Config, splits: Splits) -> None:
-    """Check the sizes of batches before anything trains.
-
-    Raises:
-        UserError: a batch is larger than an epoch, has no image for a process, or cannot be cut
-            into equal parts.
-    """
+    """Raise a ``UserError`` if a batch exceeds an epoch or is no equal share for each process."""
     labeled = len(splits.labeled) * repeats(config.supervised, splits.labeled)
     reliable = count_kept(len(splits.unlabeled), config.select.keep)
     for key, settings, samples in (

@@ -12,21 +12,13 @@ from utils.config.schema import AugmentSection, StrongSection
 
 
 class View(NamedTuple):
-    """Scale, crop and mirror, the same for an image and its mask.
+    """Scale, crop and mirror, the same for an image and its mask."""
 
-    Attributes:
-        scaled: (height, width) the whole image is resized to.
-        top, left: of the kept window, in pixels of the scaled image.
-        crop: side of the square result; what the scaled image does not fill is padding, at the
-            bottom and right.
-        flip: mirror left and right.
-    """
-
-    scaled: tuple[int, int]
-    top: int
+    scaled: tuple[int, int]  # (height, width) the whole image is resized to
+    top: int  # of the kept window, in pixels of the scaled image
     left: int
-    crop: int
-    flip: bool
+    crop: int  # side of the square result, padded at the bottom and right
+    flip: bool  # mirror left and right
 
     def image(self, image: Image.Image, interpolation: str = "bilinear") -> Image.Image:
         """Cut an RGB picture, antialiased: resize, then crop, within rounding; padding is 0.

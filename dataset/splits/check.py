@@ -14,14 +14,7 @@ from utils.config.schema import Config
 
 
 class Problem(NamedTuple):
-    """Faults of one sort, all of which training refuses.
-
-    Attributes:
-        where: the list, or the two lists.
-        what: the same words for all faults of the sort.
-        count: how many there are.
-        example: the first in words.
-    """
+    """All ``Fault`` of one sort in one place, with the first as an example."""
 
     where: str
     what: str
@@ -30,40 +23,23 @@ class Problem(NamedTuple):
 
 
 class ClassCount(NamedTuple):
-    """A class in the labeled images whose files have no fault.
-
-    Attributes:
-        name: of the class.
-        share: of the pixels that are not ignored, in [0, 1].
-        images: those that show it on one pixel or more.
-        partners: those that a query for it can draw, on ``query.min_area`` or more; None for a
-            class that ``query.exclude`` names.
-    """
+    """A class in the labeled images whose files have no fault."""
 
     name: str
-    share: float
-    images: int
-    partners: int | None
+    share: float  # of the pixels that are not ignored, in [0, 1]
+    images: int  # those that show it on one pixel or more
+    partners: int | None  # those that a query can draw; None for a class that is never queried
 
 
 class Audit(NamedTuple):
-    """What ``audit`` found.
+    """What ``audit`` found."""
 
-    Attributes:
-        images: how many, by list.
-        min_area: ``query.min_area``.
-        classes: of the labeled list, by class id.
-        unreachable: classes that no query can draw: no labeled image shows enough of them.
-        hardly_reachable: classes that queries draw from fewer than half of the images with them.
-        problems: what training refuses; none is good.
-    """
-
-    images: dict[str, int]
-    min_area: float
-    classes: list[ClassCount]
-    unreachable: list[str]
-    hardly_reachable: list[str]
-    problems: list[Problem]
+    images: dict[str, int]  # how many, by list
+    min_area: float  # ``query.min_area``
+    classes: list[ClassCount]  # of the labeled list, by class id
+    unreachable: list[str]  # classes of which no labeled image shows enough
+    hardly_reachable: list[str]  # fewer than half of the images with the class show enough
+    problems: list[Problem]  # what training refuses
 
     def to_json(self) -> dict[str, Any]:
         """Return it in dictionaries and lists."""
