@@ -1,12 +1,8 @@
 """Decoded training images in memory that worker processes share."""
 
-import os
-import re
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,18 +16,17 @@ from utils.progress import no_bar
 
 
 class Memory:
-    """Reads samples from memory: every image and label decoded once, when this is made.
+    """Reads samples from memory: every image and label is decoded once, when this is made.
 
-    One block of uint8 holds all of them, image (H, W, 3) before label (H, W). Forked workers see
-    the same block, and spawned ones are handed it, so it is there once however many they are; of
-    several processes that train together each has its own.
+    One block of uint8 holds all of them, image (H, W, 3) before label (H, W), in shared memory: all
+    worker processes of a loader use the same block. Of several training processes each has its own.
 
     Args:
         samples: with masks of their images' sizes.
-        threads: that decode.
+        threads: how many decode.
 
     Raises:
-        UserError: the block does not fit into memory; a picture cannot be read.
+        UserError: the block does not fit into shared memory; a picture cannot be read.
     """
 
     def __init__(self, samples: Sequence[Sample], threads: int) -> None:
@@ -70,27 +65,11 @@ def sample_reader(cache: str | None, samples: Sequence[Sample], threads: int) ->
 
 
 def _shared_block(size: int) -> torch.Tensor:
-    free, processes = _free_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if free is None or size * processes < free:
-        try:
-            return torch.empty(size, dtype=torch.uint8).share_memory_()
-        except RuntimeError as error:
-            reason = str(error)
-    else:
-        each = f"in each of {processes} processes, " if processes > 1 else ""
-        reason = f"{each}and {free / 1e9:.2f} GB are free"
-    raise UserError(
-        f"cache: the decoded images do not fit into shared memory: they take {size / 1e9:.2f} GB, "
-        f"{reason}; set cache=null, or enlarge /dev/shm (docker: --shm-size)"
-    )
-
-
-def _free_memory() -> int | None:
-    """Bytes that can be shared without swapping; None where the system does not tell."""
-    free = []
-    meminfo, shared = Path("/proc/meminfo"), Path("/dev/shm")
-    if meminfo.is_file():
-        free.append(1024 * int(re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1]))
-    if shared.is_dir():
-        free.append(shutil.disk_usage(shared).free)
-    return min(free, default=None)
+    try:
+        return torch.empty(size, dtype=torch.uint8).share_memory_()
+    except RuntimeError as error:
+        raise UserError(
+            f"cache: the decoded images take {size / 1e9:.2f} GB of shared memory in each process, "
+            f"which cannot be allocated ({error}); set cache=null, or enlarge /dev/shm (docker: "
+            "--shm-size)"
+        ) from error

@@ -1,10 +1,11 @@
-"""What is known of each data set before looking at a file: class names, palette, layout."""
+"""What is known of each data set: class names, colours, layout, ids in mask files."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+from torchvision.datasets import Cityscapes
 
 from dataset.demo.objects import CLASSES as DEMO
 from utils import IGNORE
@@ -19,13 +20,13 @@ def id_table(
     ignore: Sequence[int] = (IGNORE,),
     class_map: Mapping[int | str, int | str | None] | None = None,
 ) -> np.ndarray:
-    """Tell what each id that a mask file can hold means.
+    """Return the meaning of each id that a mask file can hold.
 
     Args:
         classes: names by class id.
         ignore: ids in files that count as ignored.
-        class_map: id in files to class name, class id, or None for ignored; ``other`` stands for
-            the ids that neither names. None: the ids in files are class ids.
+        class_map: id in files to class name, class id, or None for ignored; ``other`` is all ids
+            that neither names. None: the ids in files are class ids.
 
     Returns:
         (65536,) int16 by id in files: a class id, 255 = ignored, -1 = without meaning.
@@ -60,20 +61,13 @@ def _class_id(value: int | str | None, classes: Sequence[str]) -> int:
 
 
 class Kind(NamedTuple):
-    """A data set.
+    """A data set."""
 
-    Attributes:
-        classes: names by class id.
-        colours: (red, green, blue) in 0-255 by class id.
-        image_pattern, mask_pattern: where U2PL's bare ids lie below the root.
-        ids: what ids in mask files mean, the bytes of ``id_table``; None: class ids, and 255.
-    """
-
-    classes: tuple[str, ...]
-    colours: tuple[tuple[int, int, int], ...]
-    image_pattern: str = "JPEGImages/{}.jpg"
+    classes: tuple[str, ...]  # names by class id
+    colours: tuple[tuple[int, int, int], ...]  # (red, green, blue) in 0-255 by class id
+    image_pattern: str = "JPEGImages/{}.jpg"  # where the files of bare ids are below the root
     mask_pattern: str = "SegmentationClass/{}.png"
-    ids: bytes | None = None
+    ids: bytes | None = None  # meaning of the ids in masks, as ``id_table``; None: class ids, 255
 
     def palette(self) -> bytes:
         """768 bytes for PNGs of mode P; unused ids and 255 keep Pascal's colours, 255 is white."""
@@ -83,7 +77,7 @@ class Kind(NamedTuple):
 
 @cache  # a palette is made for every mask that is written
 def voc_colours(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Pascal VOC's colour map: the bits of the id, dealt in turn to red, green and blue."""
+    """Pascal VOC's colour map: the bits of the id go in turn to red, green and blue."""
 
     def colour(label: int) -> tuple[int, int, int]:
         channels = [0, 0, 0]
@@ -99,27 +93,7 @@ _PASCAL = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
     "motorbike person pottedplant sheep sofa train tvmonitor"
 )
-_CITYSCAPES = {
-    "road": (128, 64, 128),
-    "sidewalk": (244, 35, 232),
-    "building": (70, 70, 70),
-    "wall": (102, 102, 156),
-    "fence": (190, 153, 153),
-    "pole": (153, 153, 153),
-    "traffic light": (250, 170, 30),
-    "traffic sign": (220, 220, 0),
-    "vegetation": (107, 142, 35),
-    "terrain": (152, 251, 152),
-    "sky": (70, 130, 180),
-    "person": (220, 20, 60),
-    "rider": (255, 0, 0),
-    "car": (0, 0, 142),
-    "truck": (0, 0, 70),
-    "bus": (0, 60, 100),
-    "train": (0, 80, 100),
-    "motorcycle": (0, 0, 230),
-    "bicycle": (119, 11, 32),
-}
+_CITYSCAPES = [each for each in Cityscapes.classes if 0 <= each.train_id < IGNORE]  # by train id
 _COCO = (
     "background, person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, "
     "traffic light, fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, "
@@ -152,15 +126,15 @@ def _by_voc_colours(classes: tuple[str, ...]) -> Kind:
 KINDS = {
     "pascal": _by_voc_colours(tuple(_PASCAL.split())),
     "cityscapes": Kind(
-        tuple(_CITYSCAPES),
-        tuple(_CITYSCAPES.values()),
+        tuple(each.name for each in _CITYSCAPES),
+        tuple(each.color for each in _CITYSCAPES),
         "leftImg8bit/{}_leftImg8bit.png",
         "gtFine/{}_gtFine_labelTrainIds.png",
     ),
     "coco": Kind(
         tuple(_COCO.split(", ")),
         voc_colours(81),
-        "train2017/{}.jpg",  # images of val stand in lists with their path
+        "train2017/{}.jpg",  # of training; lists name the images of val2017 by path
         "masks/{}.png",
     ),
     "camvid": Kind(tuple(_CAMVID), tuple(_CAMVID.values())),
@@ -175,22 +149,17 @@ def describe(section: DatasetSection) -> Kind:
         UserError: an unknown kind; ``classes`` missing from a custom kind, or given to another;
             ``class_map`` and ``ignore`` as in ``id_table``.
     """
-    kind = _named(section)
-    if section.class_map is None and section.ignore == [IGNORE]:
-        return kind
-    return kind._replace(ids=id_table(kind.classes, section.ignore, section.class_map).tobytes())
-
-
-def _named(section: DatasetSection) -> Kind:
-    if section.kind == "custom":
-        if section.classes is None:
-            raise UserError("dataset.classes: missing; a custom kind needs its class names")
-        return _by_voc_colours(tuple(section.classes))
-    if section.kind not in KINDS:
+    if section.kind not in (*KINDS, "custom"):
         known = ", ".join([*KINDS, "custom"])
         raise UserError(f"dataset.kind: '{section.kind}' is not one of {known}")
-    if section.classes is not None:
+    if section.kind == "custom" and section.classes is None:
+        raise UserError("dataset.classes: missing; a custom kind needs its class names")
+    if section.kind != "custom" and section.classes is not None:
         raise UserError(
             f"dataset.classes: kind '{section.kind}' has its own; remove it, or set kind: custom"
         )
-    return KINDS[section.kind]
+    own = section.kind == "custom"
+    kind = _by_voc_colours(tuple(section.classes)) if own else KINDS[section.kind]
+    if section.class_map is None and section.ignore == [IGNORE]:
+        return kind
+    return kind._replace(ids=id_table(kind.classes, section.ignore, section.class_map).tobytes())

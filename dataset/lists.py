@@ -1,37 +1,33 @@
-"""The three lists of a run: read them, and refuse what would spoil a result."""
+"""The three lists of a run: read them, and find what would spoil a result."""
 
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from dataset.catalog import UNKNOWN, Kind, describe, id_table
-from dataset.reading import picture_size, read_ids, read_image, read_mask
+from dataset.published import published_list
+from dataset.reading import decoded_size, picture_size, read_ids, read_image, read_mask
 from utils import IGNORE
 from utils.config.schema import DatasetSection
 from utils.errors import UserError
-from utils.files import write_text
+from utils.progress import no_bar
 
 
 class Sample(NamedTuple):
-    """A line of a list.
+    """A line of a list."""
 
-    Attributes:
-        name: the image's path as the list has it, relative to the root; names the sample.
-        image: where to read it.
-        mask: where its label or pseudo label is; None where there is none.
-        ids: what ids in its mask mean, as in ``Kind``.
-    """
-
-    name: str
+    name: str  # the image's path relative to the root; identifies the sample
     image: Path
-    mask: Path | None
-    ids: bytes | None = None
+    mask: Path | None  # of the label or pseudo label, if there is one
+    ids: bytes | None = None  # meaning of the ids in the mask, as in ``Kind``
 
 
 def read_label(sample: Sample) -> Image.Image:
@@ -88,43 +84,34 @@ def with_pseudo_masks(samples: Iterable[Sample], folder: Path) -> list[Sample]:
 LONGEST = 255  # bytes of a file's name, on the common file systems
 
 
-def read_list(path: Path, root: Path, kind: Kind) -> list[Sample]:
-    """Read ``image [mask]`` lines, or U2PL's bare ids; blank lines do not count.
+def read_list(path: Path, root: Path, kind: Kind | None) -> list[Sample]:
+    """Read ``image [mask]`` lines, or bare ids as U2PL has them; blank lines do not count.
 
-    A path that holds spaces stands in double quotes.
+    Paths are relative to the root, with or without a leading slash; one that holds spaces stands
+    in double quotes.
 
     Args:
         path: the list; a missing final newline is fine.
         root: folder that the paths in it are relative to.
-        kind: tells where bare ids lie.
+        kind: tells where the files of bare ids are; without it these are refused.
 
     Raises:
         UserError: no list, no lines, a malformed or repeated line, a path that leaves the root.
     """
-    return samples_of(read_lines(path), path, root, kind)
-
-
-def read_lines(path: Path) -> list[str]:
-    """Read the lines of a text file, whatever ends them; a byte order mark is no part of them.
-
-    Raises:
-        UserError: no such file, or no UTF-8 text.
-    """
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read this list ({error})") from error
+    return samples_of(lines, path, root, kind)
 
 
-def samples_of(
-    lines: Iterable[str], path: Path, root: Path, kind: Kind | None, slashes: bool = False
-) -> list[Sample]:
-    """Parse the lines of ``path`` as ``read_list`` does; without a kind, bare ids are refused."""
+def samples_of(lines: Iterable[str], path: Path, root: Path, kind: Kind | None) -> list[Sample]:
+    """Parse the lines of ``path`` as ``read_list`` does."""
     samples: dict[PurePosixPath, Sample] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        sample = read_line(line, f"{path}:{number}", root, kind, slashes)
+        sample = _read_line(line, f"{path}:{number}", root, kind)
         key = PurePosixPath(sample.name).with_suffix("")
         if key in samples and samples[key].name == sample.name:
             raise UserError(f"{path}:{number}: {sample.name} is listed twice; remove one line")
@@ -135,57 +122,45 @@ def samples_of(
             )
         samples[key] = sample
     if not samples:
-        raise UserError(f"{path}: this list is empty; it needs an image a line")
+        raise UserError(
+            f"{path}: this list is empty; it needs an image a line (12 lists of ST++ and CISC-R "
+            "are published empty: take another, or make one by 'python -m dataset.splits make')"
+        )
     return list(samples.values())
 
 
-def read_line(
-    line: str, place: str, root: Path, kind: Kind | None, slashes: bool = False
-) -> Sample:
-    """Parse ``image [mask]`` or a bare id.
-
-    Args:
-        line: a line of a list.
-        place: names it in errors.
-        root: folder that paths are relative to.
-        kind: tells where bare ids lie.
-        slashes: whether paths may begin with a slash, which is left out.
-
-    Raises:
-        UserError: another number of words, a path that leaves the root or names nothing, or a
-            bare id and no kind that tells where its files lie.
-    """
+def _read_line(line: str, place: str, root: Path, kind: Kind | None) -> Sample:
+    """Parse a line; ``place`` names it in errors."""
     words = _words(line, place)
-    if slashes:
-        words = [word.lstrip("/") or word for word in words]
-    first, last = PurePosixPath(words[0]), PurePosixPath(words[-1])
-    if len(words) > 2 or (first.name and not first.suffix and last.suffix):
+    suffixes = ["." in word.rsplit("/", 1)[-1] for word in words]
+    if len(words) > 2 or suffixes == [False, True]:
         raise UserError(
             f"{place}: a line reads 'image [mask]', not {line!r}; paths with spaces stand in "
             "double quotes"
         )
-    if len(words) == 1 and not PurePosixPath(words[0]).suffix:
+    if suffixes == [False]:
         if kind is None:
             raise UserError(
-                f"{place}: {words[0]} is a bare id; name the data set that tells where its files "
-                "lie (import --kind NAME, make --config FILE)"
+                f"{place}: {words[0]} is a bare id; --config FILE tells where its files are"
             )
         words = [kind.image_pattern.format(words[0]), kind.mask_pattern.format(words[0])]
-    for word in words:
-        if PurePosixPath(word).is_absolute() or ".." in PurePosixPath(word).parts:
-            raise UserError(
-                f"{place}: {word} leaves the data root {root}; paths are relative to it"
-            )
-        parts = PurePosixPath(word).parts
-        if "\0" in word or not parts or max(len(part.encode()) for part in parts) > LONGEST:
-            raise UserError(f"{place}: {word[:LONGEST]!r} names no file; correct the line")
-    name = str(PurePosixPath(words[0]))  # one spelling: a//b and a/./b are a/b
-    mask = root / words[1] if len(words) == 2 else None
-    return Sample(name, root / name, mask, None if kind is None else kind.ids)
+    image, *mask = (_inside(word, place, root) for word in words)
+    return Sample(image, root / image, root / mask[0] if mask else None, kind and kind.ids)
+
+
+def _inside(word: str, place: str, root: Path) -> str:
+    """Return a path relative to the root in one spelling: a//b, a/./b and /a/b are a/b."""
+    parts = [part for part in word.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise UserError(f"{place}: {word} leaves the data root {root}; paths are relative to it")
+    longest = max((len(part.encode("utf-8", "replace")) for part in parts), default=0)
+    if "\0" in word or not 0 < longest <= LONGEST:
+        raise UserError(f"{place}: {word[:LONGEST]!r} names no file; correct the line")
+    return "/".join(parts)
 
 
 def line_of(sample: Sample, root: Path) -> str:
-    """Return the line that ``read_line`` reads as this sample."""
+    """Return the line that reads as this sample."""
     files = [sample.name]
     if sample.mask is not None:
         files.append(sample.mask.relative_to(root).as_posix())
@@ -203,30 +178,6 @@ def _words(line: str, place: str) -> list[str]:
         raise UserError(f"{place}: a double quote is not closed in {line!r}") from error
 
 
-def write_lists(folder: Path, lists: Mapping[str, Sequence[str]]) -> None:
-    """Write lists, none if one may not be; a list that is there is never replaced by another.
-
-    Args:
-        folder: gets ``<name>.txt`` for every name.
-        lists: lines by name.
-
-    Raises:
-        UserError: a list is there with other lines, or the place is not to be written to.
-    """
-    texts = {
-        folder / f"{name}.txt": "".join(f"{line}\n" for line in lines)
-        for name, lines in lists.items()
-    }
-    for path, text in texts.items():
-        if path.is_file() and path.read_bytes() != text.encode():
-            raise UserError(
-                f"{path}: is there with other lines, and a run may depend on them; name another "
-                "--out, or remove it"
-            )
-    for path, text in texts.items():
-        write_text(path, text)
-
-
 class Splits(NamedTuple):
     """The images of a run; ``unlabeled`` carries no masks, whatever its list says."""
 
@@ -241,93 +192,181 @@ class Splits(NamedTuple):
         return dict(zip(self._fields, digests, strict=True))
 
 
-class Overlap(NamedTuple):
-    """Images that stand in two lists.
+class Fault(NamedTuple):
+    """Something in the lists or their files that training refuses."""
 
-    Attributes:
-        one, other: the lists.
-        names: of the images, one at least.
-    """
-
-    one: str
-    other: str
-    names: list[str]
-
-    @property
-    def line(self) -> str:
-        """What is wrong, and what to do."""
-        return (
-            f"dataset.{self.one} and dataset.{self.other} share {len(self.names)} images, "
-            f"{self.names[0]} among them; an image may stand in one list only"
-        )
+    where: str  # the list, or the two lists
+    what: str  # the same words for all faults of a sort
+    line: str  # what is wrong, and what to do
 
 
-def read_splits(section: DatasetSection) -> Splits:
+def read_splits(section: DatasetSection, fields: Sequence[str] = Splits._fields) -> Splits:
     """Read and check the lists of a config, before anything trains.
 
+    Args:
+        section: names the root and the lists.
+        fields: the lists to read; the others are empty.
+
     Raises:
-        UserError: a list is missing, empty or malformed; a path leaves the root or names no file;
-            two lists overlap; a mask is not a one-channel picture of class ids or 255, or its
-            size differs from its image's.
+        UserError: the first fault of ``read_lists`` and ``find_faults``.
     """
-    kind, root = describe(section), find_root(section)
-    labeled, unlabeled, val = (
-        read_list(find_list(section, field, root), root, kind) for field in Splits._fields
-    )
-    splits = Splits(labeled, [sample._replace(mask=None) for sample in unlabeled], val)
-    for overlap in overlaps(splits):
-        raise UserError(overlap.line)
-    for sample in splits.unlabeled:
-        picture_size(sample.image)
-    check_masks(splits.labeled, kind, "dataset.labeled")
-    check_masks(splits.val, kind, "dataset.val")
+    kind = describe(section)
+    splits, faults = read_lists(section, kind, fields)
+    for fault in chain(faults, find_faults(splits, kind)):
+        raise UserError(fault.line)
     return splits
 
 
 def read_val(section: DatasetSection) -> list[Sample]:
-    """Read and check the validation list alone, for evaluating where only that exists.
+    """Read and check the validation list alone, for evaluation where only that exists."""
+    return read_splits(section, ("val",)).val
+
+
+def read_lists(
+    section: DatasetSection, kind: Kind, fields: Sequence[str] = Splits._fields
+) -> tuple[Splits, list[Fault]]:
+    """Read the lists of a config, and no picture.
+
+    Returns:
+        The lists, empty where one cannot be read, and why these cannot be read.
 
     Raises:
-        UserError: as ``read_splits``.
+        UserError: no root; a published split beside lists of one's own.
     """
-    kind, root = describe(section), find_root(section)
-    samples = read_list(find_list(section, "val", root), root, kind)
-    check_masks(samples, kind, "dataset.val")
-    return samples
-
-
-def check_masks(samples: Iterable[Sample], kind: Kind, key: str) -> None:
-    """Read every mask once.
-
-    Raises:
-        UserError: a sample without mask; a mask that is missing, unreadable, not one channel of
-            ids that mean a class or ignored, or not of its image's size.
-    """
-    table = id_table(kind.classes) if kind.ids is None else np.frombuffer(kind.ids, np.int16)
-    valid, unknown = 0, {}
-    for sample in samples:
-        if sample.mask is None:
-            raise UserError(f"{key}: {sample.name} stands there without a mask; name it beside it")
-        size, ids = picture_size(sample.image), read_ids(sample.mask)
-        if ids.shape != size:
-            raise UserError(
-                f"{sample.mask}: this mask is {ids.shape[0]} x {ids.shape[1]} and its image "
-                f"{sample.image} is {size[0]} x {size[1]} (height x width); they must agree"
-            )
-        area = np.bincount(ids.ravel())
-        shown = np.flatnonzero(area)
-        for id_ in shown[table[shown] == UNKNOWN].tolist():
-            unknown.setdefault(id_, sample.mask)
-        valid += int(area[table[: len(area)] != IGNORE].sum())
-    if unknown:
-        raise UserError(_complaint(unknown, kind))
-    if valid == 0:
+    root, splits, faults = find_root(section), Splits([], [], []), []
+    own = [x for x in fields if getattr(section, x) != DatasetSection.model_fields[x].default]
+    if section.split is not None and own:
         raise UserError(
-            f"{key}: every pixel of its masks is ignored; nothing can be learnt or told"
+            f"dataset.{own[0]}: dataset.split names the lists already; set dataset.split=null to "
+            "use your own"
         )
+    for field in fields:
+        try:
+            if section.split is None:
+                samples = read_list(find_list(section, field, root), root, kind)
+            else:
+                path, lines = published_list(section.kind, section.split, field, root)
+                samples = samples_of(lines, path, root, kind)
+        except UserError as error:
+            faults.append(Fault(field, "list that cannot be read", str(error)))
+        else:
+            if field == "unlabeled":  # true masks of unlabeled images are never opened
+                samples = [sample._replace(mask=None) for sample in samples]
+            splits = splits._replace(**{field: samples})
+    return splits, faults
 
 
-def _complaint(unknown: dict[int, Path], kind: Kind) -> str:
+def find_faults(
+    splits: Splits,
+    kind: Kind,
+    decode: bool = False,
+    visit: Callable[[str, np.ndarray], None] | None = None,
+) -> Iterator[Fault]:
+    """Find what training must not start with: images in two lists, bad images, bad masks.
+
+    Masks are class ids or ignored, in one channel, of their image's size.
+
+    Args:
+        splits: the lists.
+        kind: tells what ids mean.
+        decode: decode the images, which finds truncated ones too; else only headers are read.
+        visit: called with the list's name and the label, (H, W) uint8 class ids and 255, of every
+            sample whose mask has no fault.
+    """
+    read_size = decoded_size if decode else picture_size
+    yield from _overlaps(splits)
+    yield from _label_faults("labeled", splits.labeled, kind, read_size, visit)
+    yield from _image_faults("unlabeled", splits.unlabeled, read_size)
+    yield from _label_faults("val", splits.val, kind, read_size, visit)
+
+
+def _overlaps(splits: Splits) -> Iterator[Fault]:
+    files = {  # links followed: one picture under two names is one picture
+        field: {_file_of(sample): sample.name for sample in samples}
+        for field, samples in splits._asdict().items()
+    }
+    for one, other in combinations(Splits._fields, 2):
+        both = sorted(files[one][file] for file in files[one].keys() & files[other].keys())
+        for _ in both:
+            yield Fault(
+                f"{one}, {other}",
+                "images in both",
+                f"dataset.{one} and dataset.{other} share {len(both)} images, {both[0]} among "
+                "them; an image may stand in one list only",
+            )
+
+
+def _file_of(sample: Sample) -> Path:
+    try:
+        return sample.image.resolve()
+    except (OSError, RuntimeError):  # a link to itself: reading it says what is wrong
+        return sample.image
+
+
+SizeReader = Callable[[Path], tuple[int, int]]
+
+
+def _image_faults(where: str, samples: Sequence[Sample], read_size: SizeReader) -> Iterator[Fault]:
+    def fault_of(sample: Sample) -> Fault | None:
+        try:
+            read_size(sample.image)
+        except UserError as error:
+            return Fault(where, "files that cannot be read", str(error))
+        return None
+
+    pool = ThreadPoolExecutor()
+    try:
+        found = _bar(pool.map(fault_of, samples), where, len(samples))
+        yield from filter(None, found)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _label_faults(
+    where: str,
+    samples: Sequence[Sample],
+    kind: Kind,
+    read_size: SizeReader,
+    visit: Callable[[str, np.ndarray], None] | None,
+) -> Iterator[Fault]:
+    table = id_table(kind.classes) if kind.ids is None else np.frombuffer(kind.ids, np.int16)
+    unknown: dict[int, Path] = {}  # id without meaning to a mask that shows it
+    ignored = 0  # masks without a pixel that counts
+    for sample in _bar(samples, where, len(samples)):
+        if sample.mask is None:
+            line = f"dataset.{where}: {sample.name} has no mask; name it beside it"
+            yield Fault(where, "lines without a mask", line)
+            continue
+        try:
+            size, ids = read_size(sample.image), read_ids(sample.mask)
+        except UserError as error:
+            yield Fault(where, "files that cannot be read", str(error))
+            continue
+        shown = np.flatnonzero(np.bincount(ids.ravel()))
+        strange = shown[table[shown] == UNKNOWN].tolist()
+        unknown = dict.fromkeys(strange, sample.mask) | unknown
+        ignored += bool((table[shown] == IGNORE).all())
+        if ids.shape != size:
+            yield Fault(
+                where,
+                "sizes that differ",
+                f"{sample.mask}: this mask is {ids.shape[0]} x {ids.shape[1]} and its image "
+                f"{sample.image} is {size[0]} x {size[1]} (height x width); they must agree",
+            )
+        elif not strange and visit is not None:
+            visit(where, table[ids].astype(np.uint8))
+    for _ in unknown:
+        yield Fault(where, "ids without a meaning", _complaint(unknown, kind))
+    if samples and ignored == len(samples):
+        line = f"dataset.{where}: every pixel of its masks is ignored; name other masks"
+        yield Fault(where, "list without a pixel that counts", line)
+
+
+def _bar(items: Iterable, where: str, total: int) -> tqdm:
+    return tqdm(items, f"checking {where}", total, leave=False, disable=no_bar(), unit="image")
+
+
+def _complaint(unknown: Mapping[int, Path], kind: Kind) -> str:
     """Name all ids that mean nothing, a mask that shows one, and what would give them a meaning."""
     ids = sorted(unknown)
     named = ", ".join(map(str, ids[:20])) + (" ..." if len(ids) > 20 else "")
@@ -379,22 +418,3 @@ def find_list(section: DatasetSection, field: str, root: Path) -> Path:
         f"dataset.{field}: {name} is neither in the working folder nor in {root}; "
         f"set dataset.{field}=PATH"
     )
-
-
-def overlaps(splits: Splits) -> Iterator[Overlap]:
-    """Find what stands in two lists, for every pair of lists that overlaps."""
-    files = {  # links followed: one picture under two names is one picture
-        field: {_file_of(sample): sample.name for sample in getattr(splits, field)}
-        for field in Splits._fields
-    }
-    for one, other in combinations(Splits._fields, 2):
-        shared = sorted(files[one][file] for file in files[one].keys() & files[other].keys())
-        if shared:
-            yield Overlap(one, other, shared)
-
-
-def _file_of(sample: Sample) -> Path:
-    try:
-        return sample.image.resolve()
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{sample.image}: this link leads nowhere ({error})") from error

@@ -1,4 +1,4 @@
-"""What inference takes: whole images, without chance."""
+"""Batches: shuffled ones for training, whole images for inference."""
 
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataset.lists import Sample, read_label
 from dataset.reading import picture_size, read_image, read_photograph, to_input, to_label
-from utils import IGNORE
+from utils import IGNORE, IMAGENET, Preprocessing
 from utils.config.schema import InferenceSection
 from utils.distributed import mine
 from utils.run.signals import leave_to_parent
@@ -22,20 +22,20 @@ Record = TypeVar("Record", bound=tuple)
 
 
 class SampleKey(NamedTuple):
-    """What a training set is asked for: a sample, as augmented in an epoch."""
+    """Index of a training set: a sample, as augmented in an epoch."""
 
     epoch: int
     index: int
 
 
 class Chance(NamedTuple):
-    """Where random numbers come from: the run's seed and the stage's name."""
+    """Random generators, as a function of the run's seed and the stage's name."""
 
     seed: int
     stage: str
 
     def of(self, *place: int) -> np.random.Generator:
-        """Return the random numbers of a place, such as (epoch, index), the same every time."""
+        """Return the generator of a place, such as (epoch, index), the same every time."""
         # A spawn key of another length is another stream; plain entropy would pad with zeros.
         key = (zlib.crc32(self.stage.encode()), *place)
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
@@ -46,10 +46,10 @@ class Chance(NamedTuple):
 
 
 class EpochBatches(Sampler[list[SampleKey]]):
-    """Shuffled batches of the epochs ``first`` to ``last - 1``; what does not fill one is left out.
+    """Shuffled batches of all epochs; samples that do not fill a last batch are left out.
 
-    One loader serves all epochs: workers start once, and read ahead over an epoch's end. The first
-    epoch begins with batch ``step``, for a run that goes on in its middle.
+    One loader serves all epochs: workers start once, and read ahead beyond an epoch's end. A run
+    that resumes begins its first epoch with batch ``step``.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ def training_batches(
     Args:
         dataset: takes ``SampleKey`` and returns records of tensors.
         batch_size: samples a batch, of all processes together.
-        epochs: which epochs; a run that goes on starts later.
+        epochs: which epochs; a resumed run starts later.
         chance: orders each epoch.
         workers: processes that read; the batches do not depend on it.
         step: batch of the first epoch to begin with.
@@ -96,25 +96,17 @@ def training_batches(
     return iter(open_loader(dataset, map(mine, sampler), workers))
 
 
-def batch_seeds(
-    length: int, batch_size: int, epochs: range, chance: Chance, step: int = 0
-) -> Iterator[Tensor]:
-    """Yield seeds, (B,) long, one for each sample of the batches of ``training_batches``."""
-    for keys in EpochBatches(length, batch_size, epochs, chance, step):
-        yield torch.tensor([chance.torch_seed(*key) for key in mine(keys)])
-
-
 def batch_keys(
     length: int, batch_size: int, epoch: int, step: int, chance: Chance
 ) -> list[SampleKey]:
-    """Tell what a batch of an epoch was made of; batches are a function of their place."""
+    """Return the keys of one batch of an epoch, as ``training_batches`` had them."""
     return next(iter(EpochBatches(length, batch_size, range(epoch, epoch + 1), chance, step)))
 
 
 def open_loader(
     dataset: Dataset[Record], batches: Iterable[list], workers: int
 ) -> DataLoader[Record]:
-    """Read batches of keys in processes that leave signals to this one."""
+    """Read batches of keys in processes that ignore interrupts: this one ends them."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -128,26 +120,23 @@ ImageReader = Callable[[Path], Image.Image]
 
 
 class WholeImage(NamedTuple):
-    """An image as inference takes it. A batch adds a first dimension.
+    """An image as inference takes it. A batch adds a first dimension."""
 
-    Attributes:
-        image: (3, h, w) float, normalised, shrunk to ``long_side`` if there is one.
-        label: (H, W) long at the file's own size, 255 everywhere if the sample has no mask.
-        index: position in the list.
-    """
-
-    image: Tensor
-    label: Tensor
-    index: Tensor | int
+    image: Tensor  # (3, H, W) float at the file's own size, normalised
+    label: Tensor  # (H, W) long, 255 everywhere if the sample has no mask
+    index: Tensor | int  # position in the list
 
 
 class WholeImages(Dataset[WholeImage]):
-    """Whole images, without chance, for validation, labeling and selection."""
+    """Whole images, not augmented, for validation, labeling and selection."""
 
     def __init__(
-        self, samples: Sequence[Sample], long_side: int | None, read: ImageReader = read_image
+        self,
+        samples: Sequence[Sample],
+        read: ImageReader = read_image,
+        preprocessing: Preprocessing = IMAGENET,
     ) -> None:
-        self._samples, self._long_side, self._read = samples, long_side, read
+        self._samples, self._read, self._preprocessing = samples, read, preprocessing
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -161,12 +150,7 @@ class WholeImages(Dataset[WholeImage]):
             label = torch.full((image.height, image.width), IGNORE)
         else:
             label = to_label(read_label(sample))
-        if self._long_side is not None:
-            shrink = self._long_side / max(image.size)
-            if shrink < 1:
-                size = [max(1, round(side * shrink)) for side in image.size]
-                image = image.resize(size, Image.Resampling.BILINEAR)
-        return WholeImage(to_input(image), label, index)
+        return WholeImage(to_input(image, self._preprocessing), label, index)
 
 
 def whole_images(
@@ -174,31 +158,40 @@ def whole_images(
     settings: InferenceSection,
     workers: int,
     done: Container[str] = frozenset(),
+    preprocessing: Preprocessing = IMAGENET,
 ) -> DataLoader[WholeImage]:
     """Iterate over whole images; those of one size share batches.
 
-    Of several processes each gets every ``world()``-th batch, composed as one process would.
+    Of several processes each gets every ``world()``-th batch, composed as in one process.
 
     Args:
         samples: the list.
-        settings: the size of images and batches.
+        settings: the size of batches.
         workers: processes that read.
-        done: names to leave out, by whole batches: an image's numbers can depend, in their last
-            digits, on the batch that it is in.
+        done: names to leave out, by whole batches: the last digits of an image's results can
+            depend on its batch.
+        preprocessing: of the network's encoder.
     """
     batches = [
         batch
         for batch in _batches_of_one_size(samples, settings.batch_size)
         if not all(samples[index].name in done for index in batch)
     ]
-    return open_loader(WholeImages(samples, settings.long_side), mine(batches), workers)
+    dataset = WholeImages(samples, preprocessing=preprocessing)
+    return open_loader(dataset, mine(batches), workers)
 
 
 def photographs(
-    samples: Sequence[Sample], settings: InferenceSection, workers: int
+    samples: Sequence[Sample],
+    settings: InferenceSection,
+    workers: int,
+    preprocessing: Preprocessing = IMAGENET,
 ) -> DataLoader[WholeImage]:
-    """Iterate over photographs, turned upright, one by one: ``mine`` of them."""
-    dataset = WholeImages(samples, settings.long_side, read_photograph)
+    """Iterate over photographs, turned upright, one by one, in the parts of ``whole_images``.
+
+    ``settings`` is not used: photographs have no masks, and their sizes differ.
+    """
+    dataset = WholeImages(samples, read_photograph, preprocessing)
     return open_loader(dataset, mine([[index] for index in range(len(samples))]), workers)
 
 

@@ -1,4 +1,4 @@
-"""Stage 3's outcome: reliable and unreliable images, and the guides that are kept."""
+"""Queries: labeled partners of an image; and which images and partners stage 3 keeps."""
 
 import csv
 import io
@@ -13,34 +13,24 @@ from PIL import Image
 from dataset.catalog import Kind
 from dataset.lists import Sample, SampleReader, pick, read_label, read_sample
 from dataset.transforms import random_view
-from utils import IGNORE
+from utils import IGNORE, IMAGENET, Preprocessing
 from utils.config.schema import AugmentSection, QuerySection
 from utils.errors import UserError
 from utils.files import read_json, write_json, write_text
 
-QueryIndex = dict[int, list[str]]  # class id -> names of labeled images that show it
+QueryIndex = dict[int, list[str]]  # class id -> names of its partners, labeled images that show it
 
 
 class QueryRule(NamedTuple):
-    """Which classes of a label can be queried; the one criterion of index and crops.
-
-    Attributes:
-        num_classes: C.
-        min_area: share of the pixels that are not 255.
-        excluded: class ids that never count.
-    """
+    """Which classes of a label can be queried; the one criterion of index and crops."""
 
     num_classes: int
-    min_area: float
-    excluded: frozenset[int]
+    min_area: float  # share of the pixels that are not 255
+    excluded: frozenset[int]  # class ids that never count
 
     @classmethod
     def of(cls, section: QuerySection, kind: Kind) -> "QueryRule":
-        """Read the rule off a config.
-
-        Raises:
-            UserError: ``query.exclude`` names no class.
-        """
+        """Read the rule off a config; a ``UserError`` if ``query.exclude`` names no class."""
         for name in section.exclude:
             if name not in kind.classes:
                 raise UserError(
@@ -49,20 +39,20 @@ class QueryRule(NamedTuple):
         excluded = frozenset(kind.classes.index(name) for name in section.exclude)
         return cls(len(kind.classes), section.min_area, excluded)
 
-    def classes_in(self, mask: Image.Image) -> list[int]:
-        """Return the ids, ascending, that a mask shows with enough area; none if all is 255."""
+    def areas(self, mask: Image.Image | np.ndarray) -> np.ndarray:
+        """Count the pixels of every class that are not 255: (C,) int64."""
         ids = np.asarray(mask)
-        area = np.bincount(ids[ids != IGNORE], minlength=self.num_classes)
+        return np.bincount(ids[ids != IGNORE], minlength=self.num_classes)
+
+    def classes_in(self, mask: Image.Image | np.ndarray) -> list[int]:
+        """Return the ids, ascending, that a mask shows with enough area; none if all is 255."""
+        area = self.areas(mask)
         enough = area >= max(1.0, self.min_area * area.sum())
         return [int(label) for label in np.flatnonzero(enough) if label not in self.excluded]
 
 
 def build_query_index(labeled: Iterable[Sample], rule: QueryRule) -> QueryIndex:
-    """List, for each class, the labeled images that show it. Reads true masks of labeled images.
-
-    Returns:
-        Class id to names in the list's order; classes that nothing shows have no entry.
-    """
+    """List, for each class that is shown, the labeled images that show it, in the list's order."""
     index: QueryIndex = {}
     for sample in labeled:
         for label in rule.classes_in(read_label(sample)):
@@ -71,40 +61,25 @@ def build_query_index(labeled: Iterable[Sample], rule: QueryRule) -> QueryIndex:
 
 
 class Choice(NamedTuple):
-    """A labeled image chosen for another image.
+    """A partner, a labeled image, chosen for another image."""
 
-    Attributes:
-        position: in the labeled list.
-        shared_class: class id that both show, or 255.
-    """
-
-    position: int
-    shared_class: int
+    position: int  # in the labeled list
+    shared_class: int  # class id that both show, or 255
 
 
 class Query(NamedTuple):
-    """A labeled image drawn for another image.
+    """The augmented partner of another image."""
 
-    Attributes:
-        image: RGB crop.
-        mask: its true label, of equal size.
-        shared_class: class id that both show, or 255.
-    """
-
-    image: Image.Image
-    mask: Image.Image
-    shared_class: int
+    image: Image.Image  # RGB crop
+    mask: Image.Image  # its true label, of equal size
+    shared_class: int  # class id that both show, or 255
 
 
 class Querier:
-    """Draws labeled partners.
+    """Draws partners: labeled images that show a class of the image they are drawn for.
 
-    Args:
-        labeled: the labeled images.
-        index: which of them show which class.
-        rule: which classes of a crop can be queried.
-        augment: how the partner is augmented.
-        read: reads a sample's image and label.
+    ``index`` holds the partners of each class, ``rule`` tells which classes of a crop can be
+    queried, ``read`` reads a sample's image and label.
     """
 
     def __init__(
@@ -126,9 +101,9 @@ class Querier:
         """Choose a partner for the crop of an image.
 
         Args:
-            name: of the image, which is never its own partner (unless it is all there is).
+            name: of the image, which is never its own partner (unless it is the only one).
             mask: the crop's label or pseudo label, as the network will see it.
-            rng: the sample's random numbers.
+            rng: the sample's generator.
 
         Returns:
             A labeled image that shows a class of the mask. If the mask has no class that another
@@ -144,8 +119,14 @@ class Querier:
         chosen = others[rng.integers(len(others))] if others else name
         return Choice(self._position[chosen], shared)
 
-    def draw(self, name: str, mask: Image.Image, rng: np.random.Generator) -> Query:
-        """Choose a partner as ``choose`` does, read it and aim its crop at the shared class.
+    def draw(
+        self,
+        name: str,
+        mask: Image.Image,
+        rng: np.random.Generator,
+        preprocessing: Preprocessing = IMAGENET,
+    ) -> Query:
+        """Choose a partner as ``choose`` does, and crop it so that it shows the shared class.
 
         Returns:
             The partner; ``shared_class`` is 255 too if the class, thinner than a pixel after
@@ -156,7 +137,7 @@ class Querier:
         image, label = self._read(partner)
         target = _pixel_of(shared, label, rng) if shared != IGNORE else None
         view = random_view((image.height, image.width), self._augment, rng, target)
-        image, label = view.image(image), view.mask(label)
+        image, label = view.image(image, preprocessing.interpolation), view.mask(label)
         visible = bool((np.asarray(label) == shared).any())
         return Query(image, label, shared if visible else IGNORE)
 
@@ -169,16 +150,11 @@ def _pixel_of(label: int, mask: Image.Image, rng: np.random.Generator) -> tuple[
 
 
 class Selection(NamedTuple):
-    """What retraining goes on with.
+    """What stage 3 selects for retraining."""
 
-    Attributes:
-        reliable, unreliable: the unlabeled images, best first.
-        index: the labeled images that guide each class.
-    """
-
-    reliable: list[Sample]
+    reliable: list[Sample]  # unlabeled images, best first
     unreliable: list[Sample]
-    index: QueryIndex
+    index: QueryIndex  # the partners that are kept
 
 
 def split_by_reliability(scores: Mapping[str, float], keep: float) -> tuple[list[str], list[str]]:
@@ -198,15 +174,15 @@ def count_kept(count: int, keep: float) -> int:
     return math.ceil(round(count * keep, 9))  # 100 * 0.07 is a little more than 7
 
 
-def keep_reliable_guides(
+def keep_reliable_partners(
     index: QueryIndex, scores: Mapping[tuple[int, str], float], keep: float
 ) -> QueryIndex:
-    """Keep the more reliable share of each class's labeled images, rounded up.
+    """Keep the more reliable share of each class's partners, rounded up.
 
     Args:
         index: class id to image names.
-        scores: by (class id, image name), higher is more reliable; what has none comes last.
-        keep: the share. Rounding up keeps a class's only guide.
+        scores: by (class id, image name), higher is more reliable; without a score, last.
+        keep: the share. Rounding up keeps the only partner of a class.
     """
     return {
         label: split_by_reliability(
@@ -219,20 +195,19 @@ def keep_reliable_guides(
 def write_selection(
     folder: Path,
     images: Mapping[str, float],
-    guides: Mapping[tuple[int, str], float],
+    partners: Mapping[tuple[int, str], float],
     index: QueryIndex,
     keep: float,
     classes: Sequence[str],
 ) -> int:
-    """Rank, and write both halves, the kept index (by class name) and all scores.
+    """Rank, and write ``reliable.txt``, ``unreliable.txt``, ``query_index.json`` and the scores.
 
     Args:
-        folder: gets ``reliable.txt``, ``unreliable.txt``, ``query_index.json`` and, as CSV,
-            ``unlabeled_scores`` and ``labeled_scores``.
+        folder: gets the files.
         images: reliability of each unlabeled image.
-        guides: reliability of each (class id, labeled image) of the index, and maybe of others.
+        partners: reliability by (class id, labeled image), of the index at least.
         index: class id to names of labeled images.
-        keep: share that counts as reliable, of the images and of each class's guides.
+        keep: share that counts as reliable, of the images and of each class's partners.
         classes: names by class id.
 
     Returns:
@@ -241,12 +216,11 @@ def write_selection(
     halves = split_by_reliability(images, keep)
     for name, half in zip(("reliable", "unreliable"), halves, strict=True):
         write_text(folder / f"{name}.txt", "".join(f"{image}\n" for image in half))
-    kept = keep_reliable_guides(index, guides, keep)
-    write_json(
-        folder / "query_index.json", {classes[label]: names for label, names in kept.items()}
-    )
+    kept = keep_reliable_partners(index, partners, keep)
+    named = {classes[label]: names for label, names in kept.items()}
+    write_json(folder / "query_index.json", named)
     write_csv(folder / "unlabeled_scores.csv", ("image", "reliability"), images.items())
-    rows = [(classes[label], name, score) for (label, name), score in guides.items()]
+    rows = [(classes[label], name, score) for (label, name), score in partners.items()]
     write_csv(folder / "labeled_scores.csv", ("class", "image", "reliability"), rows)
     return len(halves[0])
 

@@ -10,26 +10,25 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tf
 
-from utils import IGNORE
+from utils import IGNORE, Preprocessing
 from utils.errors import UserError
 
 _SCALED = ("L;2", "L;4")  # raw modes whose values Pillow spreads over 0 to 255
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
 def read_image(path: Path) -> Image.Image:
     """Read a picture of any mode as RGB; grey, CMYK, palette and alpha are converted.
 
     Raises:
-        UserError: no such file, no picture, a truncated one, or one of real numbers.
+        UserError: no such file, no picture, a truncated one, or one of floating-point numbers.
     """
     return _as_rgb(_decoded(path), path)
 
 
 def read_photograph(path: Path) -> Image.Image:
-    """Read a picture as ``read_image``, turned upright as its camera says and viewers show it.
+    """Read a picture as ``read_image``, turned upright by its EXIF orientation, as viewers do.
 
-    Data sets are read without: their masks are drawn on the pixels as they lie in the file.
+    Data sets are read without it: their masks are drawn on the pixels as stored in the file.
     """
     return _as_rgb(ImageOps.exif_transpose(_decoded(path)), path)
 
@@ -60,8 +59,8 @@ def read_mask(path: Path, table: bytes | None = None) -> Image.Image:
 
     Args:
         path: the file.
-        table: what its ids mean, the bytes of ``dataset.ids.id_table``; ids without meaning count
-            as ignored. None: they are class ids, and those above 255 ignored.
+        table: what its ids mean, the bytes of ``dataset.catalog.id_table``; ids without a meaning
+            are ignored. None: they are class ids, and those above 255 are ignored.
 
     Raises:
         UserError: as ``read_ids``.
@@ -85,7 +84,7 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 
 def decoded_size(path: Path) -> tuple[int, int]:
-    """Return (height, width) of a picture that has been decoded to its end.
+    """Decode a picture completely and return (height, width).
 
     Raises:
         UserError: as ``read_image``.
@@ -94,10 +93,12 @@ def decoded_size(path: Path) -> tuple[int, int]:
     return picture.height, picture.width
 
 
-def to_input(image: Image.Image) -> Tensor:
-    """Return an RGB picture as a network takes it: (3, H, W) float32, normalised."""
+def to_input(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
+    """Return an RGB picture as the network takes it: (3, H, W) float32, normalised."""
     pixels = tf.pil_to_tensor(image).contiguous()  # planes now, as bytes, not later as floats
-    return tf.normalize(tf.to_dtype(pixels, scale=True), MEAN, STD)
+    return tf.normalize(
+        tf.to_dtype(pixels, scale=True), list(preprocessing.mean), list(preprocessing.std)
+    )
 
 
 def to_label(mask: Image.Image) -> Tensor:
@@ -107,7 +108,9 @@ def to_label(mask: Image.Image) -> Tensor:
 
 def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
     if image.mode == "F":
-        raise UserError(f"{path}: holds real numbers of no known range; save it with 8 or 16 bits")
+        raise UserError(
+            f"{path}: holds floating-point numbers of unknown range; save it with 8 or 16 bits"
+        )
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip to white
         values = np.asarray(image)
         if image.mode != "I" or values.max() > 255:  # 32 bits may hold 8
@@ -117,7 +120,7 @@ def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
 
 
 def _decoded(path: Path, refused: Sequence[str] = ()) -> Image.Image:
-    """Open and decode, so that a truncated file shows here; not from some of Pillow's raw modes."""
+    """Open and decode completely, so that a truncated file fails here; refuse some raw modes."""
     with _readable(path), Image.open(path) as image:
         if any(tile[3] in refused for tile in image.tile):
             raise UserError(f"{path}: a mask of 2 or 4 grey bits; save it with 8, or as a palette")
@@ -127,7 +130,7 @@ def _decoded(path: Path, refused: Sequence[str] = ()) -> Image.Image:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn whatever Pillow raises into an error for people."""
+    """Turn whatever Pillow raises into a ``UserError``."""
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such file; correct the list or dataset.root")

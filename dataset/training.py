@@ -1,4 +1,4 @@
-"""How long an epoch is, and whether batches fit into it."""
+"""What training steps are given: samples, batches, and how many an epoch has."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
@@ -13,6 +13,7 @@ from dataset.loader import Chance, SampleKey
 from dataset.query import Querier, count_kept
 from dataset.reading import to_input, to_label
 from dataset.transforms import StrongColours, random_view
+from utils import IMAGENET, Preprocessing
 from utils.config.schema import AugmentSection, Config, SupervisedSection
 from utils.distributed import world
 from utils.errors import UserError
@@ -21,85 +22,52 @@ Record = TypeVar("Record", bound=tuple)
 
 
 class QueryPair(NamedTuple):
-    """An image and the labeled image queried for it. A batch adds a first dimension.
+    """A labeled image and its partner. A batch adds a first dimension."""
 
-    Attributes:
-        image: (3, H, W) float, normalised.
-        label: (H, W) long, true or pseudo, 255 = ignored.
-        query_image: (3, H, W) float, normalised.
-        query_label: (H, W) long, true.
-        shared_class: class id, 255 if the pair shares none.
-    """
-
-    image: Tensor
-    label: Tensor
-    query_image: Tensor
-    query_label: Tensor
-    shared_class: Tensor | int
+    image: Tensor  # (3, H, W) float, normalised
+    label: Tensor  # (H, W) long, 255 = ignored
+    query_image: Tensor  # (3, H, W) float, normalised
+    query_label: Tensor  # (H, W) long
+    shared_class: Tensor | int  # class id, 255 if the pair shares none
 
 
 class QueriedImage(NamedTuple):
-    """The labeled image queried for another, as a teacher sees it. A batch adds a first dimension.
+    """The partner of an image, for the teacher to pass. A batch adds a first dimension."""
 
-    Attributes:
-        shared_class: class id, 255 if the two share none.
-        image: (3, H, W) float, normalised, aimed at the shared class.
-        label: (H, W) long, true.
-    """
-
-    shared_class: Tensor | int
-    image: Tensor
-    label: Tensor
+    shared_class: Tensor | int  # class id, 255 if the two share none
+    image: Tensor  # (3, H, W) float, normalised; shows the shared class
+    label: Tensor  # (H, W) long, true
 
 
 class QueriedPrototype(NamedTuple):
-    """Which labeled image is queried for another, where a bank keeps its prototypes.
+    """The partner of an image, for a bank of prototypes. A batch adds a first dimension."""
 
-    Attributes:
-        shared_class: class id, 255 if the two share none.
-        position: of the queried image in the labeled list.
-    """
-
-    shared_class: Tensor | int
-    position: Tensor | int
+    shared_class: Tensor | int  # class id, 255 if the two share none
+    position: Tensor | int  # of the partner in the labeled list
 
 
 Queried = QueriedImage | QueriedPrototype
 
 
 class RetrainSample(NamedTuple):
-    """What a retraining step needs of an unlabeled image. A batch adds a first dimension.
+    """What a retraining step needs of an unlabeled image. A batch adds a first dimension."""
 
-    Attributes:
-        image: (3, H, W) float, normalised, as the teacher sees it.
-        pseudo_label: (H, W) long, 255 = ignored.
-        student_image: (3, H, W) float, normalised, the same crop in strong colours.
-        labeled_image: (3, H, W) float, normalised, of another labeled image.
-        labeled_label: (H, W) long, true.
-        queried: what guides the pseudo label.
-    """
-
-    image: Tensor
-    pseudo_label: Tensor
-    student_image: Tensor
-    labeled_image: Tensor
-    labeled_label: Tensor
-    queried: Queried
+    image: Tensor  # (3, H, W) float, normalised, as the teacher sees it
+    pseudo_label: Tensor  # (H, W) long, 255 = ignored
+    student_image: Tensor  # (3, H, W) float, normalised, the same crop in strong colours
+    labeled_image: Tensor  # (3, H, W) float, normalised, of a labeled image
+    labeled_label: Tensor  # (H, W) long, true
+    queried: Queried  # the partner whose prototype weighs the pseudo label
 
 
 def parts(batch: Record, count: int) -> list[Record]:
-    """Cut a batch into parts along the first dimension of its tensors.
-
-    Args:
-        batch: a record of tensors and records.
-        count: parts; alike in size where it divides the batch.
-    """
+    """Cut a batch, a record of tensors and records, into parts along the first dimension."""
     columns = [parts(x, count) if isinstance(x, tuple) else x.chunk(count) for x in batch]
     return [type(batch)._make(row) for row in zip(*columns, strict=True)]
 
 
 class LabeledPairs(Dataset[QueryPair]):
-    """Stage 1: every labeled image with a partner; the list is passed ``repeat`` times an epoch."""
+    """Stage 1: every labeled image with a partner, ``repeat`` times an epoch."""
 
     def __init__(
         self,
@@ -109,28 +77,31 @@ class LabeledPairs(Dataset[QueryPair]):
         chance: Chance,
         repeat: int = 1,
         read: SampleReader = read_sample,
+        preprocessing: Preprocessing = IMAGENET,
     ) -> None:
         self._labeled, self._querier, self._augment = labeled, querier, augment
         self._chance, self._repeat, self._read = chance, repeat, read
+        self._preprocessing = preprocessing
 
     def __len__(self) -> int:
         """Return the number of pairs an epoch."""
         return len(self._labeled) * self._repeat
 
     def names(self, keys: Iterable[SampleKey]) -> list[str]:
-        """Tell which images keys ask for, beside the partners drawn for them."""
+        """Return the names of the images that keys stand for, without partners."""
         return [self._labeled[key.index % len(self._labeled)].name for key in keys]
 
     def __getitem__(self, key: SampleKey) -> QueryPair:
         """Read, augment and pair a labeled image."""
         rng = self._chance.of(*key)
         sample = self._labeled[key.index % len(self._labeled)]
-        image, mask = _weak_view(*self._read(sample), self._augment, rng)
-        query = self._querier.draw(sample.name, mask, rng)
+        preprocessing = self._preprocessing
+        image, mask = _weak_view(self._read(sample), self._augment, rng, preprocessing)
+        query = self._querier.draw(sample.name, mask, rng, preprocessing)
         return QueryPair(
-            to_input(image),
+            to_input(image, preprocessing),
             to_label(mask),
-            to_input(query.image),
+            to_input(query.image, preprocessing),
             to_label(query.mask),
             query.shared_class,
         )
@@ -139,19 +110,20 @@ class LabeledPairs(Dataset[QueryPair]):
 class RetrainSamples(Dataset[RetrainSample]):
     """Stages 4 and 6: every pseudo-labeled image with a partner and a labeled image.
 
-    The labeled list repeats until it is as long as the unlabeled one; an epoch's turn of it
-    starts one further, so that it is not always the same two images that meet. Where it is the
-    longer one, each epoch goes on where the last one ended.
+    The labeled list repeats until it is as long as the unlabeled one, shifted by one image every
+    epoch, so that an unlabeled image is combined with all labeled ones. If it is the longer one,
+    each epoch continues where the last one ended.
 
     Args:
         unlabeled: their masks are pseudo labels.
         labeled: the labeled images.
-        query: finds what guides an unlabeled image, by its name and the crop of its pseudo label;
+        query: draws a partner, by an unlabeled image's name and the crop of its pseudo label;
             ``queried_image`` or ``queried_prototype`` with a querier.
         augment: the weak augmentation of all, and the strong one of unlabeled images.
-        chance: of the stage.
+        chance: random numbers of the stage.
         strong_teacher: show the teacher the strong colours too, as the published code does.
         read: reads an image and its label.
+        preprocessing: of the network's encoder.
     """
 
     def __init__(
@@ -163,9 +135,10 @@ class RetrainSamples(Dataset[RetrainSample]):
         chance: Chance,
         strong_teacher: bool = False,
         read: SampleReader = read_sample,
+        preprocessing: Preprocessing = IMAGENET,
     ) -> None:
         self._unlabeled, self._labeled, self._query = unlabeled, labeled, query
-        self._read = read
+        self._read, self._preprocessing = read, preprocessing
         self._augment, self._chance, self._strong_teacher = augment, chance, strong_teacher
         self._colours = StrongColours(augment.strong)
 
@@ -174,7 +147,7 @@ class RetrainSamples(Dataset[RetrainSample]):
         return len(self._unlabeled)
 
     def names(self, keys: Iterable[SampleKey]) -> list[str]:
-        """Tell which images keys ask for, beside the partners drawn for them."""
+        """Return the names of the images that keys stand for, without partners."""
         return [
             sample.name
             for key in keys
@@ -185,64 +158,71 @@ class RetrainSamples(Dataset[RetrainSample]):
         count = len(self._labeled)
         if count <= len(self):
             return self._labeled[(key.index + key.epoch) % count]
-        place = key.epoch * len(self) + key.index  # an epoch goes on where the last one ended
+        place = key.epoch * len(self) + key.index  # continues where the last epoch ended
         return self._labeled[(place + place // count) % count]
 
     def __getitem__(self, key: SampleKey) -> RetrainSample:
         """Read and augment an unlabeled image, a labeled image, and what is queried."""
         rng = self._chance.of(*key)
         sample = self._unlabeled[key.index]
-        weak, mask = _weak_view(*self._read(sample), self._augment, rng)
-        strong = to_input(self._colours(weak, rng))
+        preprocessing = self._preprocessing
+        weak, mask = _weak_view(self._read(sample), self._augment, rng, preprocessing)
+        strong = to_input(self._colours(weak, rng), preprocessing)
         labeled_image, labeled_mask = _weak_view(
-            *self._read(self._labeled_at(key)), self._augment, rng
+            self._read(self._labeled_at(key)), self._augment, rng, preprocessing
         )
         return RetrainSample(
-            strong if self._strong_teacher else to_input(weak),
+            strong if self._strong_teacher else to_input(weak, preprocessing),
             to_label(mask),
             strong,
-            to_input(labeled_image),
+            to_input(labeled_image, preprocessing),
             to_label(labeled_mask),
-            self._query(sample.name, mask, rng),  # last: other queries leave the views as they are
+            self._query(
+                sample.name, mask, rng
+            ),  # last: the views must not depend on the kind of query
         )
 
 
 def queried_image(
-    querier: Querier, name: str, mask: Image.Image, rng: np.random.Generator
+    querier: Querier,
+    name: str,
+    mask: Image.Image,
+    rng: np.random.Generator,
+    preprocessing: Preprocessing = IMAGENET,
 ) -> QueriedImage:
-    """Draw a labeled image for the crop of an unlabeled one, and augment it."""
-    query = querier.draw(name, mask, rng)
-    return QueriedImage(query.shared_class, to_input(query.image), to_label(query.mask))
+    """Draw a partner for the crop of an unlabeled image, and augment it."""
+    query = querier.draw(name, mask, rng, preprocessing)
+    image = to_input(query.image, preprocessing)
+    return QueriedImage(query.shared_class, image, to_label(query.mask))
 
 
 def queried_prototype(
     querier: Querier, name: str, mask: Image.Image, rng: np.random.Generator
 ) -> QueriedPrototype:
-    """Draw a labeled image for the crop of an unlabeled one; no file is opened."""
+    """Choose a partner for the crop of an unlabeled image; no file is opened."""
     choice = querier.choose(name, mask, rng)
     return QueriedPrototype(choice.shared_class, choice.position)
 
 
 def _weak_view(
-    image: Image.Image, mask: Image.Image, augment: AugmentSection, rng: np.random.Generator
+    pair: tuple[Image.Image, Image.Image],
+    augment: AugmentSection,
+    rng: np.random.Generator,
+    preprocessing: Preprocessing,
 ) -> tuple[Image.Image, Image.Image]:
-    """Cut the same random view from image and mask."""
+    """Cut the same random view from an image and its mask."""
+    image, mask = pair
     view = random_view((image.height, image.width), augment, rng)
-    return view.image(image), view.mask(mask)
+    return view.image(image, preprocessing.interpolation), view.mask(mask)
 
 
 def repeats(settings: SupervisedSection, labeled: Sequence[Sample]) -> int:
-    """Tell how often stage 1 passes the labeled list an epoch."""
+    """Return how often an epoch of stage 1 passes the labeled list."""
     return 2 if len(labeled) < settings.repeat_below else 1
 
 
 def refuse_batch_sizes(config: Config, splits: Splits) -> None:
-    """Check the sizes of batches before anything trains.
-
-    Raises:
-        UserError: a batch is larger than an epoch, has no image for a process, or cannot be cut
-            into equal parts.
-    """
+    """Raise a ``UserError`` if a batch exceeds an epoch or is no equal share for each process."""
     labeled = len(splits.labeled) * repeats(config.supervised, splits.labeled)
     reliable = count_kept(len(splits.unlabeled), config.select.keep)
     for key, settings, samples in (

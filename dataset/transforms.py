@@ -1,4 +1,4 @@
-"""Augmentation: one window of the scaled image, mirrored or not; and strong colours."""
+"""Augmentation: a random view (scale, crop, mirror), and strong colours."""
 
 from typing import NamedTuple
 
@@ -12,24 +12,21 @@ from utils.config.schema import AugmentSection, StrongSection
 
 
 class View(NamedTuple):
-    """What of an image is kept; the same view of its mask fits it pixel by pixel.
+    """Scale, crop and mirror, the same for an image and its mask."""
 
-    Attributes:
-        scaled: (height, width) the whole image is resized to.
-        top, left: of the kept window, in pixels of the scaled image.
-        crop: side of the square result; what the scaled image does not fill is padding, at the
-            bottom and right.
-        flip: mirror left and right.
-    """
-
-    scaled: tuple[int, int]
-    top: int
+    scaled: tuple[int, int]  # (height, width) the whole image is resized to
+    top: int  # of the kept window, in pixels of the scaled image
     left: int
-    crop: int
-    flip: bool
+    crop: int  # side of the square result, padded at the bottom and right
+    flip: bool  # mirror left and right
 
-    def image(self, image: Image.Image) -> Image.Image:
-        """Cut an RGB picture, antialiased: resize, then crop, within rounding; padding is 0."""
+    def image(self, image: Image.Image, interpolation: str = "bilinear") -> Image.Image:
+        """Cut an RGB picture, antialiased: resize, then crop, within rounding; padding is 0.
+
+        Args:
+            image: the whole picture.
+            interpolation: 'bilinear' or 'bicubic'.
+        """
         height, width = self._window
         rows, columns = image.height / self.scaled[0], image.width / self.scaled[1]
         box = (
@@ -38,7 +35,7 @@ class View(NamedTuple):
             min((self.left + width) * columns, image.width),
             min((self.top + height) * rows, image.height),
         )
-        window = image.resize((width, height), Image.Resampling.BILINEAR, box)
+        window = image.resize((width, height), Image.Resampling[interpolation.upper()], box)
         if self.flip:
             window = window.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         border = (0, 0, self.crop - width, self.crop - height)  # none if the window fills it
@@ -62,8 +59,8 @@ class View(NamedTuple):
 def _nearest(length: int, scaled: int) -> np.ndarray:
     """(scaled,) int: the pixel of a line that each pixel of its resized line takes.
 
-    Pillow adds up steps, and so settles which of two pixels, equally near, is taken; its ``resize``
-    of a window starts to add at the window, and settles some otherwise.
+    As Pillow's ``resize`` of the whole line, which accumulates steps: their rounding decides
+    between two pixels that are equally near. Its ``resize`` of a window can decide otherwise.
     """
     steps = np.full(scaled, length / scaled)
     steps[0] /= 2
@@ -84,7 +81,7 @@ def random_view(
         rng: the sample's random numbers.
         target: (row, column) of a pixel of the image that the window must show.
 
-    Source: METHOD's published settings; aiming at a pixel replaces unbounded retries.
+    Source: docs/method.md, sections 5 and 10; aiming at a pixel replaces unbounded retries.
     """
     long_side = rng.uniform(*augment.scale) * augment.base_size
     scaled = tuple(max(1, round(side * long_side / max(size))) for side in size)
@@ -102,7 +99,7 @@ def random_view(
 class StrongColours:
     """Colour jitter, grey, blur: the strong augmentation of unlabeled images.
 
-    Source: METHOD's published settings, those of ST++, are the section's defaults.
+    Source: docs/method.md, section 10; the defaults are those of ST++.
     """
 
     def __init__(self, settings: StrongSection) -> None:
@@ -115,7 +112,7 @@ class StrongColours:
         )
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """Recolour an RGB picture; torch's own random numbers stay as they were."""
+        """Recolour an RGB picture; torch's global generator keeps its state."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(rng.integers(2**63)))  # not an accelerator's
             image = self._colours(image)

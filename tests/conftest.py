@@ -15,7 +15,7 @@ from hypothesis import settings
 from torch import multiprocessing
 
 from dataset.catalog import KINDS
-from dataset.demo.__main__ import write_demo
+from dataset.demo.writing import write_demo
 from dataset.lists import Splits, read_splits
 from utils.config.schema import AugmentSection, DatasetSection
 from utils.errors import UserError, exit_with_one_line

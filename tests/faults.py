@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from dataset.catalog import KINDS  # noqa: E402
-from dataset.demo.__main__ import write_demo  # noqa: E402
+from dataset.demo.writing import write_demo  # noqa: E402
 from utils.errors import exit_with_one_line  # noqa: E402
 from utils.files import sha256  # noqa: E402
 

@@ -113,7 +113,7 @@ def unlabeled_in_val(root):
             ["dataset.unlabeled", "unlabeled.txt is neither in the working folder nor in"],
         ),
         (empty_list, ["val.txt", "empty", "needs an image a line"]),
-        (list_without_masks, ["dataset.labeled", "JPEGImages/0000.jpg", "without a mask", "name"]),
+        (list_without_masks, ["dataset.labeled", "JPEGImages/0000.jpg", "has no mask", "name"]),
         (line_that_leaves_the_root, ["unlabeled.txt:11", "../elsewhere/x.jpg", "leaves the data"]),
         (without_image, ["0009.jpg", "no such file", "correct the list or dataset.root"]),
         (without_mask, ["0001.png", "no such file", "correct the list or dataset.root"]),

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import demo as program
 from dataset.catalog import KINDS
-from dataset.demo.__main__ import write_demo
+from dataset.demo import __main__ as program
 from dataset.demo.objects import CLASSES
 from dataset.demo.scene import draw_scene
+from dataset.demo.writing import write_demo
 from dataset.lists import read_splits
 from dataset.query import QueryRule
 from utils.config.schema import DatasetSection, QuerySection

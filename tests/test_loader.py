@@ -10,7 +10,14 @@ from PIL import Image
 
 from dataset.catalog import KINDS
 from dataset.lists import read_splits
-from dataset.loader import Chance, EpochBatches, SampleKey, training_batches, whole_images
+from dataset.loader import (
+    Chance,
+    EpochBatches,
+    SampleKey,
+    photographs,
+    training_batches,
+    whole_images,
+)
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.reading import read_mask
 from dataset.training import (
@@ -19,6 +26,7 @@ from dataset.training import (
     queried_image,
     queried_prototype,
 )
+from utils import IMAGENET, Preprocessing
 from utils.config.schema import AugmentSection, DatasetSection, InferenceSection, QuerySection
 from utils.errors import UserError
 
@@ -156,6 +164,49 @@ def test_a_bank_queries_the_same_labeled_images_and_opens_none(parts, retrain, a
     assert splits.labeled[queried.position].name in querier._index[queried.shared_class]
 
 
+def test_every_image_is_normalised_by_the_encoders_record(parts, augment):
+    splits, querier = parts
+    other = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET.mean, IMAGENET.std))
+
+    def images(preprocessing):
+        query = partial(queried_image, querier, preprocessing=preprocessing)
+        pair = LabeledPairs(splits.labeled, querier, augment, CHANCE, preprocessing=preprocessing)[
+            SampleKey(0, 0)
+        ]
+        sample = RetrainSamples(
+            splits.val, splits.labeled, query, augment, CHANCE, preprocessing=preprocessing
+        )[SampleKey(0, 0)]
+        whole = [
+            next(iter(load(splits.val, InferenceSection(), 0, preprocessing=preprocessing))).image[
+                0
+            ]
+            for load in (whole_images, photographs)
+        ]
+        trained = [pair.image, pair.query_image, sample.image, sample.student_image]
+        return [*trained, sample.labeled_image, sample.queried.image, *whole]
+
+    for ours, theirs in zip(images(other), images(IMAGENET), strict=True):
+        assert torch.allclose(ours * 0.25 + 0.5, theirs * std + mean, atol=1e-5)
+
+
+def test_bicubic_encoders_are_given_bicubic_crops(parts, augment):
+    splits, querier = parts
+    pairs = [
+        LabeledPairs(
+            splits.labeled,
+            querier,
+            augment,
+            CHANCE,
+            preprocessing=Preprocessing(interpolation=name),
+        )[SampleKey(0, 0)]
+        for name in ("bilinear", "bicubic")
+    ]
+    assert not torch.equal(pairs[0].image, pairs[1].image)
+    assert torch.allclose(pairs[0].image, pairs[1].image, atol=1.0)
+    assert torch.equal(pairs[0].label, pairs[1].label)
+
+
 def test_every_unlabeled_image_meets_every_labeled_one(parts):
     splits, querier = parts
     whole = AugmentSection(base_size=64, scale=(1.0, 1.0), crop_size=64)
@@ -187,16 +238,17 @@ def test_crop_larger_than_the_image_is_padded(parts):
     assert (pair.label[:48, :64] != 255).float().mean() > 0.8
 
 
-def test_whole_images_keep_the_lists_order_and_the_labels_size(parts):
+def test_whole_images_keep_the_lists_order_and_their_own_size(parts):
     samples = parts[0].val
     for workers in (0, 2):
-        settings = InferenceSection(long_side=32, batch_size=1)
+        settings = InferenceSection(
+            long_side=32, batch_size=1
+        )  # views are resized by the predictor
         items = list(whole_images(samples, settings, workers))
         assert [item.index.item() for item in items] == [0, 1, 2, 3]
-        assert {item.image.shape for item in items} == {(1, 3, 24, 32)}
+        assert {item.image.shape for item in items} == {(1, 3, 48, 64)}
         assert {item.label.shape for item in items} == {(1, 48, 64)}
-    (item,) = whole_images(parts[0].unlabeled[:1], InferenceSection(long_side=1000), 0)
-    assert item.image.shape == (1, 3, 48, 64)  # never enlarged
+    (item,) = whole_images(parts[0].unlabeled[:1], InferenceSection(), 0)
     assert (item.label == 255).all()
 
 

@@ -68,8 +68,8 @@ def test_killed_worker_ends_the_run_in_one_line_and_leaves_no_half_file(tmp_path
     with pytest.raises(UserError) as refused:
         run(tmp_path, step._replace(write=write_half_and_die), workers=2)
     assert str(refused.value) == (
-        "--workers: one of 2 was killed, for want of memory perhaps; "
-        "the same command goes on, with fewer workers if need be"
+        "--workers: one of 2 was killed, perhaps for lack of memory; run the same command again, "
+        "with fewer workers if need be"
     )
     assert sorted(path.name for path in (tmp_path / "to").iterdir()) == [".c.partial", "a", "b"]
     before = (tmp_path / "to/a").stat().st_mtime_ns

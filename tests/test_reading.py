@@ -15,6 +15,7 @@ from dataset.reading import (
     to_input,
     to_label,
 )
+from utils import IMAGENET, Preprocessing
 from utils.errors import UserError
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
@@ -55,7 +56,7 @@ def test_integers_below_256_are_shades_and_real_numbers_are_refused(tmp_path):
     Image.fromarray(shades.astype(np.int32)).save(tmp_path / "i.tif")
     assert np.asarray(read_image(tmp_path / "i.tif"))[..., 0].tolist() == shades.tolist()
     Image.fromarray(shades.astype(np.float32)).save(tmp_path / "f.tif")
-    with pytest.raises(UserError, match=r"f\.tif: holds real numbers of no known range"):
+    with pytest.raises(UserError, match=r"f\.tif: holds floating-point numbers of unknown range"):
         read_image(tmp_path / "f.tif")
 
 
@@ -155,12 +156,15 @@ def test_huge_picture_is_refused_in_one_line(tmp_path, monkeypatch):
             check(tmp_path / "x.png")
 
 
-def test_input_is_normalised_by_imagenet():
-    pixel = to_input(Image.new("RGB", (1, 1), (255, 0, 51)))
+def test_input_is_normalised_by_the_encoders_record():
+    half = Preprocessing(mean=(0.5, 0.0, 0.2), std=(0.5, 0.25, 1.0))
+    pixel = to_input(Image.new("RGB", (1, 1), (255, 0, 51)), half)
+    assert pixel.flatten().tolist() == pytest.approx([1, 0, 0], abs=1e-6)
+    pixel = to_input(Image.new("RGB", (1, 1), (255, 0, 51)), IMAGENET)
     expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
     assert pixel.shape == (3, 1, 1)
     assert pixel.dtype == torch.float32
-    assert to_input(Image.fromarray(COLOUR)).is_contiguous()
+    assert to_input(Image.fromarray(COLOUR), IMAGENET).is_contiguous()
     assert pixel.flatten().tolist() == pytest.approx(expected, abs=1e-5)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dataset.lists import Sample
 from dataset.query import (
-    keep_reliable_guides,
+    keep_reliable_partners,
     read_selection,
     split_by_reliability,
     write_selection,
@@ -46,19 +46,19 @@ def test_halves_part_the_images_whatever_their_order(scores, keep):
     assert split_by_reliability(backwards, keep) == (reliable, unreliable)
 
 
-def test_only_guide_of_a_rare_class_stays():
+def test_only_partner_of_a_rare_class_stays():
     index = {1: ["a", "b", "c"], 4: ["b"]}
     scores = {(1, "a"): -3.0, (1, "b"): -1.0, (1, "c"): -2.0, (4, "b"): -9.0}
-    assert keep_reliable_guides(index, scores, 0.5) == {1: ["b", "c"], 4: ["b"]}
+    assert keep_reliable_partners(index, scores, 0.5) == {1: ["b", "c"], 4: ["b"]}
 
 
 def test_selection_survives_its_files(tmp_path):
     names = ["x/1.jpg", "x/2.jpg", "x/3.jpg"]
     unlabeled = [Sample(name, Path("root") / name, None) for name in names]
     images = {"x/1.jpg": -math.inf, "x/2.jpg": -0.25, "x/3.jpg": -0.5}
-    guides = {(0, "a"): -0.5, (2, "a"): -0.1, (2, "b"): -0.2}
+    partners = {(0, "a"): -0.5, (2, "a"): -0.1, (2, "b"): -0.2}
     kept = write_selection(
-        tmp_path, images, guides, {2: ["a", "b"]}, 0.5, ("sky", "road", "traffic, light")
+        tmp_path, images, partners, {2: ["a", "b"]}, 0.5, ("sky", "road", "traffic, light")
     )
     assert kept == 2
     selection = read_selection(tmp_path, unlabeled, ("sky", "road", "traffic, light"))

@@ -238,8 +238,8 @@ def test_bad_words(train, complaint, tmp_path, words, told):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("a.jpg a.png\nb.jpg", "train.txt: b.jpg stands there without a mask; name it beside"),
-        ("0001\n0002", "train.txt:1: 0001 is a bare id; name the data set"),
+        ("a.jpg a.png\nb.jpg", "train.txt: b.jpg has no mask; name it beside it"),
+        ("0001\n0002", "train.txt:1: 0001 is a bare id; --config FILE tells"),
         ("", "train.txt: this list is empty"),
     ],
 )

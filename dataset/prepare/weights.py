@@ -18,16 +18,15 @@ BY_HAND = {  # the name in UniMatch's README, the file that its link gives
 
 
 def fetch_weights(names: Sequence[str], folder: Path, mirror: str | None = None) -> None:
-    """Fetch backbone weights of torchvision, and check them against the hash in their names.
+    """Fetch torchvision's weights as ``<name>.pth``, checked against the hash in their file names.
 
     Args:
         names: some of ``WEIGHTS``.
-        folder: gets ``<name>.pth``; what is there and whole is left as it is.
+        folder: where the files go.
         mirror: base address that has files of the same names; None for torchvision's own.
 
     Raises:
-        UserError: a name without a public address, found before anything is fetched; or as
-            ``download``.
+        UserError: as ``download``; a name without a public address, before anything is fetched.
     """
     for name in names:
         _refuse_unfetchable(name, folder)

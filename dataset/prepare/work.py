@@ -1,11 +1,10 @@
-"""What the data sets share: masks written over all cores, and lists that say they are complete."""
+"""What all data sets need: files written on all cores, then the lists that name them."""
 
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -16,47 +15,41 @@ from tqdm import tqdm
 from utils.errors import UserError
 from utils.files import write_atomically, write_text
 
-_CHUNK = 16  # files a worker takes at once
-
 
 class Step(NamedTuple):
-    """Files to write, one from one source.
+    """Files to write, each from one source."""
 
-    Attributes:
-        title: of the progress bar.
-        write: takes a source and the path to write, atomically; a function of a module.
-        sources: by path.
-    """
-
-    title: str
-    write: Callable[[Any, Path], None]
-    sources: Mapping[Path, Any]
+    title: str  # of the progress bar
+    write: Callable[[Any, Path], None]  # a module's function (source, path), writes atomically
+    sources: Mapping[Path, Any]  # by path
 
 
 def complete(
     root: Path,
     lists: Mapping[str, Sequence[str]],
     counts: Mapping[str, int],
-    steps: Iterable[Step],
+    steps: Sequence[Step],
     workers: int,
 ) -> None:
-    """Write what is missing of a data set, and last its lists.
+    """Write the missing files of a data set, then its lists.
 
-    Files that exist are whole and stay as they are, so a killed run goes on where it stopped.
+    Files that exist are complete and are left alone, so a killed run continues where it stopped.
 
     Args:
         root: folder of the data set.
         lists: the lines of ``<name>.txt``, by name.
         counts: how many lines each must have.
-        steps: the files to write.
+        steps: the files to write; their sources are paths or records.
         workers: processes; below 2, all is done in this one.
 
     Raises:
-        UserError: another number of images, or a list with other lines in the place of ours, found
-            before anything is written; or what a step raises.
+        UserError: before anything is written: a source is missing, another number of images, or a
+            list with other lines is there; later what a step raises.
     """
-    _refuse_other_counts(root, lists, counts)
-    _refuse_other_lists(root, lists)
+    for step in steps:
+        refuse_missing(source for source in step.sources.values() if isinstance(source, Path))
+    for name, lines in lists.items():
+        _refuse_other_list(root / f"{name}.txt", lines, counts[name])
     for step in steps:
         _write_missing(step, workers)
     for name, lines in lists.items():
@@ -77,11 +70,7 @@ def refuse_missing(files: Iterable[Path]) -> None:
 
 
 def read_words(path: Path) -> list[str]:
-    """Read the names in a published list.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Read the names in a published list; a ``UserError`` if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
@@ -89,11 +78,7 @@ def read_words(path: Path) -> list[str]:
 
 
 def import_extra(name: str, package: str, use: str) -> ModuleType:
-    """Import what only one data set needs.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Import what one data set alone needs; a ``UserError`` if it is not installed."""
     try:
         return import_module(name)
     except ImportError as error:
@@ -105,47 +90,35 @@ def copy_file(source: Path, path: Path) -> None:
     write_atomically(path, lambda beside: shutil.copyfile(source, beside))
 
 
+def _refuse_other_list(path: Path, lines: Sequence[str], count: int) -> None:
+    if len(lines) != count:
+        raise UserError(
+            f"{path.parent}: {len(lines)} images for {path.name} where the data set has {count}; "
+            "nothing is written: complete the files and run it again"
+        )
+    if path.exists() and sorted(read_words(path)) != sorted(" ".join(lines).split()):
+        raise UserError(f"{path}: another list is there; rename it, ours has this name")
+
+
 def _write_missing(step: Step, workers: int) -> None:
     jobs = [(source, path) for path, source in step.sources.items() if not path.exists()]
-    total = len(step.sources)
-    bar = partial(
-        tqdm, desc=step.title, total=total, initial=total - len(jobs), disable=None, leave=False
-    )
-    if min(workers, len(jobs)) < 2:
-        for source, path in bar(jobs):
+    workers = min(workers, len(jobs))
+    bar = tqdm(desc=step.title, total=len(jobs), disable=None, leave=False)
+    if workers < 2:
+        for source, path in jobs:
             step.write(source, path)
+            bar.update()
         return
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), initializer=_leave_interrupts_to_the_parent)
+    pool = ProcessPoolExecutor(
+        workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    )
     try:
-        for _ in bar(pool.map(step.write, *zip(*jobs, strict=True), chunksize=_CHUNK)):
-            pass
+        for _ in pool.map(step.write, *zip(*jobs, strict=True), chunksize=16):
+            bar.update()
     except BrokenProcessPool as error:
         raise UserError(
-            f"--workers: one of {workers} was killed, for want of memory perhaps; "
-            "the same command goes on, with fewer workers if need be"
+            f"--workers: one of {workers} was killed, perhaps for lack of memory; run the same "
+            "command again, with fewer workers if need be"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _refuse_other_counts(
-    root: Path, lists: Mapping[str, Sequence[str]], counts: Mapping[str, int]
-) -> None:
-    for name, lines in lists.items():
-        if len(lines) != counts[name]:
-            raise UserError(
-                f"{root}: {len(lines)} images for {name}.txt where the data set has "
-                f"{counts[name]}; nothing is written: complete the files and run it again"
-            )
-
-
-def _refuse_other_lists(root: Path, lists: Mapping[str, Sequence[str]]) -> None:
-    """A list of the user's own is not to be overwritten."""
-    for name, lines in lists.items():
-        path = root / f"{name}.txt"
-        if path.exists() and sorted(read_words(path)) != sorted(" ".join(lines).split()):
-            raise UserError(f"{path}: another list is there; rename it, ours goes by this name")

@@ -1,8 +1,7 @@
-"""Lists of images: ``python -m dataset.splits make | import | check``.
+"""Lists of images: ``python -m dataset.splits make | check``.
 
 make    draw a labeled list from a training list, for example 1/8 of it
-import  take in lists of ST++, CISC-R, UniMatch and U2PL
-check   look for what would spoil a result: counts, overlaps, files, classes, a query index
+check   look for what would spoil a result: counts, overlaps, files, classes
 """
 
 import argparse
@@ -10,11 +9,10 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from dataset.catalog import KINDS, describe
-from dataset.lists import Splits, find_root
+from dataset.catalog import describe
+from dataset.lists import find_root
 from dataset.query import QueryRule
 from dataset.splits.check import audit, audit_table
-from dataset.splits.foreign import import_lists
 from dataset.splits.make import make_lists
 from utils.config.reading import read_config
 from utils.errors import Parser, UserError, exit_with_one_line
@@ -51,31 +49,14 @@ def make(words: Sequence[str]) -> None:
     print(*report, sep="\n")
 
 
-def import_(words: Sequence[str]) -> None:
-    """Take in lists of ST++, CISC-R, UniMatch and U2PL; the images need not be there yet."""
-    parser = _parser(import_, "import")
-    for name in Splits._fields:
-        parser.add_argument(f"--{name}", type=Path, metavar="LIST", help=f"for {name}.txt")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets our lists")
-    parser.add_argument("--kind", choices=KINDS, help="data set of bare ids such as 2007_000033")
-    typed = parser.parse_args(words)
-    lists = {name: getattr(typed, name) for name in Splits._fields}
-    lists = {name: path for name, path in lists.items() if path is not None}
-    if not lists:
-        raise UserError("--labeled, --unlabeled, --val: all missing; name the lists to import")
-    print(*import_lists(lists, typed.out, KINDS.get(typed.kind)), sep="\n")
-
-
 def check(words: Sequence[str]) -> None:
-    """Look for what would spoil a result; exit with 2 if training or a query index would."""
+    """Look for what would spoil a result; exit with 2 if training would refuse it."""
     parser = _parser(check, "check")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="such as dataset.root=DIR")
     parser.add_argument("--config", required=True, help="names lists, root and query rule")
-    index = "JSON {class: [image]}, a folder of lists, or a list: are its images labeled?"
-    parser.add_argument("--foreign-index", type=Path, metavar="PATH", help=index)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found here")
     typed = parser.parse_intermixed_args(words)
-    found = audit(read_config(typed.config, typed.settings), typed.foreign_index)
+    found = audit(read_config(typed.config, typed.settings))
     print(audit_table(found))
     if typed.json is not None:
         write_json(typed.json, found.to_json())
@@ -86,8 +67,8 @@ def check(words: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Make, import and check lists of images."""
-    commands = {"make": make, "import": import_, "check": check}
+    """Make and check lists of images."""
+    commands = {"make": make, "check": check}
     parser = Parser(
         prog="python -m dataset.splits",
         description=__doc__,

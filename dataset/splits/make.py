@@ -3,16 +3,18 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
+
 from dataset.catalog import Kind
-from dataset.lists import Sample, line_of, read_lines, samples_of, write_lists
+from dataset.lists import Sample, Splits, find_faults, line_of, read_list
 from dataset.query import QueryRule
-from dataset.splits.check import class_areas, read_labels
 from utils.errors import UserError
+from utils.files import write_text
 
 Shown = frozenset[tuple[int, bool]]  # (class id, whether a query can find it) of a label
 
@@ -29,8 +31,8 @@ def make_lists(
     """Write ``labeled.txt`` and ``unlabeled.txt``.
 
     What is labeled is a function of the seed and the set of images, whatever the list's order.
-    With the same seed (and rule) a smaller labeled list lies inside a larger one, always: both
-    begin one sequence; ``cover`` begins it if classes are to be kept, and chance goes on.
+    With the same seed (and rule) a smaller labeled list is part of a larger one: both begin one
+    sequence, random but for the images of ``cover`` at its start if classes are to be kept.
 
     Args:
         train: the list; every line names a mask.
@@ -38,24 +40,24 @@ def make_lists(
         seed: another one gives other lists.
         folder: gets both lists.
         root: folder that the masks are read in, if classes are to be kept.
-        kind: tells where bare ids lie, and the classes to keep.
+        kind: tells where the files of bare ids are, and the classes to keep.
         keep_classes: keep every class labeled, and labeled so that this rule finds it, where that
-            can be; None leaves it to chance and opens no mask.
+            can be; None draws at random and opens no mask.
 
     Returns:
-        What was done, in lines; classes that got lost among them.
+        What was done, in lines; classes that no labeled image shows among them.
 
     Raises:
         UserError: as ``read_list``, ``count_labeled`` and ``write_lists``; a line without mask;
             if classes are to be kept, a mask that training would refuse.
     """
-    samples = shuffled(samples_of(read_lines(train), train, root, kind), seed)
+    samples = shuffled(read_list(train, root, kind), seed)
     for sample in samples:
         if sample.mask is None:
-            raise UserError(f"{train}: {sample.name} stands there without a mask; name it beside")
+            raise UserError(f"{train}: {sample.name} has no mask; name it beside it")
     count, lost = count_labeled(len(samples), share), []
     if keep_classes is not None:
-        shown = list(_shown(samples, keep_classes, kind))
+        shown = _shown(samples, keep_classes, kind)
         first = cover(shown)
         order = first + sorted(set(range(len(samples))) - set(first))
         samples, shown = [samples[row] for row in order], [shown[row] for row in order]
@@ -68,6 +70,26 @@ def make_lists(
         f"{folder / 'unlabeled.txt'}: the other {len(unlabeled)}, without masks",
         *lost,
     ]
+
+
+def write_lists(folder: Path, lists: Mapping[str, Sequence[str]]) -> None:
+    """Write ``<name>.txt`` with these lines for every name, or nothing.
+
+    Raises:
+        UserError: a list is there with other lines, or the place is not to be written to.
+    """
+    texts = {
+        folder / f"{name}.txt": "".join(f"{line}\n" for line in lines)
+        for name, lines in lists.items()
+    }
+    for path, text in texts.items():
+        if path.is_file() and path.read_bytes() != text.encode():
+            raise UserError(
+                f"{path}: is there with other lines, and a run may depend on them; name another "
+                "--out, or remove it"
+            )
+    for path, text in texts.items():
+        write_text(path, text)
 
 
 def count_labeled(total: int, share: Fraction | int) -> int:
@@ -88,7 +110,7 @@ def count_labeled(total: int, share: Fraction | int) -> int:
 
 
 def shuffled(samples: Sequence[Sample], seed: int) -> list[Sample]:
-    """Order samples by chance: by a hash of the seed and the name, nothing else."""
+    """Order samples at random: by a hash of the seed and the name, nothing else."""
     return sorted(samples, key=lambda s: hashlib.sha256(f"{seed} {s.name}".encode()).digest())
 
 
@@ -112,13 +134,16 @@ def cover(shown: Sequence[Shown]) -> list[int]:
     return chosen
 
 
-def _shown(samples: Sequence[Sample], rule: QueryRule, kind: Kind) -> Iterator[Shown]:
-    for label in read_labels(samples, kind):
-        if label.mask is None:
-            raise UserError(label.faults[0].line)
-        areas = class_areas(label.mask, rule.num_classes)
-        present = {(int(number), False) for number in areas.nonzero()[0]}
-        yield frozenset(present | {(number, True) for number in rule.classes_in(label.mask)})
+def _shown(samples: Sequence[Sample], rule: QueryRule, kind: Kind) -> list[Shown]:
+    shown: list[Shown] = []
+
+    def note(_: str, label: np.ndarray) -> None:
+        present = {(int(number), False) for number in rule.areas(label).nonzero()[0]}
+        shown.append(frozenset(present | {(number, True) for number in rule.classes_in(label)}))
+
+    for fault in find_faults(Splits(list(samples), [], []), kind, visit=note):
+        raise UserError(fault.line)
+    return shown
 
 
 def _lost(shown: Sequence[Shown], count: int, rule: QueryRule, kind: Kind) -> Iterator[str]:

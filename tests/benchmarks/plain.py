@@ -17,7 +17,7 @@ from dataset.lists import Sample
 from dataset.reading import read_image, read_mask, to_input, to_label
 from dataset.training import QueryPair, RetrainSample
 from model.ops.dilated import DilatedConv2d
-from utils import IGNORE
+from utils import IGNORE, IMAGENET
 from utils.evaluation import ConfusionMatrix
 
 
@@ -90,7 +90,7 @@ def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
 
 
 def image_and_label(sample: Sample, device: torch.device) -> tuple[Tensor, Tensor]:
-    image = to_input(read_image(sample.image)).unsqueeze(0).to(device)
+    image = to_input(read_image(sample.image), IMAGENET).unsqueeze(0).to(device)
     return image, to_label(read_mask(sample.mask)).unsqueeze(0).to(device)
 
 
@@ -103,7 +103,7 @@ def pseudo_label(
     folder: Path,
 ) -> None:
     for sample in samples:
-        image = to_input(read_image(sample.image)).unsqueeze(0).to(device)
+        image = to_input(read_image(sample.image), IMAGENET).unsqueeze(0).to(device)
         total = 0.0
         for scale in scales:
             size = [round(side * scale) for side in image.shape[-2:]]

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from dataset.catalog import describe
-from dataset.demo.__main__ import write_demo
+from dataset.demo.writing import write_demo
 from dataset.lists import Sample, read_splits
 from dataset.loader import Chance, training_batches
 from dataset.query import Querier, QueryRule, build_query_index

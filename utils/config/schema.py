@@ -47,6 +47,7 @@ Range = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
 ClassNames = Annotated[list[str], Field(min_length=2, max_length=255), AfterValidator(_distinct)]
 FileId = Annotated[int, Field(ge=0, le=65535)]
 FileIds = Annotated[list[FileId], BeforeValidator(lambda x: x if isinstance(x, list) else [x])]
+SplitName = Annotated[str, BeforeValidator(lambda x: str(x) if type(x) is int else x)]  # 92
 ClassMap = dict[
     Annotated[int | str, PlainValidator(_file_id)],
     Annotated[int | str | None, PlainValidator(_class)],
@@ -64,6 +65,8 @@ class DatasetSection(Section):
 
     kind: str  # a name of dataset.catalog, or 'custom' with classes
     root: str  # folder that the lists' paths are relative to
+    # A published list of dataset/published, such as 1_16, instead of labeled, unlabeled and val.
+    split: SplitName | None = None
     labeled: str = "labeled.txt"  # image and mask a line
     unlabeled: str = "unlabeled.txt"  # image a line; a mask beside it is never opened
     val: str = "val.txt"  # image and mask a line
