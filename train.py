@@ -6,6 +6,7 @@ python train.py --config pascal.yaml [section.key=value ...] [--from-stage N | -
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ from dataset.training import (
 )
 from model import network_of
 from model.cisc import (
+    anchor_weight,
     class_prototypes,
     class_region,
     consistency_loss,
@@ -75,7 +77,8 @@ from utils.run.stages import Report, Run, Stage, checkpoint_of
 
 EXAMPLES = 4  # validation images in a run's picture
 LabeledLoss = Callable[..., Tensor]  # of logits, labels and the valid pixels of the batch
-Weigh = Callable[[nn.Module, RetrainSample], Tensor]  # pixels of pseudo labels, by the teacher
+# Weight of the pixels of pseudo labels: of the teacher, samples, and the labels' confidence.
+Weigh = Callable[[nn.Module, RetrainSample, Tensor | None], Tensor]
 
 
 class Loss(NamedTuple):
@@ -94,15 +97,20 @@ def train(config: Config, from_stage: int | None = None, fresh: bool = False) ->
     refuse_batch_sizes(config, splits)
     index = build_query_index(splits.labeled, QueryRule.of(config.query, kind))
     with Run(config, from_stage, fresh, splits.digests()) as run:
-        first = run.stage("1_supervised", train_supervised, splits, index)
-        masks = run.stage("2_pseudo_label", write_pseudo_labels, first, splits.unlabeled)
-        chosen = run.stage("3_select", select, first, splits, masks, index)
-        reliable, unreliable, index = read_selection(chosen, splits.unlabeled, kind.classes)
-        pseudo_labeled = with_pseudo_masks(reliable, masks / "masks")
-        second = run.stage("4_retrain", retrain, splits, pseudo_labeled, first, index)
-        masks = run.stage("5_relabel", write_pseudo_labels, second, unreliable)
-        pseudo_labeled += with_pseudo_masks(unreliable, masks / "masks")
-        final = run.stage("6_retrain", retrain, splits, pseudo_labeled, second, index)
+        first = final = run.stage("1_supervised", train_supervised, splits, index)
+        teacher, pseudo_labeled = first, splits.unlabeled
+        if 2 in config.stages:
+            masks = run.stage("2_pseudo_label", write_pseudo_labels, first, splits.unlabeled)
+            pseudo_labeled = with_pseudo_masks(splits.unlabeled, masks / "masks")
+        if 3 in config.stages:
+            chosen = run.stage("3_select", select, first, splits, pseudo_labeled, index)
+            reliable, unreliable, index = read_selection(chosen, splits.unlabeled, kind.classes)
+            pseudo_labeled = with_pseudo_masks(reliable, masks / "masks")
+            teacher = run.stage("4_retrain", retrain, splits, pseudo_labeled, first, index)
+            masks = run.stage("5_relabel", write_pseudo_labels, teacher, unreliable)
+            pseudo_labeled += with_pseudo_masks(unreliable, masks / "masks")
+        if 6 in config.stages:
+            final = run.stage("6_retrain", retrain, splits, pseudo_labeled, teacher, index)
         _draw(run, splits.val, first, final)
         run.finish()
 
@@ -205,16 +213,17 @@ def write_pseudo_labels(stage: Stage, teacher: Path, unlabeled: Sequence[Sample]
 
 
 @torch.inference_mode()
-def select(stage: Stage, teacher: Path, splits: Splits, masks: Path, index: QueryIndex) -> Report:
+def select(
+    stage: Stage,
+    teacher: Path,
+    splits: Splits,
+    pseudo_labeled: Sequence[Sample],
+    index: QueryIndex,
+) -> Report:
     """Stage 3: which pseudo labels, and which labeled images of each class, are reliable."""
     settings, classes = stage.config.select, describe(stage.config.dataset).classes
     net = _teacher(stage, teacher)
-    sums = [  # of each batch, (C, D + 1): prototypes, and how many images have one
-        torch.cat([prototypes, present.unsqueeze(2)], dim=2).sum(dim=0).cpu()
-        for _, prototypes, present in _prototypes(stage, net, splits.labeled, "anchors")
-    ]
-    summed = torch.stack(gathered(sums)).sum(dim=0).to(stage.device.torch_device)
-    anchors = summed[:, :-1] / summed[:, -1:]  # NaN, 0 / 0, for a class that no label shows
+    anchors = class_anchors(stage, net, splits.labeled)
 
     def scored(samples: Sequence[Sample], title: str) -> Iterator[tuple[list[str], Tensor]]:
         for names, features, label in _features(stage, net, samples, title):
@@ -226,7 +235,7 @@ def select(stage: Stage, teacher: Path, splits: Splits, masks: Path, index: Quer
         found = {(c, name): score for name, row in rows for c, score in enumerate(row)}
         partners.append({key: score for key, score in found.items() if math.isfinite(score)})
     images: list[dict[str, float]] = []
-    for names, scores in scored(with_pseudo_masks(splits.unlabeled, masks / "masks"), "unlabeled"):
+    for names, scores in scored(pseudo_labeled, "unlabeled"):
         ranked = image_reliability(scores, settings.score == "mean").tolist()
         images.append(dict(zip(names, ranked, strict=True)))
     by_name = merged(images)
@@ -242,31 +251,89 @@ def retrain(
     teacher: Path,
     index: QueryIndex,
 ) -> Report:
-    """Stages 4 and 6: a new network on labeled and pseudo-labeled images."""
-    config, chance = stage.config, Chance(stage.config.seed, stage.name)
+    """Stages 4 and 6: a student on labeled and pseudo-labeled images."""
+    config, settings = stage.config, stage.config.retrain
+    chance = Chance(config.seed, stage.name)
     net, frozen_teacher = _new_network(stage, chance), _teacher(stage, teacher)
+    if settings.start == "teacher":
+        load_weights(net, checkpoint_of(teacher))
+    average = deepcopy(net).requires_grad_(False) if settings.labels == "average" else None
     labeled_loss, preprocessing = _labeled_loss(config.ohem), net.preprocessing
     read = sample_reader(config.cache, [*pseudo_labeled, *splits.labeled], config.workers)
     querier = _querier(config, splits, index, read)
-    query, weigh = _rectification(stage, frozen_teacher, splits.labeled, querier, preprocessing)
+    query, weigh = _weighting(stage, frozen_teacher, splits.labeled, querier, preprocessing)
     samples = RetrainSamples(
         pseudo_labeled,
         splits.labeled,
         query,
         config.augment,
         chance,
-        config.retrain.teacher_view == "strong",
+        settings.teacher_view == "strong",
         read,
         preprocessing=preprocessing,
     )
 
     def objective(student: nn.Module, samples: RetrainSample, batch: RetrainSample) -> Loss:
         with torch.no_grad():
-            weight = weigh(frozen_teacher, samples)
+            confidence = None
+            if average is not None:
+                samples, confidence = predicted_labels(average, samples)
+            elif settings.threshold or settings.weight.startswith("confidence"):
+                confidence = label_confidence(frozen_teacher, samples)
+            weight = weigh(frozen_teacher, samples, confidence)
+            if settings.threshold:
+                weight = weight * (confidence >= settings.threshold)
+            if settings.mix == "unlabeled":
+                samples, weight = cut_mix(samples, weight)
         return retrain_objective(student, samples, batch, weight, labeled_loss)
 
-    outcome = fit(stage, net, objective, samples, config.retrain, splits.val)
+    outcome = fit(stage, net, objective, samples, settings, splits.val, average)
     return {"images": len(samples), **outcome}
+
+
+def predicted_labels(average: nn.Module, samples: RetrainSample) -> tuple[RetrainSample, Tensor]:
+    """Label the weak views by the running average: samples with labels, and (B, H, W) confidence.
+
+    Source: mean teacher (Tarvainen and Valpola, NeurIPS 2017), FixMatch (Sohn et al., NeurIPS
+    2020).
+    """
+    average.eval()
+    confidence, ids = average(samples.image).logits.softmax(dim=1).max(dim=1)
+    labels = ids.where(samples.pseudo_label != IGNORE, IGNORE)  # padding stays ignored
+    return samples._replace(pseudo_label=labels), confidence
+
+
+def label_confidence(teacher: nn.Module, samples: RetrainSample) -> Tensor:
+    """Return the teacher's probability of each stored label, (B, H, W); 0 where it is ignored."""
+    probability = teacher(samples.image).logits.softmax(dim=1)
+    valid = samples.pseudo_label != IGNORE
+    chosen = probability.gather(1, samples.pseudo_label.where(valid, 0).unsqueeze(1)).squeeze(1)
+    return chosen * valid
+
+
+def cut_mix(samples: RetrainSample, weight: Tensor) -> tuple[RetrainSample, Tensor]:
+    """Paste a random box of each student image, with labels and weights, into the one before it.
+
+    Box: with probability 1/2 an area of U(0.02, 0.4) of the image and an aspect ratio of
+    U(0.3, 1 / 0.3), cut at the edges. Random numbers are torch's, of the CPU.
+
+    Source: CutMix (Yun et al., ICCV 2019); the box as in UniMatch's description.
+    """
+    height, width = weight.shape[-2:]
+    boxes = torch.zeros(weight.shape, dtype=torch.bool)
+    for box in boxes:
+        chance, share, ratio, y, x = torch.rand(5).tolist()
+        area, aspect = (0.02 + 0.38 * share) * height * width, 0.3 + (1 / 0.3 - 0.3) * ratio
+        rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        top, left = int(y * max(1, height - rows)), int(x * max(1, width - columns))
+        box[top : top + rows, left : left + columns] = chance < 0.5
+    boxes = boxes.to(weight.device)
+    image, label = samples.student_image, samples.pseudo_label
+    mixed = samples._replace(
+        student_image=torch.where(boxes.unsqueeze(1), image.roll(-1, dims=0), image),
+        pseudo_label=torch.where(boxes, label.roll(-1, dims=0), label),
+    )
+    return mixed, torch.where(boxes, weight.roll(-1, dims=0), weight)
 
 
 def retrain_objective(
@@ -304,7 +371,17 @@ def retrain_objective(
     return Loss(unlabeled + labeled, terms)
 
 
-def weight_by_image(teacher: nn.Module, samples: RetrainSample) -> Tensor:
+def weight_one(_: nn.Module, samples: RetrainSample, __: Tensor | None) -> Tensor:
+    """Weigh every pixel 1: plain self-training."""
+    return torch.ones_like(samples.pseudo_label, dtype=torch.float32)
+
+
+def weight_by_confidence(_: nn.Module, __: RetrainSample, confidence: Tensor) -> Tensor:
+    """Weigh pixels by the probability of their pseudo label."""
+    return confidence
+
+
+def weight_by_image(teacher: nn.Module, samples: RetrainSample, _: Tensor | None) -> Tensor:
     """Weigh pseudo labels by the queried images, which pass the teacher in the same batch.
 
     Args:
@@ -322,7 +399,9 @@ def weight_by_image(teacher: nn.Module, samples: RetrainSample) -> Tensor:
     return cross_image_weight(features, prototype, samples.pseudo_label, queried.shared_class)
 
 
-def weight_by_bank(teacher: nn.Module, samples: RetrainSample, bank: Tensor) -> Tensor:
+def weight_by_bank(
+    teacher: nn.Module, samples: RetrainSample, _: Tensor | None, bank: Tensor
+) -> Tensor:
     """Weigh pseudo labels by stored prototypes of whole labeled images.
 
     Args:
@@ -340,9 +419,24 @@ def weight_by_bank(teacher: nn.Module, samples: RetrainSample, bank: Tensor) -> 
     return cross_image_weight(features, prototype, samples.pseudo_label, queried.shared_class)
 
 
-def weight_one(_: nn.Module, samples: RetrainSample) -> Tensor:
-    """Weigh every pixel 1: plain self-training."""
-    return torch.ones_like(samples.pseudo_label, dtype=torch.float32)
+def weight_by_anchors(
+    teacher: nn.Module,
+    samples: RetrainSample,
+    confidence: Tensor | None,
+    anchors: Tensor,
+    confident: bool = False,
+) -> Tensor:
+    """Weigh pixels by the similarity to their class's anchor, times their confidence or not.
+
+    Args:
+        teacher: frozen.
+        samples: their pseudo labels are weighed.
+        confidence: (B, H, W) float, the probability of the pseudo labels.
+        anchors: (C, D) float32, the teacher's.
+        confident: multiply by the confidence.
+    """
+    weight = anchor_weight(teacher.extract(samples.image), samples.pseudo_label, anchors)
+    return weight * confidence if confident else weight
 
 
 def training_step(
@@ -388,6 +482,7 @@ def fit(
     dataset: LabeledPairs | RetrainSamples,
     settings: TrainingSection,
     val: Sequence[Sample],
+    average: nn.Module | None = None,
 ) -> Report:
     """Train a network, write ``checkpoint.pth``; continue where an earlier run was stopped.
 
@@ -398,6 +493,7 @@ def fit(
         dataset: what the batches are made of.
         settings: length and batch size of the stage.
         val: images to validate on.
+        average: like the network; becomes its running average, and is validated and kept.
 
     Returns:
         Last means of the logged terms, mIoU and IoU by class of the kept checkpoint.
@@ -409,7 +505,9 @@ def fit(
     chance, steps = Chance(config.seed, stage.name), len(dataset) // size  # steps an epoch
     iterations = settings.iterations or steps * settings.epochs
     count = math.ceil(iterations / steps)  # epochs; the last one may be shorter
-    optimization = Optimization(net, config.optimizer, iterations, device.scaler())
+    decay = config.retrain.average_decay
+    optimization = Optimization(net, config.optimizer, iterations, device.scaler(), average, decay)
+    kept = net if average is None else average
     student, classes = parallel(net), describe(config.dataset).classes
     best = config.evaluate.checkpoint == "best"
     bar = StageBar(stage.name, iterations, steps, images=2 * size)
@@ -433,32 +531,50 @@ def fit(
             numbers, last = bar.means(), epoch + 1 == count
             if last or (epoch + 1) % config.evaluate.every == 0:
                 loader = _whole(config, val, net.preprocessing)
-                predict = Predictor(frozen(net, device), device, config.inference)
+                predict = Predictor(frozen(kept, device), device, config.inference)
                 matrix = validate(predict, loader, len(classes))
                 numbers["miou"] = matrix.mean_iou()
                 if numbers["miou"] > outcome.get("miou", -1.0) if best else last:
                     outcome = {**numbers, **matrix.report(classes), "epoch": epoch + 1}
-                    stage.save(net, epoch + 1)
+                    stage.save(kept, epoch + 1)
             stage.record(epoch + 1, numbers)
             at.epoch_done(outcome)
     return outcome
 
 
-def _rectification(
+def _weighting(
     stage: Stage,
     teacher: nn.Module,
     labeled: Sequence[Sample],
     querier: Querier,
     preprocessing: Preprocessing,
 ) -> tuple[Callable[..., Any], Weigh]:
-    """Return what is queried for each unlabeled image, and how it weighs the pseudo label."""
-    settings = stage.config.retrain
-    if not settings.rectify:
-        return partial(queried_prototype, querier), weight_one
-    if settings.query == "image":
+    """Return what is queried for each unlabeled image, and the rule that weighs its pixels."""
+    rule, query = stage.config.retrain.weight, partial(queried_prototype, querier)
+    if rule == "image":
         return partial(queried_image, querier, preprocessing=preprocessing), weight_by_image
-    bank = prototype_bank(stage, teacher, labeled)
-    return partial(queried_prototype, querier), partial(weight_by_bank, bank=bank)
+    if rule == "bank":
+        bank = prototype_bank(stage, teacher, labeled)
+        return query, partial(weight_by_bank, bank=bank)
+    if rule.endswith("anchors"):
+        anchors = class_anchors(stage, teacher, labeled)
+        confident = rule == "confidence_anchors"
+        return query, partial(weight_by_anchors, anchors=anchors, confident=confident)
+    return query, weight_one if rule == "ones" else weight_by_confidence
+
+
+@torch.inference_mode()
+def class_anchors(stage: Stage, net: nn.Module, labeled: Sequence[Sample]) -> Tensor:
+    """Average the prototypes of each class over the labeled images that show it: (C, D) float32.
+
+    NaN for a class that no label shows. Source: docs/method.md, section 7.
+    """
+    sums = [  # of each batch, (C, D + 1): prototypes, and how many images have one
+        torch.cat([prototypes, present.unsqueeze(2)], dim=2).sum(dim=0).cpu()
+        for _, prototypes, present in _prototypes(stage, net, labeled, "anchors")
+    ]
+    summed = torch.stack(gathered(sums)).sum(dim=0).to(stage.device.torch_device)
+    return summed[:, :-1] / summed[:, -1:]
 
 
 @torch.inference_mode()

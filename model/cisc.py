@@ -131,6 +131,29 @@ def cross_image_weight(
     return torch.where((shared_class != IGNORE)[:, None, None], weight, torch.ones_like(weight))
 
 
+def anchor_weight(features: Tensor, pseudo_label: Tensor, anchors: Tensor) -> Tensor:
+    """Weigh each pixel by its similarity to the class anchor of its pseudo label.
+
+    Args:
+        features: (B, D, h, w) float, of a frozen teacher or of the student's average.
+        pseudo_label: (B, H, W) long in [0, C), or 255 = ignored.
+        anchors: (C, D) float, the mean prototype of each class; NaN for a class that has none.
+
+    Returns:
+        (B, H, W) float32 in [0, 1]: the clamped cosine, 1 where the class has no anchor or the
+        pixel is ignored. No gradient.
+
+    Source: deviates from the paper, which compares with one labeled image; docs/method.md,
+    sections 2 and 7.
+    """
+    known = ~anchors.isnan().any(dim=1)
+    cosines = _cosines(features.detach(), anchors.nan_to_num().expand(len(features), -1, -1))
+    maps = resize(torch.where(known[:, None, None], cosines, 1.0), pseudo_label.shape[-2:])
+    valid = pseudo_label != IGNORE
+    chosen = maps.gather(1, pseudo_label.where(valid, 0).unsqueeze(1)).squeeze(1)
+    return torch.where(valid, chosen, 1.0)
+
+
 def class_region(label: Tensor, shared_class: Tensor) -> Tensor:
     """Tell where each image shows its class.
 

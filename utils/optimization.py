@@ -20,6 +20,11 @@ class Optimization:
         settings: learning rates, decay, warm-up.
         iterations: of the whole stage; the rate reaches zero after the last.
         scaler: scales gradients in fp16, and does nothing in other precisions.
+        average: a network like ``net``, which becomes its running average; None for none.
+        decay: of the average, an iteration; lower in the first ones, 1 - 1 / (iteration + 1).
+
+    Attributes:
+        average: as given.
     """
 
     def __init__(
@@ -28,7 +33,10 @@ class Optimization:
         settings: OptimizerSection,
         iterations: int,
         scaler: torch.amp.GradScaler,
+        average: nn.Module | None = None,
+        decay: float = 0.99,
     ) -> None:
+        self._net, self.average, self._decay = net, average, decay
         groups = _parameter_groups(net, settings)
         self._peaks = [group["lr"] for group in groups]
         options = {"weight_decay": settings.weight_decay, "fused": True}
@@ -79,19 +87,34 @@ class Optimization:
         self._optimizer.zero_grad()
         self._done += 1
         self._set_rates()
+        self._update_average()
         return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run needs to continue."""
         state = {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
-        return {**state, "iterations": self._done}
+        average = None if self.average is None else self.average.state_dict()
+        return {**state, "iterations": self._done, "average": average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self._done = int(state["iterations"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self._set_rates()
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Move the average towards the network; buffers, as of batch norm, are copied."""
+        if self.average is None:
+            return
+        weights = list(self._net.parameters())
+        kept = min(self._decay, 1.0 - 1.0 / (self._done + 1))
+        torch._foreach_lerp_(list(self.average.parameters()), weights, 1.0 - kept)
+        for own, buffer in zip(self.average.buffers(), self._net.buffers(), strict=True):
+            own.copy_(buffer)
 
     def _factor(self) -> float:
         """Return the share of the peak learning rate: linear warm-up times polynomial decay."""

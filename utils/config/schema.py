@@ -42,6 +42,13 @@ def _class(value: Any) -> int | str | None:
     raise ValueError("a class is its name or its id; null is ignored")
 
 
+def _runnable(stages: list[int]) -> list[int]:
+    if stages not in ([1], [1, 6], [1, 2, 6], [1, 2, 3, 4, 5, 6]):
+        raise ValueError("stages are [1], [1, 6], [1, 2, 6] or [1, 2, 3, 4, 5, 6]")
+    return stages
+
+
+Stages = Annotated[list[int], AfterValidator(_runnable)]
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
 
 ClassNames = Annotated[list[str], Field(min_length=2, max_length=255), AfterValidator(_distinct)]
@@ -167,10 +174,21 @@ class SupervisedSection(TrainingSection):
 class RetrainSection(TrainingSection):
     """Stages 4 and 6. A batch holds batch_size unlabeled and as many labeled images."""
 
-    # What a pseudo label is compared with: the queried image, augmented and passed through the
-    # teacher each time as in the published code; or stored prototypes of whole labeled images.
-    query: Literal["image", "bank"] = "image"
-    rectify: bool = True  # weigh pixels by cross-image consistency; false is plain self-training
+    # The student begins with the weights of 'model.pretrained', or with those of its teacher.
+    start: Literal["encoder", "teacher"] = "encoder"
+    # Pseudo labels: stored by stages 2 and 5; or predicted in each iteration by the running average
+    # of the student, which is then the network that is validated and kept.
+    labels: Literal["stored", "average"] = "stored"
+    average_decay: float = Field(0.99, ge=0, lt=1)  # of the running average, an iteration
+    # Pixels of pseudo labels whose probability is lower count with weight 0.
+    threshold: float = Field(0.0, ge=0, lt=1)
+    # Weight of the other pixels: 1; the probability of the pseudo label; agreement with the queried
+    # image, passed through the teacher each time (published), or with its stored prototypes (bank);
+    # similarity to the class anchor; probability times that similarity.
+    weight: Literal["ones", "confidence", "image", "bank", "anchors", "confidence_anchors"] = (
+        "image"
+    )
+    mix: Literal["none", "unlabeled"] = "none"  # CutMix of the student's unlabeled images
     teacher_view: Literal["weak", "strong"] = "weak"  # strong reproduces the published code
 
 
@@ -236,6 +254,8 @@ class Config(Section):
     workers: int = Field(4, ge=0)  # processes that read images
     # 'ram': a training stage decodes its images once and keeps them in memory, 4 bytes a pixel.
     cache: Literal["ram"] | None = None
+    # Which stages run: [1]; [1, 2, 6] is self-training on all images; [1, 6] needs labels: average.
+    stages: Stages = [1, 2, 3, 4, 5, 6]
     checkpoint_every: int | None = Field(None, gt=0)  # iterations; null: only whole epochs are kept
     dataset: DatasetSection
     augment: AugmentSection
@@ -249,3 +269,14 @@ class Config(Section):
     retrain: RetrainSection = RetrainSection()
     inference: InferenceSection = InferenceSection()
     evaluate: EvaluateSection = EvaluateSection()
+
+    @model_validator(mode="after")
+    def _labels_have_a_source(self) -> "Config":
+        if 2 not in self.stages and 6 in self.stages and self.retrain.labels == "stored":
+            raise ValueError("stages without 2 store no pseudo labels; set retrain.labels=average")
+        if self.retrain.labels == "average" and self.retrain.weight in ("image", "bank"):
+            raise ValueError(
+                f"retrain.weight '{self.retrain.weight}' queries by stored pseudo labels; with "
+                "retrain.labels=average take ones, confidence, anchors or confidence_anchors"
+            )
+        return self
