@@ -111,6 +111,23 @@ def test_continuing_from_a_saved_state_is_exact(name):
     assert torch.equal(second.head.weight, whole.head.weight)
 
 
+def test_the_average_follows_the_weights_and_is_restored():
+    net, average = Net(), Net()
+    section = OptimizerSection(lr=0.1, head_multiple=1, momentum=0, weight_decay=0, power=1)
+    scaler = Device("cpu", "fp32").scaler()
+    sgd = Optimization(net, section, 10, scaler, average, decay=0.6)
+    expected, values = 1.0, []
+    for done in range(1, 4):
+        update(sgd, net.loss())
+        kept = min(0.6, 1 - 1 / (done + 1))
+        expected = kept * expected + (1 - kept) * net.head.weight.item()
+        values.append(average.head.weight.item())
+        assert values[-1] == pytest.approx(expected)
+    other = Net()
+    Optimization(Net(), section, 10, scaler, other, decay=0.6).load_state_dict(sgd.state_dict())
+    assert torch.equal(other.head.weight, average.head.weight)
+
+
 def test_a_gradient_that_is_not_finite_changes_no_weight():
     net = Net()
     sgd = optimization(net, momentum=0.9)

@@ -12,9 +12,13 @@ from model.cisc import class_prototypes
 from model.losses import cross_entropy, ohem_cross_entropy
 from train import (
     Loss,
+    cut_mix,
+    label_confidence,
+    predicted_labels,
     retrain_objective,
     supervised_objective,
     training_step,
+    weight_by_anchors,
     weight_by_bank,
     weight_by_image,
     weight_one,
@@ -69,7 +73,7 @@ def samples(pair):
 
 
 def retrained(student, samples, batch, weigh=weight_one):
-    weight = weigh(student, samples).detach()
+    weight = weigh(student, samples, None).detach()
     return retrain_objective(student, samples, batch, weight, cross_entropy)
 
 
@@ -97,10 +101,54 @@ def test_stored_prototypes_weigh_as_the_queried_images_do(net, samples):
     queried = samples.queried
     bank, _ = class_prototypes(net.extract(queried.image), queried.label, CLASSES)
     banked = samples._replace(queried=QueriedPrototype(queried.shared_class, torch.arange(4)))
-    by_image, by_bank = weight_by_image(net, samples), weight_by_bank(net, banked, bank)
+    by_image = weight_by_image(net, samples, None)
+    by_bank = weight_by_bank(net, banked, None, bank)
     torch.testing.assert_close(by_bank, by_image)
     assert (by_bank[0] == 1).all()  # shares no class
     assert by_bank[1].min() < 0.9
+
+
+def test_anchors_weigh_by_similarity_and_confidence(net, samples):
+    features = net.extract(samples.image)
+    prototypes, _ = class_prototypes(features, samples.pseudo_label, CLASSES)
+    anchors = prototypes.mean(dim=0)
+    confidence = label_confidence(net, samples)
+    plain = weight_by_anchors(net, samples, confidence, anchors)
+    times = weight_by_anchors(net, samples, confidence, anchors, confident=True)
+    valid = samples.pseudo_label != IGNORE
+    torch.testing.assert_close(times[valid], (plain * confidence)[valid])
+    row, column = 8, 3  # features have the size of the image: a cosine by hand
+    label = samples.pseudo_label[0, row, column]
+    expected = torch.cosine_similarity(features[0, :, row, column], anchors[label], dim=0)
+    assert plain[0, row, column].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_confidence_is_the_probability_of_the_label(net, samples):
+    probability = net(samples.image).logits.softmax(dim=1)
+    confidence = label_confidence(net, samples)
+    label = samples.pseudo_label[3, 8, 8]
+    assert confidence[3, 8, 8] == probability[3, label, 8, 8]
+    assert (confidence[samples.pseudo_label == IGNORE] == 0).all()
+    predicted, most = predicted_labels(net, samples)
+    padding = samples.pseudo_label == IGNORE
+    assert (predicted.pseudo_label[padding] == IGNORE).all()
+    assert torch.equal(predicted.pseudo_label[~padding], probability.argmax(dim=1)[~padding])
+    assert (most >= confidence).all()
+
+
+def test_mixed_pixels_keep_image_label_and_weight_together(samples):
+    torch.manual_seed(0)
+    coded = torch.arange(4.0)[:, None, None].expand(4, 9, 9)
+    samples = samples._replace(
+        student_image=coded.unsqueeze(1).expand(4, 3, 9, 9), pseudo_label=coded.long()
+    )
+    mixed, weight = cut_mix(samples, coded / 4)
+    assert torch.equal(mixed.student_image[:, 0], mixed.pseudo_label.float())
+    assert torch.equal(mixed.student_image[:, 0], weight * 4)
+    pasted = mixed.pseudo_label != samples.pseudo_label
+    assert 0 < pasted.sum() < pasted.numel()
+    assert torch.equal(mixed.pseudo_label[pasted], samples.pseudo_label.roll(-1, 0)[pasted])
+    assert torch.equal(mixed.image, samples.image)  # the teacher's view is not mixed
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -116,7 +164,7 @@ def test_parts_of_a_batch_give_the_update_of_the_batch(pair, samples, kind, coun
                 pair,
             ),
             "samples": (
-                partial(retrained, weigh=lambda _, part: part.image.mean(dim=1).sigmoid()),
+                partial(retrained, weigh=lambda _, part, __: part.image.mean(dim=1).sigmoid()),
                 samples,
             ),
         }[kind]
