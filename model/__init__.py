@@ -6,20 +6,36 @@ from torch import nn
 
 from model.networks.deeplabv2 import DeepLabV2
 from model.networks.deeplabv3plus import DeepLabV3Plus
+from model.networks.dpt import DPT
 from model.networks.pspnet import PSPNet
 from model.networks.resnet import BLOCKS, ResNet
+from model.networks.timm_encoders import (
+    TimmEncoder,
+    TimmTransformer,
+    patch_size_of,
+    preprocessing_of,
+    refuse_crop,
+)
+from model.networks.weights import find_weights, read_weights
 from model.networks.xception import Xception65
 from model.ops.layers import SegmentationOutput
-from utils import IMAGENET
-from utils.checkpoint import load_weights
+from utils.checkpoint import put_weights
 from utils.config.schema import ModelSection
 from utils.errors import UserError
 
-__all__ = ["BACKBONES", "NETWORKS", "STEMS", "SegmentationOutput", "build_model"]
+__all__ = [
+    "BACKBONES",
+    "NETWORKS",
+    "STEMS",
+    "SegmentationOutput",
+    "build_model",
+    "patch_size_of",
+    "preprocessing_of",
+    "refuse_crop",
+]
 
-PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
-NETWORKS = {"deeplabv3plus": DeepLabV3Plus, "pspnet": PSPNet, "deeplabv2": DeepLabV2}
-BACKBONES = (*BLOCKS, "xception65")
+NETWORKS = {"deeplabv3plus": DeepLabV3Plus, "pspnet": PSPNet, "deeplabv2": DeepLabV2, "dpt": DPT}
+BACKBONES = (*BLOCKS, "xception65")  # and timm/<name>
 STEMS = ("plain", "deep")
 
 
@@ -33,50 +49,57 @@ def build_model(
 ) -> nn.Module:
     """Build a network; ``net(images)`` gives ``SegmentationOutput(logits, features)``.
 
+    Beside its layers the network has ``net.preprocessing``, how its encoder wants its images, and
+    ``net.pretrained_from``, the file that its encoder starts from, or None.
+
     Args:
         name: a key of ``NETWORKS``.
-        backbone: one of ``BACKBONES``.
+        backbone: one of ``BACKBONES``, or ``timm/<name>``; ``dpt`` takes a plain vision
+            transformer of timm's, the others anything else.
         num_classes: C, the number of logits a pixel gets.
-        output_stride: 8, 16 or 32 (xception65: 8 or 16), input size over size of the last map.
-        pretrained: file of backbone weights; 'auto' for ``pretrained/<backbone>.pth`` of this
-            project (``<backbone>_deep.pth`` with the deep stem); None starts from random numbers
-            (torch's generator).
+        output_stride: 8, 16 or 32 (xception65: 8 or 16), input size over size of the last map;
+            networks of timm's that cannot dilate have one of their own; ``dpt`` ignores it.
+        pretrained: file of encoder weights, .pth or .safetensors; 'auto' as in
+            ``model.networks.weights.find_weights``; None initialises at random (torch's
+            generator).
         stem: 'plain', torchvision's; or 'deep', UniMatch's, for ResNets.
 
     Raises:
-        UserError: an unknown name, or a weights file that is missing or does not fit.
+        UserError: an unknown name, a combination that does not exist, or a weights file that is
+            missing or does not fit.
     """
-    _refuse_unknown("name", name, tuple(NETWORKS))
-    _refuse_unknown("backbone", backbone, BACKBONES)
-    _refuse_unknown("stem", stem, STEMS if backbone in BLOCKS else STEMS[:1])
-    _refuse_unknown("output_stride", output_stride, (8, 16, 32) if backbone in BLOCKS else (8, 16))
-    if backbone in BLOCKS:
-        trunk: nn.Module = ResNet(backbone, output_stride, deep_stem=stem == "deep")
-    else:
-        trunk = Xception65(output_stride)
-    if pretrained is not None:
-        weights = backbone if stem == "plain" else f"{backbone}_{stem}"
-        load_weights(trunk, _weights_file(weights, pretrained))
-    net = NETWORKS[name](trunk, num_classes, output_stride)
-    net.preprocessing = IMAGENET
+    _choose("name", name, tuple(NETWORKS))
+    encoder = _encoder(name, backbone, output_stride, stem)
+    file = None if pretrained is None else find_weights(backbone, stem, pretrained)
+    if file:
+        weights = read_weights(file, backbone)
+        put_weights(encoder, weights, file)
+    net = NETWORKS[name](encoder, num_classes, output_stride)
+    net.preprocessing = preprocessing_of(backbone)
+    net.pretrained_from = file and str(file)
     return net
 
 
-def _refuse_unknown(key: str, value: str | int, known: tuple[str | int, ...]) -> None:
+def _encoder(name: str, backbone: str, output_stride: int, stem: str) -> nn.Module:
+    resnet = backbone in BLOCKS
+    _choose("stem", stem, STEMS if resnet else STEMS[:1])
+    if backbone.startswith("timm/"):
+        own = backbone.removeprefix("timm/")
+        return TimmTransformer(own) if name == "dpt" else TimmEncoder(own, output_stride)
+    if name == "dpt":
+        raise UserError(
+            f"model.backbone: dpt takes a plain vision transformer, not {backbone}; try "
+            "timm/vit_small_patch14_dinov2.lvd142m"
+        )
+    _choose("backbone", backbone, (*BACKBONES, "timm/<name>"))
+    _choose("output_stride", output_stride, (8, 16, 32) if resnet else (8, 16))
+    return ResNet(backbone, output_stride, stem == "deep") if resnet else Xception65(output_stride)
+
+
+def _choose(key: str, value: str | int, known: tuple[str | int, ...]) -> None:
     if value not in known:
         choice = ", ".join(map(str, known))
         raise UserError(f"model.{key}: '{value}' is not one of {choice}")
-
-
-def _weights_file(weights: str, pretrained: str | Path) -> Path:
-    path = PRETRAINED / f"{weights}.pth" if pretrained == "auto" else Path(pretrained)
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no weights for {weights}; run 'python -m dataset.prepare weights {weights}' "
-            "(pretrained/README.md has the addresses), or set model.pretrained=null to start from "
-            "random numbers"
-        )
-    return path
 
 
 def network_of(

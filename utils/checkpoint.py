@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -45,7 +46,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, with ``weights_only=True`` always.
+    """Read a checkpoint, or a .safetensors file, onto the CPU, with ``weights_only=True`` always.
 
     Raises:
         UserError: no such file; or one that is truncated, no checkpoint, or holds pickled code.
@@ -53,9 +54,11 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; name a checkpoint.pth of a run")
     try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load documents no list of what a broken file raises
+    except Exception as error:  # neither reader documents what a broken file raises
         raise UserError(
             f"{path}: not a whole checkpoint of tensors ({type(error).__name__}); "
             "copy or download it again"
@@ -73,17 +76,34 @@ def load_weights(net: nn.Module, path: Path, reset_classifier: bool = False) -> 
     Args:
         net: gets the weights, all of them or none.
         path: a file of this project, a bare state dict (CISC-R, ST++), or ``{"model": ...}``
-            (UniMatch). ``module.`` prefixes are dropped. A backbone takes an image classifier's
-            file without its ``fc.*``, or the ``backbone.*`` of a whole network. Counters of batch
-            norm, which old files lack, may be missing.
+            (UniMatch). ``module.`` prefixes are dropped.
         reset_classifier: leave ``net.classifier`` as it is and the file's out.
 
     Raises:
-        UserError: as ``load``; or the keys or shapes do not fit: a table says which.
+        UserError: as ``load`` and ``put_weights``.
     """
-    own, weights = net.state_dict(), _weights_in(load(path), path)
+    put_weights(net, weights_in(load(path), path), path, reset_classifier)
+
+
+def put_weights(
+    net: nn.Module, weights: Weights, path: Path, reset_classifier: bool = False
+) -> None:
+    """Load weights that have been read.
+
+    Args:
+        net: gets the weights, all of them or none. An encoder takes the ``backbone.*`` of a whole
+            network; or an image classifier's weights without its ``fc.*``, or those that its
+            ``rename`` makes of them. Counters of batch norm, which old files lack, may be missing.
+        weights: by key.
+        path: where they come from, for the error.
+        reset_classifier: as in ``load_weights``.
+
+    Raises:
+        UserError: the keys or shapes do not fit: a table says which.
+    """
+    own = net.state_dict()
     if not hasattr(net, "backbone"):
-        weights = _backbone_of(weights)
+        weights = _backbone_of(weights, net)
     if reset_classifier:
         weights = {key: value for key, value in weights.items() if not _is_classifier(key)}
         weights |= {key: value for key, value in own.items() if _is_classifier(key)}
@@ -95,7 +115,8 @@ def load_weights(net: nn.Module, path: Path, reset_classifier: bool = False) -> 
     net.load_state_dict(weights)
 
 
-def _weights_in(content: dict[str, Any], path: Path) -> Weights:
+def weights_in(content: dict[str, Any], path: Path) -> Weights:
+    """Return the weights in what ``load`` has read, without ``module.`` prefixes."""
     weights = content.get("model", content)
     if not isinstance(weights, dict):
         raise UserError(f"{path}: its 'model' holds no weights; take a checkpoint of a network")
@@ -106,11 +127,13 @@ def _weights_in(content: dict[str, Any], path: Path) -> Weights:
     }
 
 
-def _backbone_of(weights: Weights) -> Weights:
+def _backbone_of(weights: Weights, backbone: nn.Module) -> Weights:
     """Return a backbone's part: of a whole network, or of an image classifier."""
     part = {key: value for key, value in weights.items() if key.startswith("backbone.")}
     if part:
         return {key.removeprefix("backbone."): value for key, value in part.items()}
+    if hasattr(backbone, "rename"):  # an encoder of timm's
+        return backbone.rename(weights)
     return {key: value for key, value in weights.items() if not key.startswith("fc.")}
 
 
