@@ -1,12 +1,10 @@
 import json
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from dataset.catalog import KINDS
-from dataset.prepare import __main__ as program
 from dataset.prepare.coco import (
     Region,
     Scene,
@@ -190,15 +188,3 @@ def test_other_categories_are_refused(root):
     path.write_text(json.dumps({"images": [], "annotations": [], "categories": CATEGORIES[1:]}))
     with pytest.raises(UserError, match=r"its categories are not the 80 of COCO 2017"):
         prepare_coco(root, download=False, workers=0, counts=COUNTS)
-
-
-def test_command_without_data_says_what_to_fetch(tmp_path, complaint):
-    line = complaint(program, "coco", "--root", tmp_path)
-    assert "annotations, train2017, val2017 missing; add --download, or fetch by hand" in line
-    assert "train2017.zip (http://images.cocodataset.org/zips/train2017.zip)" in line
-
-
-def test_pycocotools_is_asked_for_before_anything_is_fetched(root, complaint, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
-    line = complaint(program, "coco", "--root", root, "--download")
-    assert line.startswith("error: pycocotools: not installed; it decodes COCO's regions: pip ")

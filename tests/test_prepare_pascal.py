@@ -102,19 +102,6 @@ def test_archives_in_the_root_are_unpacked_if_their_digest_is_right(root, monkey
     assert ids_of(root, "2008_3") == SBD_IDS.tolist()
 
 
-def test_digests_are_those_of_facts():
-    assert [(archive.name, archive.digest) for archive in pascal.ARCHIVES] == [
-        ("VOCtrainval_11-May-2012.tar", "6cd6e144f989b92b3379bac3b3de84fd"),
-        ("benchmark.tgz", "82b4d87ceb2ed10f6038a1cba92111cb"),
-    ]
-
-
-def test_command_without_data_says_what_to_fetch(tmp_path, complaint):
-    line = complaint(program, "pascal", "--root", tmp_path)
-    assert "VOCdevkit/VOC2012, benchmark_RELEASE missing; add --download, or fetch" in line
-    assert "VOCtrainval_11-May-2012.tar (https://" in line
-
-
 def test_scipy_is_asked_for_before_anything_is_fetched(root, complaint, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     line = complaint(program, "pascal", "--root", root, "--download")

@@ -48,9 +48,7 @@ def audit(config: Config) -> dict[str, Any]:
     return {
         "images": {name: len(samples) for name, samples in splits._asdict().items()},
         "min_area": rule.min_area,
-        "classes": [
-            dict(zip(("name", "share", "images", "partners"), r, strict=True)) for r in rows
-        ],
+        "classes": [dict(zip(columns, row, strict=True)) for row in rows],
         "unreachable": [name for name, _, _, found in rows if found == 0],
         "hardly_reachable": [name for name, _, shown, found in rows if found and 2 * found < shown],
         "problems": [
