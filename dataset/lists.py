@@ -53,7 +53,7 @@ def find_pictures(folder: Path) -> list[Sample]:
     """List the pictures below a folder, by name; other files do not count.
 
     Raises:
-        UserError: no such folder, no picture in it, or two whose names differ in the suffix alone.
+        UserError: no such folder, no picture, or two whose names differ in the suffix alone.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name one with pictures")
@@ -72,7 +72,7 @@ def find_pictures(folder: Path) -> list[Sample]:
 
 
 def mask_file(folder: Path, sample: Sample) -> Path:
-    """Tell where a folder of predicted masks keeps that of a sample."""
+    """Return where a folder of predicted masks has that of a sample."""
     return folder / PurePosixPath(sample.name).with_suffix(".png")
 
 
@@ -383,11 +383,7 @@ def _complaint(unknown: Mapping[int, Path], kind: Kind) -> str:
 
 
 def find_root(section: DatasetSection) -> Path:
-    """Return the folder that paths are relative to.
-
-    Raises:
-        UserError: no such folder.
-    """
+    """Return the folder that paths are relative to; a ``UserError`` if there is none."""
     try:
         root = Path(section.root).expanduser()
         there = root.is_dir()
@@ -402,11 +398,7 @@ def find_root(section: DatasetSection) -> Path:
 
 
 def find_list(section: DatasetSection, field: str, root: Path) -> Path:
-    """Find a list in the working folder, then in the root.
-
-    Raises:
-        UserError: in neither.
-    """
+    """Find a list in the working folder, then in the root; a ``UserError`` if in neither."""
     name = getattr(section, field)
     for candidate in (Path(name), root / name):
         try:

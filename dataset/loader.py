@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -45,6 +46,7 @@ class Chance(NamedTuple):
         return int(self.of(*place).integers(2**63))
 
 
+@dataclass(eq=False)
 class EpochBatches(Sampler[list[SampleKey]]):
     """Shuffled batches of all epochs; samples that do not fill a last batch are left out.
 
@@ -52,24 +54,24 @@ class EpochBatches(Sampler[list[SampleKey]]):
     that resumes begins its first epoch with batch ``step``.
     """
 
-    def __init__(
-        self, length: int, batch_size: int, epochs: range, chance: Chance, step: int = 0
-    ) -> None:
-        self._length, self._batch_size = length, batch_size
-        self._epochs, self._chance, self._step = epochs, chance, step
+    length: int
+    batch_size: int
+    epochs: range
+    chance: Chance
+    step: int = 0
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         """Yield batches of keys."""
-        for epoch in self._epochs:
-            order = self._chance.of(epoch).permutation(self._length).tolist()
-            first = self._step if epoch == self._epochs.start else 0
-            for step in range(first, self._length // self._batch_size):
-                chosen = order[step * self._batch_size : (step + 1) * self._batch_size]
+        for epoch in self.epochs:
+            order = self.chance.of(epoch).permutation(self.length).tolist()
+            first = self.step if epoch == self.epochs.start else 0
+            for step in range(first, self.length // self.batch_size):
+                chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
                 yield [SampleKey(epoch, index) for index in chosen]
 
     def __len__(self) -> int:
         """Return the number of batches of all epochs."""
-        return len(self._epochs) * (self._length // self._batch_size) - self._step
+        return len(self.epochs) * (self.length // self.batch_size) - self.step
 
 
 def training_batches(
@@ -82,14 +84,14 @@ def training_batches(
 ) -> Iterator[Record]:
     """Iterate over the batches of all epochs, ``len(dataset) // batch_size`` an epoch.
 
-    Of several processes each reads its part of every batch.
+    Of several processes each reads its part of every batch. Batches do not depend on ``workers``.
 
     Args:
         dataset: takes ``SampleKey`` and returns records of tensors.
         batch_size: samples a batch, of all processes together.
         epochs: which epochs; a resumed run starts later.
         chance: orders each epoch.
-        workers: processes that read; the batches do not depend on it.
+        workers: processes that read.
         step: batch of the first epoch to begin with.
     """
     sampler = EpochBatches(len(dataset), batch_size, epochs, chance, step)
@@ -127,30 +129,27 @@ class WholeImage(NamedTuple):
     index: Tensor | int  # position in the list
 
 
+@dataclass(eq=False)
 class WholeImages(Dataset[WholeImage]):
     """Whole images, not augmented, for validation, labeling and selection."""
 
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        read: ImageReader = read_image,
-        preprocessing: Preprocessing = IMAGENET,
-    ) -> None:
-        self._samples, self._read, self._preprocessing = samples, read, preprocessing
+    samples: Sequence[Sample]
+    read: ImageReader = read_image
+    preprocessing: Preprocessing = IMAGENET
 
     def __len__(self) -> int:
         """Return the number of images."""
-        return len(self._samples)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> WholeImage:
         """Read an image and its mask."""
-        sample = self._samples[index]
-        image = self._read(sample.image)
+        sample = self.samples[index]
+        image = self.read(sample.image)
         if sample.mask is None:
             label = torch.full((image.height, image.width), IGNORE)
         else:
             label = to_label(read_label(sample))
-        return WholeImage(to_input(image, self._preprocessing), label, index)
+        return WholeImage(to_input(image, self.preprocessing), label, index)
 
 
 def whole_images(

@@ -4,6 +4,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,43 +76,29 @@ class Query(NamedTuple):
     shared_class: int  # class id that both show, or 255
 
 
+@dataclass(eq=False)
 class Querier:
-    """Draws partners: labeled images that show a class of the image they are drawn for.
+    """Draws partners: labeled images that show a class of the image they are drawn for."""
 
-    ``index`` holds the partners of each class, ``rule`` tells which classes of a crop can be
-    queried, ``read`` reads a sample's image and label.
-    """
+    labeled: Sequence[Sample]
+    index: QueryIndex  # the partners of each class
+    rule: QueryRule  # which classes of a crop can be queried
+    augment: AugmentSection
+    read: SampleReader = read_sample
 
-    def __init__(
-        self,
-        labeled: Sequence[Sample],
-        index: QueryIndex,
-        rule: QueryRule,
-        augment: AugmentSection,
-        read: SampleReader = read_sample,
-    ) -> None:
-        self._labeled = labeled
-        self._position = {sample.name: position for position, sample in enumerate(labeled)}
-        self._index = index
-        self._rule = rule
-        self._augment = augment
-        self._read = read
+    def __post_init__(self) -> None:
+        """Note where in the list each name is."""
+        self._position = {sample.name: position for position, sample in enumerate(self.labeled)}
 
     def choose(self, name: str, mask: Image.Image, rng: np.random.Generator) -> Choice:
-        """Choose a partner for the crop of an image.
+        """Choose a labeled image that shows a class of an image's crop.
 
-        Args:
-            name: of the image, which is never its own partner (unless it is the only one).
-            mask: the crop's label or pseudo label, as the network will see it.
-            rng: the sample's generator.
-
-        Returns:
-            A labeled image that shows a class of the mask. If the mask has no class that another
-            labeled image shows, any labeled image, and ``shared_class`` is 255.
+        If the crop's mask has no class that another labeled image shows, it is any labeled image,
+        and ``shared_class`` is 255. An image is its own partner only if there is no other.
         """
         candidates = {
-            label: [other for other in self._index.get(label, ()) if other != name]
-            for label in self._rule.classes_in(mask)
+            label: [other for other in self.index.get(label, ()) if other != name]
+            for label in self.rule.classes_in(mask)
         }
         reachable = [label for label, names in candidates.items() if names]
         shared = int(rng.choice(reachable)) if reachable else IGNORE
@@ -128,15 +115,13 @@ class Querier:
     ) -> Query:
         """Choose a partner as ``choose`` does, and crop it so that it shows the shared class.
 
-        Returns:
-            The partner; ``shared_class`` is 255 too if the class, thinner than a pixel after
-            scaling, is not in its crop.
+        ``shared_class`` is 255 too if the class gets lost where the partner is scaled down.
         """
         position, shared = self.choose(name, mask, rng)
-        partner = self._labeled[position]
-        image, label = self._read(partner)
+        partner = self.labeled[position]
+        image, label = self.read(partner)
         target = _pixel_of(shared, label, rng) if shared != IGNORE else None
-        view = random_view((image.height, image.width), self._augment, rng, target)
+        view = random_view((image.height, image.width), self.augment, rng, target)
         image, label = view.image(image, preprocessing.interpolation), view.mask(label)
         visible = bool((np.asarray(label) == shared).any())
         return Query(image, label, shared if visible else IGNORE)

@@ -17,11 +17,7 @@ _SCALED = ("L;2", "L;4")  # raw modes whose values Pillow spreads over 0 to 255
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read a picture of any mode as RGB; grey, CMYK, palette and alpha are converted.
-
-    Raises:
-        UserError: no such file, no picture, a truncated one, or one of floating-point numbers.
-    """
+    """Read a picture of any mode as RGB; a ``UserError`` if it cannot be read completely."""
     return _as_rgb(_decoded(path), path)
 
 
@@ -74,21 +70,13 @@ def read_mask(path: Path, table: bytes | None = None) -> Image.Image:
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Read (height, width) off a file's header.
-
-    Raises:
-        UserError: no such file, or no picture.
-    """
+    """Read (height, width) off a file's header; a ``UserError`` if that cannot be read."""
     with _readable(path), Image.open(path) as picture:
         return picture.height, picture.width
 
 
 def decoded_size(path: Path) -> tuple[int, int]:
-    """Decode a picture completely and return (height, width).
-
-    Raises:
-        UserError: as ``read_image``.
-    """
+    """Return (height, width) as ``read_image`` decodes the picture; raises what it raises."""
     picture = read_image(path)
     return picture.height, picture.width
 

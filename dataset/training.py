@@ -1,6 +1,7 @@
 """What training steps are given: samples, batches, and how many an epoch has."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -66,38 +67,32 @@ def parts(batch: Record, count: int) -> list[Record]:
     return [type(batch)._make(row) for row in zip(*columns, strict=True)]
 
 
+@dataclass(eq=False)
 class LabeledPairs(Dataset[QueryPair]):
     """Stage 1: every labeled image with a partner, ``repeat`` times an epoch."""
 
-    def __init__(
-        self,
-        labeled: Sequence[Sample],
-        querier: Querier,
-        augment: AugmentSection,
-        chance: Chance,
-        repeat: int = 1,
-        read: SampleReader = read_sample,
-        preprocessing: Preprocessing = IMAGENET,
-    ) -> None:
-        self._labeled, self._querier, self._augment = labeled, querier, augment
-        self._chance, self._repeat, self._read = chance, repeat, read
-        self._preprocessing = preprocessing
+    labeled: Sequence[Sample]
+    querier: Querier
+    augment: AugmentSection
+    chance: Chance
+    repeat: int = 1
+    read: SampleReader = read_sample
+    preprocessing: Preprocessing = IMAGENET
 
     def __len__(self) -> int:
         """Return the number of pairs an epoch."""
-        return len(self._labeled) * self._repeat
+        return len(self.labeled) * self.repeat
 
     def names(self, keys: Iterable[SampleKey]) -> list[str]:
         """Return the names of the images that keys stand for, without partners."""
-        return [self._labeled[key.index % len(self._labeled)].name for key in keys]
+        return [self.labeled[key.index % len(self.labeled)].name for key in keys]
 
     def __getitem__(self, key: SampleKey) -> QueryPair:
         """Read, augment and pair a labeled image."""
-        rng = self._chance.of(*key)
-        sample = self._labeled[key.index % len(self._labeled)]
-        preprocessing = self._preprocessing
-        image, mask = _weak_view(self._read(sample), self._augment, rng, preprocessing)
-        query = self._querier.draw(sample.name, mask, rng, preprocessing)
+        rng, preprocessing = self.chance.of(*key), self.preprocessing
+        sample = self.labeled[key.index % len(self.labeled)]
+        image, mask = _weak_view(self.read(sample), self.augment, rng, preprocessing)
+        query = self.querier.draw(sample.name, mask, rng, preprocessing)
         return QueryPair(
             to_input(image, preprocessing),
             to_label(mask),
@@ -107,6 +102,7 @@ class LabeledPairs(Dataset[QueryPair]):
         )
 
 
+@dataclass(eq=False)
 class RetrainSamples(Dataset[RetrainSample]):
     """Stages 4 and 6: every pseudo-labeled image with a partner and a labeled image.
 
@@ -114,72 +110,55 @@ class RetrainSamples(Dataset[RetrainSample]):
     epoch, so that an unlabeled image is combined with all labeled ones. If it is the longer one,
     each epoch continues where the last one ended.
 
-    Args:
-        unlabeled: their masks are pseudo labels.
-        labeled: the labeled images.
-        query: draws a partner, by an unlabeled image's name and the crop of its pseudo label;
-            ``queried_image`` or ``queried_prototype`` with a querier.
-        augment: the weak augmentation of all, and the strong one of unlabeled images.
-        chance: random numbers of the stage.
-        strong_teacher: show the teacher the strong colours too, as the published code does.
-        read: reads an image and its label.
-        preprocessing: of the network's encoder.
+    ``query``, ``queried_image`` or ``queried_prototype`` with a querier, draws a partner by an
+    unlabeled image's name and the crop of its pseudo label. With ``strong_teacher`` the teacher
+    sees the strong colours too, as in the published code.
     """
 
-    def __init__(
-        self,
-        unlabeled: Sequence[Sample],
-        labeled: Sequence[Sample],
-        query: Callable[[str, Image.Image, np.random.Generator], Queried],
-        augment: AugmentSection,
-        chance: Chance,
-        strong_teacher: bool = False,
-        read: SampleReader = read_sample,
-        preprocessing: Preprocessing = IMAGENET,
-    ) -> None:
-        self._unlabeled, self._labeled, self._query = unlabeled, labeled, query
-        self._read, self._preprocessing = read, preprocessing
-        self._augment, self._chance, self._strong_teacher = augment, chance, strong_teacher
-        self._colours = StrongColours(augment.strong)
+    unlabeled: Sequence[Sample]  # their masks are pseudo labels
+    labeled: Sequence[Sample]
+    query: Callable[[str, Image.Image, np.random.Generator], Queried]
+    augment: AugmentSection
+    chance: Chance
+    strong_teacher: bool = False
+    read: SampleReader = read_sample
+    preprocessing: Preprocessing = IMAGENET
 
     def __len__(self) -> int:
         """Return the number of unlabeled images."""
-        return len(self._unlabeled)
+        return len(self.unlabeled)
 
     def names(self, keys: Iterable[SampleKey]) -> list[str]:
         """Return the names of the images that keys stand for, without partners."""
         return [
             sample.name
             for key in keys
-            for sample in (self._unlabeled[key.index], self._labeled_at(key))
+            for sample in (self.unlabeled[key.index], self._labeled_at(key))
         ]
 
     def _labeled_at(self, key: SampleKey) -> Sample:
-        count = len(self._labeled)
+        count = len(self.labeled)
         if count <= len(self):
-            return self._labeled[(key.index + key.epoch) % count]
-        place = key.epoch * len(self) + key.index  # continues where the last epoch ended
-        return self._labeled[(place + place // count) % count]
+            return self.labeled[(key.index + key.epoch) % count]
+        place = key.epoch * len(self) + key.index
+        return self.labeled[(place + place // count) % count]
 
     def __getitem__(self, key: SampleKey) -> RetrainSample:
         """Read and augment an unlabeled image, a labeled image, and what is queried."""
-        rng = self._chance.of(*key)
-        sample = self._unlabeled[key.index]
-        preprocessing = self._preprocessing
-        weak, mask = _weak_view(self._read(sample), self._augment, rng, preprocessing)
-        strong = to_input(self._colours(weak, rng), preprocessing)
+        rng, preprocessing = self.chance.of(*key), self.preprocessing
+        sample, labeled = self.unlabeled[key.index], self._labeled_at(key)
+        weak, mask = _weak_view(self.read(sample), self.augment, rng, preprocessing)
+        strong = to_input(StrongColours(self.augment.strong)(weak, rng), preprocessing)
         labeled_image, labeled_mask = _weak_view(
-            self._read(self._labeled_at(key)), self._augment, rng, preprocessing
+            self.read(labeled), self.augment, rng, preprocessing
         )
         return RetrainSample(
-            strong if self._strong_teacher else to_input(weak, preprocessing),
+            strong if self.strong_teacher else to_input(weak, preprocessing),
             to_label(mask),
             strong,
             to_input(labeled_image, preprocessing),
             to_label(labeled_mask),
-            self._query(
-                sample.name, mask, rng
-            ),  # last: the views must not depend on the kind of query
+            self.query(sample.name, mask, rng),  # last: the views must not depend on it
         )
 
 

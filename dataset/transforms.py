@@ -78,7 +78,7 @@ def random_view(
     Args:
         size: (height, width) of the image.
         augment: base size, range of scales, crop size.
-        rng: the sample's random numbers.
+        rng: the sample's generator.
         target: (row, column) of a pixel of the image that the window must show.
 
     Source: docs/method.md, sections 5 and 10; aiming at a pixel replaces unbounded retries.

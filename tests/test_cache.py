@@ -66,7 +66,7 @@ def test_workers_share_the_memory_and_give_the_same_batches(sets, start, splits,
     plain, cached = sets
     expected = list(DataLoader(plain, batch_sampler=KEYS))
     spoilt = with_pseudo_masks(splits.val, splits.val[0].image / "nowhere")  # by name alone
-    monkeypatch.setattr(cached, "_unlabeled", spoilt)
+    monkeypatch.setattr(cached, "unlabeled", spoilt)
     loader = DataLoader(cached, batch_sampler=KEYS, num_workers=1, multiprocessing_context=start)
     for ours, theirs in zip(loader, expected, strict=True):
         assert torch.equal(ours.student_image, theirs.student_image)

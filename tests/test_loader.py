@@ -158,10 +158,10 @@ def test_a_bank_queries_the_same_labeled_images_and_opens_none(parts, retrain, a
         assert same(one[:-1], other[:-1])
         assert one.queried.shared_class in (other.queried.shared_class, 255)
     gone = [sample._replace(image=sample.image / "gone") for sample in splits.labeled]
-    blind = Querier(gone, querier._index, querier._rule, augment)
+    blind = Querier(gone, querier.index, querier.rule, augment)
     mask = read_mask(splits.val[0].mask)
     queried = queried_prototype(blind, splits.val[0].name, mask, np.random.default_rng(0))
-    assert splits.labeled[queried.position].name in querier._index[queried.shared_class]
+    assert splits.labeled[queried.position].name in querier.index[queried.shared_class]
 
 
 def test_every_image_is_normalised_by_the_encoders_record(parts, augment):

@@ -1,12 +1,10 @@
 import json
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from dataset.catalog import KINDS
-from dataset.prepare import __main__ as program
 from dataset.prepare.coco import (
     Region,
     Scene,
@@ -154,24 +152,6 @@ def test_lists_are_those_that_training_reads(root, read_back):
     assert [len(split) for split in read_back("coco", root)] == [1, 2, 1]
 
 
-def test_whole_masks_are_left_alone(root):
-    prepare_coco(root, download=False, workers=0, counts=COUNTS)
-    kept, lost = root / "masks/000000000009.png", root / "masks/000000000139.png"
-    before = kept.stat().st_mtime_ns
-    lost.unlink()
-    prepare_coco(root, download=False, workers=0, counts=COUNTS)
-    assert kept.stat().st_mtime_ns == before
-    assert lost.exists()
-
-
-def test_missing_image_is_named(root):
-    lost = root / "train2017/000000000030.jpg"
-    lost.unlink()
-    with pytest.raises(UserError, match=f"^{lost}: no such file"):
-        prepare_coco(root, download=False, workers=0, counts=COUNTS)
-    assert not (root / "masks").exists()
-
-
 @pytest.mark.parametrize("text", ["{", "[]", '{"images": [], "annotations": []}'])
 def test_annotations_of_another_kind_are_named(root, text):
     path = root / "annotations/instances_val2017.json"
@@ -203,33 +183,8 @@ def test_an_image_without_pixels_is_named(tmp_path):
         write_coco_mask(Scene(0, 6, []), tmp_path / "x.png")
 
 
-def test_categories_without_names_are_refused(root):
-    path = root / "annotations/instances_val2017.json"
-    nameless = [{"id": category["id"]} for category in CATEGORIES]
-    path.write_text(json.dumps({"images": [], "annotations": [], "categories": nameless}))
-    with pytest.raises(UserError, match=f"^{path}: cannot read instance annotations in it"):
-        prepare_coco(root, download=False, workers=0, counts=COUNTS)
-
-
 def test_other_categories_are_refused(root):
     path = root / "annotations/instances_val2017.json"
     path.write_text(json.dumps({"images": [], "annotations": [], "categories": CATEGORIES[1:]}))
     with pytest.raises(UserError, match=r"its categories are not the 80 of COCO 2017"):
         prepare_coco(root, download=False, workers=0, counts=COUNTS)
-
-
-def test_command_counts_the_whole_set(root, complaint):
-    line = complaint(program, "coco", "--root", root)
-    assert f"{root}: 3 images for train.txt where the data set has 118287; nothing is" in line
-
-
-def test_command_without_data_says_what_to_fetch(tmp_path, complaint):
-    line = complaint(program, "coco", "--root", tmp_path)
-    assert "annotations, train2017, val2017 missing; add --download, or fetch by hand" in line
-    assert "train2017.zip (http://images.cocodataset.org/zips/train2017.zip)" in line
-
-
-def test_pycocotools_is_asked_for_before_anything_is_fetched(root, complaint, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
-    line = complaint(program, "coco", "--root", root, "--download")
-    assert line.startswith("error: pycocotools: not installed; it decodes COCO's regions: pip ")

@@ -1,5 +1,4 @@
 import hashlib
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,19 +87,3 @@ def test_unknown_name_is_refused_before_anything_is_fetched(complaint, monkeypat
         "resnet152, xception65, resnet50_deep, resnet101_deep"
     )
     assert calls == []
-
-
-def test_program_as_typed(mirror, tmp_path):
-    (mirror.folder / "resnet18-f37072fd.pth").write_bytes(b"not those weights")
-    found = hashlib.sha256(b"not those weights").hexdigest()[:8]
-    to = tmp_path / "weights"
-    command = [sys.executable, "-m", "dataset.prepare", "weights", "resnet18"]
-    command += ["--to", to, "--mirror", mirror.url]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
-    )
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {mirror.url}/resnet18-f37072fd.pth: the file that came is ")
-    assert f"begins with {found}, not f37072fd" in line
-    assert list(to.iterdir()) == []

@@ -1,5 +1,4 @@
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,14 +73,6 @@ def test_index_lists_labeled_images_by_class(folder):
     assert build_query_index(samples, RULE) == {1: ["b"], 3: ["a", "b"]}
 
 
-def test_index_of_a_set_names_labeled_images_only(demo_root):
-    splits = read_splits(DatasetSection(kind="demo", root=str(demo_root)))
-    index = build_query_index(splits.labeled, QueryRule.of(QuerySection(), KINDS["demo"]))
-    names = {name for names in index.values() for name in names}
-    assert names
-    assert names <= {sample.name for sample in splits.labeled}
-
-
 @given(seed=st.integers(0, 2**32))
 def test_partner_shows_the_class_in_its_crop(seed, demo_root):
     splits = read_splits(DatasetSection(kind="demo", root=str(demo_root)))
@@ -153,19 +144,3 @@ def test_classes_and_partners_are_drawn_evenly(folder):
     assert classes[2] == pytest.approx(600, abs=80)  # by class, not by area
     partners = Counter(query.image.getpixel((0, 0))[0] for query in queries)
     assert [partners[red] for red in (0, 10, 20)] == pytest.approx([200] * 3, abs=60)
-
-
-def test_same_numbers_same_partner(folder):
-    querier = querier_of(folder(a=stripes(1), b=stripes(1), c=stripes(1, 2)))
-    one, other = (querier.draw("x", stripes(1, 2), np.random.default_rng(7)) for _ in range(2))
-    assert one.shared_class == other.shared_class
-    assert np.array_equal(one.image, other.image)
-    assert np.array_equal(one.mask, other.mask)
-
-
-def test_unreadable_partner_is_named(folder):
-    samples = folder(a=stripes(1))
-    querier = querier_of(samples)
-    Path(samples[0].image).write_text("not a picture")
-    with pytest.raises(UserError, match=r"a\.png: cannot read this picture"):
-        querier.draw("x", stripes(1), np.random.default_rng(0))

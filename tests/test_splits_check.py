@@ -7,7 +7,7 @@ from PIL import Image
 
 from dataset.lists import read_splits
 from dataset.splits import __main__ as program
-from dataset.splits.check import Audit, audit, audit_table
+from dataset.splits.check import audit, table_of
 from utils.config.reading import read_config
 from utils.errors import UserError
 
@@ -55,26 +55,29 @@ def check(rows, answer):
     )
 
 
-def look(rows, *settings) -> Audit:
+def look(rows, *settings) -> dict:
     return audit(read_config("demo.yaml", [*rows, *settings]))
 
 
 def test_classes_are_counted_by_hand(rows):
     found = look(rows)
-    assert found.images == {"labeled": 4, "unlabeled": 1, "val": 1}
-    assert found.problems == []
-    assert [(name, round(350 * share), *rest) for name, share, *rest in found.classes] == [
+    assert found["images"] == {"labeled": 4, "unlabeled": 1, "val": 1}
+    assert found["problems"] == []
+    assert [
+        (name, round(350 * share), *rest)
+        for name, share, *rest in map(dict.values, found["classes"])
+    ] == [
         ("ground", 270, 4, None),  # excluded: nobody asks for it
         ("car", 70, 4, 2),
         ("bus", 10, 1, 1),  # exactly min_area
         ("tram", 0, 0, 0),
     ]
-    assert (found.unreachable, found.hardly_reachable) == (["tram"], [])
+    assert (found["unreachable"], found["hardly_reachable"]) == (["tram"], [])
 
 
 def test_class_that_is_too_small_in_most_images_is_hardly_reachable(rows):
     found = look(rows, "query.min_area=0.3")
-    assert (found.unreachable, found.hardly_reachable) == (["bus", "tram"], ["car"])
+    assert (found["unreachable"], found["hardly_reachable"]) == (["bus", "tram"], ["car"])
 
 
 def test_table(check):
@@ -100,7 +103,7 @@ def test_json_holds_the_same(check, rows, tmp_path):
     found = json.loads((tmp_path / "audit.json").read_text())
     assert found["classes"][2] == {"name": "bus", "share": 10 / 350, "images": 1, "partners": 1}
     assert found["unreachable"] == ["tram"]
-    assert found == json.loads(json.dumps(look(rows).to_json()))
+    assert found == json.loads(json.dumps(look(rows)))
 
 
 def same_image_in_two_lists(root):
@@ -166,12 +169,12 @@ def lists_that_do_not_read(root):
 )
 def test_everything_that_training_refuses_is_found_and_counted(rows, spoil, tmp_path, complaint):
     expected = spoil(tmp_path)
-    problems = look(rows).problems
-    assert {(each.where, each.what): each.count for each in problems} == expected
+    problems = look(rows)["problems"]
+    assert {(each["where"], each["what"]): each["count"] for each in problems} == expected
     with pytest.raises(UserError):
         read_splits(read_config("demo.yaml", rows).dataset)
     line = complaint(program, "check", "--config", "demo.yaml", *rows)
-    assert problems[0].example in line
+    assert problems[0]["example"] in line
 
 
 def test_pictures_that_end_early_are_found_though_training_would_begin(rows, tmp_path):
@@ -179,8 +182,8 @@ def test_pictures_that_end_early_are_found_though_training_would_begin(rows, tmp
     for name in ("a.png", "u.png"):
         noise.save(tmp_path / name)
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:200])
-    problems = look(rows).problems
-    found = {(each.where, each.what): each.count for each in problems}
+    problems = look(rows)["problems"]
+    found = {(each["where"], each["what"]): each["count"] for each in problems}
     assert found == {("labeled", UNREADABLE): 1, ("unlabeled", UNREADABLE): 1}
     read_splits(read_config("demo.yaml", rows).dataset)  # reads the headers of images alone
 
@@ -188,7 +191,7 @@ def test_pictures_that_end_early_are_found_though_training_would_begin(rows, tmp
 def test_all_problems_are_in_the_table_and_the_first_is_the_line(rows, tmp_path, complaint):
     missing_files(tmp_path)
     told = "no such file; correct the list or dataset.root"
-    assert audit_table(look(rows)).splitlines()[-2:] == [
+    assert list(table_of(look(rows)))[-2:] == [
         f"labeled: 2 files that cannot be read: {tmp_path}/a.png: {told}",
         f"unlabeled: 1 files that cannot be read: {tmp_path}/u.png: {told}",
     ]
@@ -209,8 +212,8 @@ def test_five_classes_of_camvid_are_out_of_reach_at_pascals_min_area(share, unre
     lists = [f"dataset.{name}={share}/{name}.txt" for name in ("labeled", "unlabeled")]
     config = read_config("camvid.yaml", [f"dataset.root={CAMVID}", "query.min_area=0.03", *lists])
     found = audit(config)
-    assert found.problems == []
-    assert (found.unreachable, found.hardly_reachable) == (unreachable, hardly)
+    assert found["problems"] == []
+    assert (found["unreachable"], found["hardly_reachable"]) == (unreachable, hardly)
 
 
 def test_what_leaves_nothing_to_look_at(rows, complaint, tmp_path):

@@ -95,19 +95,9 @@ def test_lists_are_those_of_yesterday(train, tmp_path):
 def test_ids_and_paths_give_one_split(train, answer, tmp_path):
     ids = tmp_path / "ids.txt"
     ids.write_text("\n".join(name[11:15] for name in NAMES))
-    answer(program, "make", "--train", train, "--count", 9, "--out", tmp_path / "a")
-    answer(
-        program,
-        "make",
-        "--train",
-        ids,
-        "--count",
-        9,
-        "--out",
-        tmp_path / "b",
-        "--config",
-        "pascal.yaml",
-    )
+    words = ["make", "--count", 9, "--train"]
+    answer(program, *words, train, "--out", tmp_path / "a")
+    answer(program, *words, ids, "--out", tmp_path / "b", "--config", "pascal.yaml")
     assert texts(tmp_path / "a") == texts(tmp_path / "b")
 
 
@@ -252,20 +242,9 @@ def test_bad_training_list(train, complaint, tmp_path, text, told):
 def test_camvid_keeps_all_classes_within_few_images(answer, tmp_path):
     if not CAMVID.is_dir():
         pytest.skip("needs the CamVid set in ../shared/camvid")
-    lines = answer(
-        *[
-            program,
-            "make",
-            "--train",
-            CAMVID / "train.txt",
-            "--count",
-            6,
-            "--out",
-            tmp_path,
-            "--stratify",
-        ],
-        *["--config", "camvid.yaml", f"dataset.root={CAMVID}", "query.min_area=0.03"],
-    )
+    words = ["make", "--train", CAMVID / "train.txt", "--count", 6, "--out", tmp_path, "--stratify"]
+    settings = ["--config", "camvid.yaml", f"dataset.root={CAMVID}", "query.min_area=0.03"]
+    lines = answer(program, *words, *settings)
     assert lines == [
         f"{tmp_path}/labeled.txt: 6 of 367 images",
         f"{tmp_path}/unlabeled.txt: the other 361, without masks",

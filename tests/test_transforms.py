@@ -151,16 +151,3 @@ def test_strong_settings_of_zero_change_nothing():
     image, colours = noise((20, 30)), StrongColours(never)
     for seed in range(10):
         assert np.array_equal(colours(image, np.random.default_rng(seed)), image)
-
-
-@pytest.mark.parametrize(
-    ("size", "base_size", "crop"), [((375, 500), 400, 321), ((1024, 2048), 2048, 721)]
-)
-def test_window_of_a_photograph_is_that_of_the_scaled_photograph(size, base_size, crop):
-    augment, rng = AugmentSection(base_size=base_size, crop_size=crop), np.random.default_rng(0)
-    image, mask = noise(size), noise(size, channels=1)
-    for _ in range(3):
-        view = random_view(size, augment, rng)
-        ours = np.asarray(view.image(image), np.float64)
-        assert np.abs(ours - reference(image, view, Image.Resampling.BILINEAR, 0)).mean() < 0.2
-        assert np.array_equal(view.mask(mask), reference(mask, view, 0, 255))

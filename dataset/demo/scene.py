@@ -21,7 +21,7 @@ HUE_SPREAD = 0.06  # standard deviation about a class's hue, in turns of the col
 def _colour(
     rng: np.random.Generator, hue: float, spread: float, saturations: tuple[float, float]
 ) -> Array:
-    """An RGB colour, (3, 1, 1) in [0, 1], whose hue lies about the given one."""
+    """An RGB colour, (3, 1, 1) in [0, 1], whose hue is close to the given one."""
     saturation, value = rng.uniform(*saturations), rng.uniform(0.4, 0.95)
     rgb = colorsys.hsv_to_rgb((hue + spread * rng.normal()) % 1, saturation, value)
     return np.array(rgb, dtype=np.float32).reshape(3, 1, 1)
@@ -117,7 +117,7 @@ def draw_scene(
     Args:
         rng: Decides everything in the scene.
         size: (height, width) in pixels.
-        first: A class id in [1, 6] that must be among the objects; None leaves that to chance.
+        first: A class id in [1, 6] that must be among the objects; None draws one.
 
     Returns:
         The image, (H, W, 3) uint8, and its class ids, (H, W) uint8: an index into ``CLASSES``, or

@@ -31,12 +31,12 @@ def write_demo(
     drawn, so that a killed run is drawn again.
 
     Args:
-        root: Folder to write; made if absent.
-        palette: RGB triples of the mask colours, in [0, 255], at most 256 of them.
-        train: Number of training images, labeled and unlabeled.
-        labeled: Number of training images with a mask, at most ``train``.
-        val: Number of validation images.
-        seed: Seed of all scenes.
+        root: the folder.
+        palette: of the masks.
+        train: number of training images, labeled and unlabeled.
+        labeled: number of training images with a mask.
+        val: number of validation images.
+        seed: of all scenes.
         size: (height, width) in pixels.
 
     Raises:

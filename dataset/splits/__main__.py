@@ -12,7 +12,7 @@ from pathlib import Path
 from dataset.catalog import describe
 from dataset.lists import find_root
 from dataset.query import QueryRule
-from dataset.splits.check import audit, audit_table
+from dataset.splits.check import audit, table_of
 from dataset.splits.make import make_lists
 from utils.config.reading import read_config
 from utils.errors import Parser, UserError, exit_with_one_line
@@ -57,13 +57,12 @@ def check(words: Sequence[str]) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found here")
     typed = parser.parse_intermixed_args(words)
     found = audit(read_config(typed.config, typed.settings))
-    print(audit_table(found))
+    print(*table_of(found), sep="\n")
     if typed.json is not None:
-        write_json(typed.json, found.to_json())
-    if found.problems:
-        sorts = len(found.problems)
-        more = f" ({sorts} sorts of problems are listed above)" if sorts > 1 else ""
-        raise UserError(f"{found.problems[0].example}{more}")
+        write_json(typed.json, found)
+    if problems := found["problems"]:
+        more = f" ({len(problems)} sorts of problems are listed above)"
+        raise UserError(problems[0]["example"] + (more if len(problems) > 1 else ""))
 
 
 def main() -> None:

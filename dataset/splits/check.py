@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -13,45 +13,15 @@ from dataset.query import QueryRule
 from utils.config.schema import Config
 
 
-class Problem(NamedTuple):
-    """All ``Fault`` of one sort in one place, with the first as an example."""
-
-    where: str
-    what: str
-    count: int
-    example: str
-
-
-class ClassCount(NamedTuple):
-    """A class in the labeled images whose files have no fault."""
-
-    name: str
-    share: float  # of the pixels that are not ignored, in [0, 1]
-    images: int  # those that show it on one pixel or more
-    partners: int | None  # those that a query can draw; None for a class that is never queried
-
-
-class Audit(NamedTuple):
-    """What ``audit`` found."""
-
-    images: dict[str, int]  # how many, by list
-    min_area: float  # ``query.min_area``
-    classes: list[ClassCount]  # of the labeled list, by class id
-    unreachable: list[str]  # classes of which no labeled image shows enough
-    hardly_reachable: list[str]  # fewer than half of the images with the class show enough
-    problems: list[Problem]  # what training refuses
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it in dictionaries and lists."""
-        return {
-            **self._asdict(),
-            "classes": [each._asdict() for each in self.classes],
-            "problems": [each._asdict() for each in self.problems],
-        }
-
-
-def audit(config: Config) -> Audit:
+def audit(config: Config) -> dict[str, Any]:
     """Read the lists of a config and decode their files, but no masks of unlabeled images.
+
+    Returns:
+        What ``--json`` writes: ``images``, how many by list; ``min_area`` of a query; ``classes``
+        of labeled images without faults, with their ``share`` of the pixels that are not ignored,
+        the number of ``images`` that show them and of ``partners`` that show enough of them (None:
+        never queried); ``unreachable``, classes without partners; ``hardly_reachable``, classes for
+        which fewer than half of their images are partners; ``problems`` that training refuses.
 
     Raises:
         UserError: what leaves nothing to look at: no root, an unknown kind or class name.
@@ -71,45 +41,42 @@ def audit(config: Config) -> Audit:
     lines = defaultdict(list)
     for fault in chain(unread, find_faults(splits, kind, decode=True, visit=count)):
         lines[fault.where, fault.what].append(fault.line)
-    classes = [
-        ClassCount(name, float(share), int(shown), None if number in rule.excluded else int(large))
-        for number, (name, share, shown, large) in enumerate(
-            zip(kind.classes, areas / max(1, areas.sum()), images, partners, strict=True)
-        )
-    ]
-    return Audit(
-        {name: len(samples) for name, samples in splits._asdict().items()},
-        rule.min_area,
-        classes,
-        [each.name for each in classes if each.partners == 0],
-        [each.name for each in classes if each.partners and 2 * each.partners < each.images],
-        [Problem(*sort, len(found), found[0]) for sort, found in lines.items()],
-    )
+    shares = (areas / max(1, areas.sum())).tolist()
+    queried = [None if number in rule.excluded else int(n) for number, n in enumerate(partners)]
+    rows = list(zip(kind.classes, shares, images.tolist(), queried, strict=True))
+    columns, keys = ("name", "share", "images", "partners"), ("where", "what", "count", "example")
+    return {
+        "images": {name: len(samples) for name, samples in splits._asdict().items()},
+        "min_area": rule.min_area,
+        "classes": [dict(zip(columns, row, strict=True)) for row in rows],
+        "unreachable": [name for name, _, _, found in rows if found == 0],
+        "hardly_reachable": [name for name, _, shown, found in rows if found and 2 * found < shown],
+        "problems": [
+            dict(zip(keys, (*sort, len(found), found[0]), strict=True))
+            for sort, found in lines.items()
+        ],
+    }
 
 
-def audit_table(found: Audit) -> str:
-    """Lay out an audit: lists, classes of the labeled list, problems."""
-    return "\n".join(_lines(found))
-
-
-def _lines(found: Audit) -> Iterator[str]:
+def table_of(found: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of an audit: lists, classes of the labeled list, problems."""
     yield "list         images"
-    for name, count in found.images.items():
+    for name, count in found["images"].items():
         yield f"{name:<9}  {count:>8}"
-    width = max(len(name) for name in ["labeled", *(each.name for each in found.classes)])
-    yield f"\n{'labeled':<{width}}    pixels  images  with {found.min_area:g} of the pixels"
-    for name, share, images, partners in found.classes:
+    width = max(len(name) for name in ["labeled", *(each["name"] for each in found["classes"])])
+    yield f"\n{'labeled':<{width}}    pixels  images  with {found['min_area']:g} of the pixels"
+    for name, share, images, partners in map(dict.values, found["classes"]):
         queried = "excluded" if partners is None else partners
         yield f"{name:<{width}}  {share:>8.3%}  {images:>6}  {queried:>8}"
     yield ""
-    if found.unreachable:
-        yield f"no query can reach {', '.join(found.unreachable)}: lower query.min_area?"
-    if found.hardly_reachable:
+    if found["unreachable"]:
+        yield f"no query can reach {', '.join(found['unreachable'])}: lower query.min_area?"
+    if found["hardly_reachable"]:
         yield (
-            f"few queries can reach {', '.join(found.hardly_reachable)}: they are smaller in most "
-            "images that show them"
+            f"few queries can reach {', '.join(found['hardly_reachable'])}: they are smaller in "
+            "most images that show them"
         )
-    for where, what, count, example in found.problems:
+    for where, what, count, example in map(dict.values, found["problems"]):
         yield f"{where}: {count} {what}: {example}"
-    if not found.problems:
+    if not found["problems"]:
         yield "nothing found that training would refuse"

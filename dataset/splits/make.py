@@ -39,17 +39,17 @@ def make_lists(
         share: of the images that are labeled, or how many.
         seed: another one gives other lists.
         folder: gets both lists.
-        root: folder that the masks are read in, if classes are to be kept.
+        root: folder of the masks, read if classes are to be kept.
         kind: tells where the files of bare ids are, and the classes to keep.
-        keep_classes: keep every class labeled, and labeled so that this rule finds it, where that
-            can be; None draws at random and opens no mask.
+        keep_classes: label every class, on enough pixels for this rule, where possible; None draws
+            at random and opens no mask.
 
     Returns:
-        What was done, in lines; classes that no labeled image shows among them.
+        What was done, in lines; also the classes that no labeled image shows.
 
     Raises:
-        UserError: as ``read_list``, ``count_labeled`` and ``write_lists``; a line without mask;
-            if classes are to be kept, a mask that training would refuse.
+        UserError: a list that cannot be read or written, a line without mask, or a mask that
+            training refuses.
     """
     samples = shuffled(read_list(train, root, kind), seed)
     for sample in samples:
@@ -73,11 +73,7 @@ def make_lists(
 
 
 def write_lists(folder: Path, lists: Mapping[str, Sequence[str]]) -> None:
-    """Write ``<name>.txt`` with these lines for every name, or nothing.
-
-    Raises:
-        UserError: a list is there with other lines, or the place is not to be written to.
-    """
+    """Write ``<name>.txt`` for every name; nothing if a list is there with other lines."""
     texts = {
         folder / f"{name}.txt": "".join(f"{line}\n" for line in lines)
         for name, lines in lists.items()
@@ -93,10 +89,7 @@ def write_lists(folder: Path, lists: Mapping[str, Sequence[str]]) -> None:
 
 
 def count_labeled(total: int, share: Fraction | int) -> int:
-    """Return how many of ``total`` images are labeled; a fraction is rounded up.
-
-    So are published lists (CamVid 46 of 367, Cityscapes 100 of 2,975, COCO 232 of 118,287, Pascal
-    662, 1,323 and 2,646 of 10,582), but for the 2,645 of ST++ and CISC-R.
+    """Return how many of ``total`` images are labeled: rounded up, as in the published lists.
 
     Raises:
         UserError: none would be labeled, or all.
@@ -119,9 +112,6 @@ def cover(shown: Sequence[Shown]) -> list[int]:
 
     The rarest thing that is still missing comes first; of the rows that show it, the one that
     shows most of what is missing; of such rows the earliest.
-
-    Returns:
-        Row numbers in the order of choice.
     """
     missing = Counter(chain.from_iterable(shown))
     chosen: list[int] = []
