@@ -40,6 +40,7 @@ def frozen(net: nn.Module, device: Device) -> nn.Module:
     return device.place(copy)
 
 
+@torch.inference_mode(False)  # whose tensors have no version
 @torch.no_grad()
 def _folded(net: nn.Module) -> nn.Module:
     like = next(net.parameters())
