@@ -36,8 +36,9 @@ def read_label(sample: Sample) -> Image.Image:
 
 
 def read_sample(sample: Sample) -> tuple[Image.Image, Image.Image]:
-    """Read a sample's image, RGB, and its label, mode L."""
-    return read_image(sample.image), read_label(sample)
+    """Read a sample's image, RGB, and its label, mode L; 0 everywhere if it has no mask."""
+    image = read_image(sample.image)
+    return image, Image.new("L", image.size) if sample.mask is None else read_label(sample)
 
 
 SampleReader = Callable[[Sample], tuple[Image.Image, Image.Image]]  # ``read_sample``, or its like

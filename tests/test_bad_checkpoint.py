@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import eval as eval_program
-from eval import build_network
+from model import network_of
 from utils import checkpoint
 from utils.config.reading import read_config
 from utils.errors import exit_with_one_line
@@ -21,7 +21,10 @@ def trained(demo_root, tmp_path_factory) -> Path:
     settings = [f"dataset.root={demo_root}", "workers=0", "device=cpu", "precision=fp32"]
     config, path = read_config("demo.yaml", settings), tmp_path_factory.mktemp("run") / "c.pth"
     torch.manual_seed(0)
-    content = {"model": build_network(config, None).state_dict(), "config": config.model_dump()}
+    content = {
+        "model": network_of(config.model, 7, None).state_dict(),
+        "config": config.model_dump(),
+    }
     checkpoint.save(path, {**content, "stage": "1_supervised", "epoch": 1})
     return path
 

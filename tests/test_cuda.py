@@ -60,7 +60,7 @@ def assert_same(one, other):
 
 
 OPTIONS = [
-    ["precision=fp32", "retrain.query=bank"],
+    ["precision=fp32", "retrain.weight=bank"],
     ["precision=fp16"],
     ["precision=bf16", "ohem={threshold: 0.7, min_kept: 500}"],
     ["precision=bf16", "supervised.accumulate=2", "retrain.accumulate=2"],

@@ -181,7 +181,7 @@ def test_from_stage_does_later_stages_again(finished, demo_root, tmp_path, tiny_
 @pytest.mark.slow
 def test_a_bank_of_prototypes_is_a_switch(demo_root, tmp_path, tiny_settings):
     words = [*tiny_settings(demo_root, tmp_path), "query.exclude=[]"]  # two epochs teach background
-    run = start(words, "bank", **{"retrain.query": "bank"})
+    run = start(words, "bank", **{"retrain.weight": "bank"})
     lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert all(line["queried"] == 1.0 for line in lines if line["stage"] == "6_retrain")
     assert all(0 < line["weight"] < 1 for line in lines if line["stage"] == "6_retrain")
@@ -193,7 +193,7 @@ def test_baselines_are_switches(demo_root, tmp_path, tiny_settings):
     words = [
         *tiny_settings(demo_root, tmp_path),
         "supervised.consistency=0",
-        "retrain.rectify=false",
+        "retrain.weight=ones",
     ]
     run = start(
         words,
