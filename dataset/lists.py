@@ -1,4 +1,4 @@
-"""The three lists of a run: read them, and find what would spoil a result."""
+"""The three lists of a run: read them, and find what would invalidate a result."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ class Sample(NamedTuple):
 
 
 def read_label(sample: Sample) -> Image.Image:
-    """Read a sample's label as class ids and 255, whatever ids its file holds: mode L."""
+    """Read a sample's label in mode L: class ids and 255, by the meaning of its file's ids."""
     return read_mask(sample.mask, sample.ids)
 
 
@@ -77,7 +77,7 @@ def mask_file(folder: Path, sample: Sample) -> Path:
 
 
 def with_pseudo_masks(samples: Iterable[Sample], folder: Path) -> list[Sample]:
-    """Return the samples with the pseudo labels that a folder keeps for them."""
+    """Return the samples with their pseudo labels in a folder."""
     return [sample._replace(mask=mask_file(folder, sample), ids=None) for sample in samples]
 
 
@@ -171,7 +171,7 @@ def line_of(sample: Sample, root: Path) -> str:
 
 
 class Splits(NamedTuple):
-    """The images of a run; ``unlabeled`` carries no masks, whatever its list says."""
+    """The images of a run; ``unlabeled`` has no masks, even if its list names some."""
 
     labeled: list[Sample]
     unlabeled: list[Sample]

@@ -112,7 +112,7 @@ def _decoded(path: Path, refused: Sequence[str] = ()) -> Image.Image:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn whatever Pillow raises into a ``UserError``."""
+    """Turn any error of Pillow into a ``UserError``."""
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such file; correct the list or dataset.root")
