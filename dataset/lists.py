@@ -1,6 +1,6 @@
-"""The three lists of a run: read them, and find what would spoil a result."""
+"""The three lists of a run: read them, and find what would invalidate a result."""
 
-import shlex
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dataset.catalog import UNKNOWN, Kind, describe, id_table
 from dataset.published import published_list
-from dataset.reading import decoded_size, picture_size, read_ids, read_image, read_mask
+from dataset.reading import picture_size, read_ids, read_image, read_mask
 from utils import IGNORE
 from utils.config.schema import DatasetSection
 from utils.errors import UserError
@@ -31,7 +31,7 @@ class Sample(NamedTuple):
 
 
 def read_label(sample: Sample) -> Image.Image:
-    """Read a sample's label as class ids and 255, whatever ids its file holds: mode L."""
+    """Read a sample's label in mode L: class ids and 255, by the meaning of its file's ids."""
     return read_mask(sample.mask, sample.ids)
 
 
@@ -78,10 +78,11 @@ def mask_file(folder: Path, sample: Sample) -> Path:
 
 
 def with_pseudo_masks(samples: Iterable[Sample], folder: Path) -> list[Sample]:
-    """Return the samples with the pseudo labels that a folder keeps for them."""
+    """Return the samples with their pseudo labels in a folder."""
     return [sample._replace(mask=mask_file(folder, sample), ids=None) for sample in samples]
 
 
+_WORD = re.compile(r'"([^"]*)"|([^\s"]+)')
 LONGEST = 255  # bytes of a file's name, on the common file systems
 
 
@@ -132,7 +133,9 @@ def samples_of(lines: Iterable[str], path: Path, root: Path, kind: Kind | None) 
 
 def _read_line(line: str, place: str, root: Path, kind: Kind | None) -> Sample:
     """Parse a line; ``place`` names it in errors."""
-    words = _words(line, place)
+    if line.count('"') % 2:
+        raise UserError(f"{place}: a double quote is not closed in {line!r}")
+    words = [quoted or plain for quoted, plain in _WORD.findall(line)]
     suffixes = ["." in word.rsplit("/", 1)[-1] for word in words]
     if len(words) > 2 or suffixes == [False, True]:
         raise UserError(
@@ -168,19 +171,8 @@ def line_of(sample: Sample, root: Path) -> str:
     return " ".join(f'"{file}"' if file.split() != [file] else file for file in files)
 
 
-def _words(line: str, place: str) -> list[str]:
-    if '"' not in line:
-        return line.split()  # COCO's lists are long, and shlex is slow
-    lexer = shlex.shlex(line, posix=True)
-    lexer.whitespace_split, lexer.quotes, lexer.escape, lexer.commenters = True, '"', "", ""
-    try:
-        return list(lexer)
-    except ValueError as error:
-        raise UserError(f"{place}: a double quote is not closed in {line!r}") from error
-
-
 class Splits(NamedTuple):
-    """The images of a run; ``unlabeled`` carries no masks, whatever its list says."""
+    """The images of a run; ``unlabeled`` has no masks, even if its list names some."""
 
     labeled: list[Sample]
     unlabeled: list[Sample]
@@ -274,7 +266,10 @@ def find_faults(
         visit: called with the list's name and the label, (H, W) uint8 class ids and 255, of every
             sample whose mask has no fault.
     """
-    read_size = decoded_size if decode else picture_size
+
+    def read_size(path: Path) -> tuple[int, int]:
+        return read_image(path).size[::-1] if decode else picture_size(path)
+
     yield from _overlaps(splits)
     yield from _label_faults("labeled", splits.labeled, kind, read_size, visit)
     yield from _image_faults("unlabeled", splits.unlabeled, read_size)

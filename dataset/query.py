@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from dataset.catalog import Kind
 from dataset.lists import Sample, SampleReader, pick, read_label, read_sample
+from dataset.reading import to_input, to_label
 from dataset.transforms import random_view
 from utils import IGNORE, IMAGENET, Preprocessing
 from utils.config.schema import AugmentSection, QuerySection
@@ -61,19 +63,19 @@ def build_query_index(labeled: Iterable[Sample], rule: QueryRule) -> QueryIndex:
     return dict(sorted(index.items()))
 
 
-class Choice(NamedTuple):
-    """A partner, a labeled image, chosen for another image."""
+class QueriedPrototype(NamedTuple):
+    """The partner of an image, for a bank of prototypes. A batch adds a first dimension."""
 
-    position: int  # in the labeled list
-    shared_class: int  # class id that both show, or 255
+    shared_class: Tensor | int  # class id that both show, or 255
+    position: Tensor | int  # of the partner in the labeled list
 
 
-class Query(NamedTuple):
-    """The augmented partner of another image."""
+class QueriedImage(NamedTuple):
+    """The augmented partner of an image, to pass a network. A batch adds a first dimension."""
 
-    image: Image.Image  # RGB crop
-    mask: Image.Image  # its true label, of equal size
-    shared_class: int  # class id that both show, or 255
+    shared_class: Tensor | int  # class id that both show, or 255
+    image: Tensor  # (3, H, W) float, normalised; shows the shared class
+    label: Tensor  # (H, W) long, true
 
 
 @dataclass(eq=False)
@@ -90,7 +92,7 @@ class Querier:
         """Note where in the list each name is."""
         self._position = {sample.name: position for position, sample in enumerate(self.labeled)}
 
-    def choose(self, name: str, mask: Image.Image, rng: np.random.Generator) -> Choice:
+    def choose(self, name: str, mask: Image.Image, rng: np.random.Generator) -> QueriedPrototype:
         """Choose a labeled image that shows a class of an image's crop.
 
         If the crop's mask has no class that another labeled image shows, it is any labeled image,
@@ -104,7 +106,7 @@ class Querier:
         shared = int(rng.choice(reachable)) if reachable else IGNORE
         others = candidates[shared] if reachable else [n for n in self._position if n != name]
         chosen = others[rng.integers(len(others))] if others else name
-        return Choice(self._position[chosen], shared)
+        return QueriedPrototype(shared, self._position[chosen])
 
     def draw(
         self,
@@ -112,19 +114,18 @@ class Querier:
         mask: Image.Image,
         rng: np.random.Generator,
         preprocessing: Preprocessing = IMAGENET,
-    ) -> Query:
+    ) -> QueriedImage:
         """Choose a partner as ``choose`` does, and crop it so that it shows the shared class.
 
         ``shared_class`` is 255 too if the class gets lost where the partner is scaled down.
         """
-        position, shared = self.choose(name, mask, rng)
-        partner = self.labeled[position]
-        image, label = self.read(partner)
-        target = _pixel_of(shared, label, rng) if shared != IGNORE else None
+        shared, position = self.choose(name, mask, rng)
+        image, mask = self.read(self.labeled[position])
+        target = _pixel_of(shared, mask, rng) if shared != IGNORE else None
         view = random_view((image.height, image.width), self.augment, rng, target)
-        image, label = view.image(image, preprocessing.interpolation), view.mask(label)
-        visible = bool((np.asarray(label) == shared).any())
-        return Query(image, label, shared if visible else IGNORE)
+        image, label = view.image(image, preprocessing.interpolation), to_label(view.mask(mask))
+        shared = shared if (label == shared).any() else IGNORE
+        return QueriedImage(shared, to_input(image, preprocessing), label)
 
 
 def _pixel_of(label: int, mask: Image.Image, rng: np.random.Generator) -> tuple[int, int]:

@@ -75,12 +75,6 @@ def picture_size(path: Path) -> tuple[int, int]:
         return picture.height, picture.width
 
 
-def decoded_size(path: Path) -> tuple[int, int]:
-    """Return (height, width) as ``read_image`` decodes the picture; raises what it raises."""
-    picture = read_image(path)
-    return picture.height, picture.width
-
-
 def to_input(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     """Return an RGB picture as the network takes it: (3, H, W) float32, normalised."""
     pixels = tf.pil_to_tensor(image).contiguous()  # planes now, as bytes, not later as floats
@@ -118,7 +112,7 @@ def _decoded(path: Path, refused: Sequence[str] = ()) -> Image.Image:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn whatever Pillow raises into a ``UserError``."""
+    """Turn any error of Pillow into a ``UserError``."""
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such file; correct the list or dataset.root")

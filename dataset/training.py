@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from dataset.lists import Sample, SampleReader, Splits, read_sample
 from dataset.loader import Chance, SampleKey
-from dataset.query import Querier, count_kept
+from dataset.query import QueriedImage, QueriedPrototype, Querier, count_kept
 from dataset.reading import to_input, to_label
 from dataset.transforms import StrongColours, random_view
 from utils import IMAGENET, Preprocessing
@@ -30,21 +30,6 @@ class QueryPair(NamedTuple):
     query_image: Tensor  # (3, H, W) float, normalised
     query_label: Tensor  # (H, W) long
     shared_class: Tensor | int  # class id, 255 if the pair shares none
-
-
-class QueriedImage(NamedTuple):
-    """The partner of an image, for the teacher to pass. A batch adds a first dimension."""
-
-    shared_class: Tensor | int  # class id, 255 if the two share none
-    image: Tensor  # (3, H, W) float, normalised; shows the shared class
-    label: Tensor  # (H, W) long, true
-
-
-class QueriedPrototype(NamedTuple):
-    """The partner of an image, for a bank of prototypes. A batch adds a first dimension."""
-
-    shared_class: Tensor | int  # class id, 255 if the two share none
-    position: Tensor | int  # of the partner in the labeled list
 
 
 Queried = QueriedImage | QueriedPrototype
@@ -96,8 +81,8 @@ class LabeledPairs(Dataset[QueryPair]):
         return QueryPair(
             to_input(image, preprocessing),
             to_label(mask),
-            to_input(query.image, preprocessing),
-            to_label(query.mask),
+            query.image,
+            query.label,
             query.shared_class,
         )
 
@@ -162,25 +147,8 @@ class RetrainSamples(Dataset[RetrainSample]):
         )
 
 
-def queried_image(
-    querier: Querier,
-    name: str,
-    mask: Image.Image,
-    rng: np.random.Generator,
-    preprocessing: Preprocessing = IMAGENET,
-) -> QueriedImage:
-    """Draw a partner for the crop of an unlabeled image, and augment it."""
-    query = querier.draw(name, mask, rng, preprocessing)
-    image = to_input(query.image, preprocessing)
-    return QueriedImage(query.shared_class, image, to_label(query.mask))
-
-
-def queried_prototype(
-    querier: Querier, name: str, mask: Image.Image, rng: np.random.Generator
-) -> QueriedPrototype:
-    """Choose a partner for the crop of an unlabeled image; no file is opened."""
-    choice = querier.choose(name, mask, rng)
-    return QueriedPrototype(choice.shared_class, choice.position)
+# With ``partial`` and a querier: what ``RetrainSamples`` queries.
+queried_image, queried_prototype = Querier.draw, Querier.choose
 
 
 def _weak_view(

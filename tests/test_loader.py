@@ -228,16 +228,6 @@ def test_more_labeled_than_unlabeled_images_all_have_their_turn(parts, augment):
     assert met[5:] == [*names[1:], names[0]]  # the next lap begins one further
 
 
-def test_crop_larger_than_the_image_is_padded(parts):
-    splits, querier = parts
-    augment = AugmentSection(base_size=64, scale=(1.0, 1.0), crop_size=80)
-    pair = LabeledPairs(splits.labeled, querier, augment, CHANCE)[SampleKey(0, 0)]
-    assert pair.image.shape == (3, 80, 80)
-    assert (pair.label[48:] == 255).all()
-    assert (pair.label[:, 64:] == 255).all()
-    assert (pair.label[:48, :64] != 255).float().mean() > 0.8
-
-
 def test_whole_images_keep_the_lists_order_and_their_own_size(parts):
     samples = parts[0].val
     for workers in (0, 2):

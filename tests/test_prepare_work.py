@@ -1,11 +1,8 @@
-import os
-import signal
-
 import pytest
 
 from dataset.prepare.work import Step, complete, copy_file, import_extra, read_words, refuse_missing
 from utils.errors import UserError
-from utils.files import write_atomically, write_text
+from utils.files import write_text
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -26,21 +23,10 @@ def run(root, step, workers=0, count=4):
 
 
 def write_or_break(source, path):
-    """Copy a file, and end a worker at the third."""
+    """Copy a file, and fail at the third."""
     if source.name == "c":
         raise UserError(f"{source}: this one is damaged; fetch it anew")
     write_text(path, source.read_text())
-
-
-def write_half_and_die(source, path):
-    """Copy a file, and have the worker killed halfway through the third."""
-    if source.name == "c":
-        write_atomically(path, lambda beside: kill_me(beside.write_text("half of c")))
-    copy_file(source, path)
-
-
-def kill_me(_):
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -62,21 +48,6 @@ def test_broken_off_run_goes_on_and_leaves_whole_files_alone(tmp_path, step, wor
     assert (tmp_path / "to/a").stat().st_mtime_ns == before
     assert [path.read_text() for path in step.sources] == NAMES
     assert sorted(path.name for path in (tmp_path / "to").iterdir()) == NAMES
-
-
-def test_killed_worker_ends_the_run_in_one_line_and_leaves_no_half_file(tmp_path, step):
-    with pytest.raises(UserError) as refused:
-        run(tmp_path, step._replace(write=write_half_and_die), workers=2)
-    assert str(refused.value) == (
-        "--workers: one of 2 was killed, perhaps for lack of memory; run the same command again, "
-        "with fewer workers if need be"
-    )
-    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == [".c.partial", "a", "b"]
-    before = (tmp_path / "to/a").stat().st_mtime_ns
-    run(tmp_path, step)
-    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == NAMES
-    assert (tmp_path / "to/c").read_text() == "c"
-    assert (tmp_path / "to/a").stat().st_mtime_ns == before
 
 
 def test_other_count_is_refused_before_anything_is_written(tmp_path, step):

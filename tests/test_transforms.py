@@ -54,35 +54,6 @@ def test_mask_is_resized_then_cropped(case):
     assert np.array_equal(ours, reference(mask, view, Image.Resampling.NEAREST, 255))
 
 
-@given(views())
-def test_image_and_mask_show_the_same_place(case):
-    # Encode the place in both: bilinear and nearest differ by less than a pixel of the image.
-    size, view = case
-    ramp = np.linspace(0, 240, size[1])[None].repeat(size[0], 0).astype(np.uint8)
-    image = np.asarray(view.image(Image.fromarray(ramp).convert("RGB")), int)[..., 0]
-    mask = np.asarray(view.mask(Image.fromarray(ramp)), int)
-    height, width = (min(side, view.crop) for side in view.scaled)
-    step = 240 / max(1, size[1] - 1) * max(1, size[1] / view.scaled[1])
-    difference = np.abs(image - mask)[:height, :width]
-    assert difference.max() <= step + 2
-    assert (mask[height:] == 255).all()
-    assert (mask[:, width:] == 255).all()
-    assert (image[height:] == 0).all()
-    assert (image[:, width:] == 0).all()
-
-
-@given(views())
-def test_flip_mirrors_image_and_mask_alike(case):
-    size, view = case
-    view, mirrored = view._replace(flip=False), view._replace(flip=True)
-    width = min(view.scaled[1], view.crop)
-    for cut, picture in (("image", noise(size)), ("mask", noise(size, channels=1))):
-        plain = np.asarray(getattr(view, cut)(picture))[:, :width]
-        assert np.array_equal(
-            np.asarray(getattr(mirrored, cut)(picture))[:, :width], plain[:, ::-1]
-        )
-
-
 def test_small_image_is_padded_at_bottom_and_right():
     view = View((2, 3), 0, 0, 4, flip=False)
     image = np.asarray(view.image(Image.new("RGB", (3, 2), (9, 9, 9))))[..., 0]

@@ -1,7 +1,7 @@
 """A demo scene: a cluttered background, objects that hide one another, light, a camera.
 
-Hue tells pairs of classes from other pairs, and light varies; within a pair shape, texture and
-shading decide. Crate and bricks are boxes, leaf and fish pointed ovals: the likely mistakes.
+Pairs of classes differ in hue, and light varies; within a pair shape, texture and shading decide.
+Crate and bricks are boxes, leaf and fish pointed ovals: the likely mistakes.
 """
 
 import colorsys

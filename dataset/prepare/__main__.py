@@ -48,7 +48,7 @@ def _add_data_set(parser: Parser, prepare: Callable[..., None]) -> None:
     )
     parser.add_argument("--download", action="store_true", help="fetch archives that are missing")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), metavar="N", help="processes; default: cores"
+        "--workers", type=int, default=os.cpu_count(), metavar="N", help="threads; default: cores"
     )
     parser.set_defaults(run=lambda typed: prepare(typed.root, typed.download, typed.workers))
 

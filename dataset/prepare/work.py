@@ -1,10 +1,8 @@
 """What all data sets need: files written on all cores, then the lists that name them."""
 
 import shutil
-import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +18,7 @@ class Step(NamedTuple):
     """Files to write, each from one source."""
 
     title: str  # of the progress bar
-    write: Callable[[Any, Path], None]  # a module's function (source, path), writes atomically
+    write: Callable[[Any, Path], None]  # (source, path), writes atomically
     sources: Mapping[Path, Any]  # by path
 
 
@@ -40,7 +38,7 @@ def complete(
         lists: the lines of ``<name>.txt``, by name.
         counts: how many lines each must have.
         steps: the files to write; their sources are paths or records.
-        workers: processes; below 2, all is done in this one.
+        workers: threads.
 
     Raises:
         UserError: before anything is written: a source is missing, another number of images, or a
@@ -102,23 +100,7 @@ def _refuse_other_list(path: Path, lines: Sequence[str], count: int) -> None:
 
 def _write_missing(step: Step, workers: int) -> None:
     jobs = [(source, path) for path, source in step.sources.items() if not path.exists()]
-    workers = min(workers, len(jobs))
-    bar = tqdm(desc=step.title, total=len(jobs), disable=None, leave=False)
-    if workers < 2:
-        for source, path in jobs:
-            step.write(source, path)
-            bar.update()
-        return
-    pool = ProcessPoolExecutor(
-        workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    )
-    try:
-        for _ in pool.map(step.write, *zip(*jobs, strict=True), chunksize=16):
-            bar.update()
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"--workers: one of {workers} was killed, perhaps for lack of memory; run the same "
-            "command again, with fewer workers if need be"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        written = pool.map(step.write, *zip(*jobs, strict=True))
+        for _ in tqdm(written, step.title, len(jobs), disable=None, leave=False):
+            pass

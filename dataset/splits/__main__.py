@@ -1,7 +1,7 @@
 """Lists of images: ``python -m dataset.splits make | check``.
 
 make    draw a labeled list from a training list, for example 1/8 of it
-check   look for what would spoil a result: counts, overlaps, files, classes
+check   look for what would invalidate a result: counts, overlaps, files, classes
 """
 
 import argparse
@@ -50,7 +50,7 @@ def make(words: Sequence[str]) -> None:
 
 
 def check(words: Sequence[str]) -> None:
-    """Look for what would spoil a result; exit with 2 if training would refuse it."""
+    """Look for what would invalidate a result; exit with 2 if training would refuse it."""
     parser = _parser(check, "check")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="such as dataset.root=DIR")
     parser.add_argument("--config", required=True, help="names lists, root and query rule")

@@ -30,7 +30,7 @@ def make_lists(
 ) -> list[str]:
     """Write ``labeled.txt`` and ``unlabeled.txt``.
 
-    What is labeled is a function of the seed and the set of images, whatever the list's order.
+    What is labeled is a function of the seed and the set of images, not of the list's order.
     With the same seed (and rule) a smaller labeled list is part of a larger one: both begin one
     sequence, random but for the images of ``cover`` at its start if classes are to be kept.
 
