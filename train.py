@@ -212,10 +212,10 @@ def fit(
 
     def leave_out(epoch: int, step: int, loss: float) -> None:
         keys = batch_keys(len(dataset), size, epoch, step, chance)
-        stage.leave_out(epoch, step, loss, dataset.names(keys))
+        stage.refuse_not_finite(epoch, step, loss, dataset.names(keys))
 
     outcomes = Outcomes(leave_out)
-    with bar, Progress(stage, net, optimization, bar, outcomes) as at:
+    with bar, Progress(stage, net, optimization, bar) as at:
         epochs, outcome = range(at.epoch, settings.epochs), at.report
         batches = training_batches(dataset, size, epochs, chance, config.workers, at.step)
         seeds = batch_seeds(len(dataset), size, epochs, chance, at.step)

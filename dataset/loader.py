@@ -16,7 +16,7 @@ from dataset.reading import picture_size, read_image, read_photograph, to_input,
 from utils import IGNORE
 from utils.config.schema import InferenceSection
 from utils.distributed import mine
-from utils.run.signals import leave_to_parent
+from utils.run.signals import ignore_interrupts
 
 Record = TypeVar("Record", bound=tuple)
 
@@ -114,13 +114,13 @@ def batch_keys(
 def open_loader(
     dataset: Dataset[Record], batches: Iterable[list], workers: int
 ) -> DataLoader[Record]:
-    """Read batches of keys in processes that leave signals to this one."""
+    """Read batches of keys in processes that ignore Ctrl-C."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=leave_to_parent,
+        worker_init_fn=ignore_interrupts,
     )
 
 

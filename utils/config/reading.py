@@ -13,7 +13,7 @@ from utils.config.schema import Config
 from utils.errors import UserError
 
 _COMMAND_LINE = "command line"
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 class Layer(dict):
