@@ -17,7 +17,7 @@ from dataset.reading import picture_size, read_image, read_photograph, to_input,
 from utils import IGNORE, IMAGENET, Preprocessing
 from utils.config.schema import InferenceSection
 from utils.distributed import mine
-from utils.run.signals import leave_to_parent
+from utils.run.signals import ignore_interrupts
 
 Record = TypeVar("Record", bound=tuple)
 
@@ -114,7 +114,7 @@ def open_loader(
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=leave_to_parent,
+        worker_init_fn=ignore_interrupts,
     )
 
 

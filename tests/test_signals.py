@@ -2,30 +2,25 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
+import time
 
 import pytest
+from conftest import ROOT
+from torch.utils.data import DataLoader
 
 from utils.errors import Stopped
-from utils.run import signals
-from utils.run.signals import stop_here, stopping_later
+from utils.run.signals import ignore_interrupts, stop_here, stopping_later
 
-ROOT = Path(__file__).parents[1]
 TWICE = """
-import os, signal
+import os, signal, sys
+from utils.errors import exit_with_one_line
 from utils.run.signals import stopping_later
-with stopping_later():
-    os.kill(os.getpid(), signal.SIGINT)
-    print("still here", flush=True)
-    os.kill(os.getpid(), signal.SIGTERM)
-    print("not reached", flush=True)
-"""
-WORKER = """
-import os, signal, time
-from utils.run.signals import leave_to_parent
-leave_to_parent(0)
-print("ready", flush=True)
-time.sleep(60)
+def main():
+    with stopping_later():
+        for number in sys.argv[1:]:
+            os.kill(os.getpid(), int(number))
+            print("still here", flush=True)
+exit_with_one_line(main)
 """
 
 
@@ -40,18 +35,6 @@ def test_a_signal_stops_at_the_next_place_and_not_before(number):
     assert str(stopped.value) == f"stopped by {number.name}"
 
 
-def test_while_processes_stop_together_a_late_signal_ends_none(monkeypatch):
-    """torchrun sends another to those that still save when the first has ended."""
-    monkeypatch.setattr(signals, "world", lambda: 2)
-    monkeypatch.setattr(signals, "_ECHO", -1.0)
-    monkeypatch.setattr(signals, "largest", lambda number: number)
-    with stopping_later():
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Stopped):
-            stop_here()
-        os.kill(os.getpid(), signal.SIGTERM)  # would have ended this process at once
-
-
 def test_outside_of_the_block_signals_are_as_before():
     before = signal.getsignal(signal.SIGINT)
     with stopping_later():
@@ -60,27 +43,48 @@ def test_outside_of_the_block_signals_are_as_before():
     stop_here()
 
 
-def test_a_second_signal_ends_at_once():
-    command = [sys.executable, "-c", TWICE]
+@pytest.mark.parametrize(
+    ("numbers", "code", "passed"),
+    [
+        ([signal.SIGINT, signal.SIGINT], 130, 1),  # a second Ctrl-C ends the program at once
+        ([signal.SIGTERM, signal.SIGTERM], 0, 2),  # of a scheduler, and of torchrun
+    ],
+)
+def test_a_second_signal(numbers, code, passed):
+    command = [sys.executable, "-c", TWICE, *(str(int(number)) for number in numbers)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 128 + signal.SIGTERM
-    assert done.stdout == "still here\n"
+    assert (done.returncode, done.stdout) == (code, "still here\n" * passed)
 
 
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="macOS")
-def test_a_worker_ends_when_its_parent_says_so_and_for_nobody_else():
-    code = "import os, signal, sys\nos.kill(int(sys.argv[1]), int(sys.argv[2]))"
-    command = [sys.executable, "-c", WORKER]
-    # As in a forked worker, there is one thread: others would take the signals that it blocks.
-    alone = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=alone
-    ) as worker:
-        assert worker.stdout.readline() == "ready\n"
-        for number in (signal.SIGINT, signal.SIGTERM):
-            another = [sys.executable, "-c", code, str(worker.pid), str(int(number))]
-            subprocess.run(another, check=True)
-        with pytest.raises(subprocess.TimeoutExpired):
-            worker.wait(0.5)
-        worker.terminate()
-        assert worker.wait(10) == 0
+def kill(name, pid):
+    """Send a signal as another process: one of its parent's own ends a worker without an error."""
+    subprocess.run(["kill", "-s", name, str(int(pid))], check=False)
+
+
+class Pids:
+    """Samples that say which worker read them."""
+
+    def __getitem__(self, _):
+        time.sleep(0.05)  # a signal comes while it reads: one that holds a queue's lock keeps it
+        return os.getpid()
+
+    def __len__(self):
+        return 100
+
+
+def test_workers_outlive_an_interrupt_and_their_death_by_a_signal_to_all_is_a_stop():
+    loader = DataLoader(Pids(), num_workers=1, worker_init_fn=ignore_interrupts)
+    with pytest.raises(Stopped) as stopped, stopping_later():  # noqa: PT012
+        for count, pid in enumerate(loader):
+            kill("INT", pid)
+            if count == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+                kill("TERM", pid)
+    assert stopped.value.number == signal.SIGTERM
+
+
+def test_a_worker_that_dies_alone_is_an_error():
+    loader = DataLoader(Pids(), num_workers=1, worker_init_fn=ignore_interrupts)
+    with pytest.raises(RuntimeError, match="DataLoader worker"), stopping_later():  # noqa: PT012
+        for pid in loader:
+            kill("TERM", pid)

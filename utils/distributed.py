@@ -5,12 +5,10 @@ collective must be called by all processes, in the same order.
 """
 
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import wraps
-from threading import Thread
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -21,8 +19,6 @@ from utils.errors import Stopped, UserError
 
 P, K, T = ParamSpec("P"), TypeVar("K"), TypeVar("T")
 _PATIENCE = timedelta(hours=12)  # for what one process does alone, such as hashing
-_GRACE = 3.0  # seconds from another process's failure to this one's end, if it hangs
-_FAILED = "failed"  # key of the store: how many processes have
 
 
 def rank() -> int:
@@ -146,58 +142,29 @@ def averaging(net: nn.Module, last: bool) -> AbstractContextManager:
 def joined() -> Iterator[None]:
     """Be one of the processes that ``torchrun`` started, while the block runs.
 
-    The first process that ends by an error says why; the others then end without a word, even
-    those that hang. Without ``torchrun`` nothing happens.
+    A process that fails prints its error; ``torchrun`` then ends the others. Without ``torchrun``
+    nothing happens.
 
     Raises:
-        UserError: a process is gone that could not say why.
+        UserError: the connection to another process broke.
     """
     if not dist.is_torchelastic_launched():
         yield
         return
-    store, number, count = next(dist.rendezvous("env://", timeout=_PATIENCE))
     # Two backends: decisions are taken on the CPU, whatever the device.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE, store=store, rank=number, world_size=count)
-    Thread(target=_end_with_others, args=(store,), daemon=True).start()
+    dist.init_process_group(backend, timeout=_PATIENCE)
     try:
         yield
-        barrier()
-    except SystemExit:
-        raise
-    except BaseException as error:
-        if not _shall_tell(store, error):
-            code = 128 + error.number if isinstance(error, Stopped) else 2
-            raise SystemExit(code) from None
-        if isinstance(error, RuntimeError) and _is_of_connection(error):
-            raise UserError(
-                "torchrun: another process of this run is gone without a word, memory may have run "
-                f"out, or they cannot talk ({str(error).splitlines()[0]}); the same command goes on"
-            ) from error
-        raise
+    except Stopped as stopped:
+        if is_first():
+            raise
+        raise SystemExit(128 + stopped.number) from None  # one line for all
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise UserError(
+            f"torchrun: another process has ended or cannot be reached, and said why unless memory "
+            f"ran out ({str(error).splitlines()[0]}); the same command continues"
+        ) from error
     dist.destroy_process_group()
-
-
-def _shall_tell(store: dist.Store, error: BaseException) -> bool:
-    """Tell whether this process says why all end: the first that fails, or the one that saves."""
-    if isinstance(error, Stopped):
-        return is_first()
-    try:
-        return store.add(_FAILED, 1) == 1
-    except RuntimeError:  # the store is gone with the process that kept it
-        return False
-
-
-def _end_with_others(store: dist.Store) -> None:
-    """End this process soon after another has failed: it may wait for that one in the device."""
-    try:
-        while not store.check([_FAILED]):
-            time.sleep(1.0)
-    except RuntimeError:  # the run is over
-        return
-    time.sleep(_GRACE)
-    os._exit(2)
-
-
-def _is_of_connection(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -18,7 +18,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, rows: Sequence[str] = ()) -> None:
-        # A DataLoader worker hands its error over as the text of a traceback that ends in ours.
+        # A DataLoader worker passes its error as the text of a traceback that ends in ours.
         super().__init__(" ".join(message.rsplit(f"\n{__name__}.UserError: ", 1)[-1].split()))
         self.rows = rows
 
@@ -42,39 +42,34 @@ class Parser(argparse.ArgumentParser):
 def exit_with_one_line(program: Callable[[], None]) -> None:
     """Run a program; a ``UserError`` ends it with its line on stderr and exit code 2.
 
-    SIGINT and SIGTERM end it with 130 and 143, as shells have it.
+    SIGINT and SIGTERM end it with the shells' codes, 130 and 143.
     """
-    code, line = _run(program)
-    if code:
-        print(line, file=sys.stderr)
-        sys.exit(code)
-
-
-def _run(program: Callable[[], None]) -> tuple[int, str]:
-    """Return a program's exit code and last words."""
     try:
         program()
     except UserError as error:
-        return 2, "\n  ".join([f"error: {error}", *error.rows])
+        _exit(2, "\n  ".join([f"error: {error}", *error.rows]))
     except RuntimeError as error:
         line = _line_of(error)
         if line is None:
             raise
-        return 2, f"error: {line}"
+        _exit(2, f"error: {line}")
     except Stopped as stopped:
-        hint = "the same command, without --from-stage and --fresh, goes on"
-        return 128 + stopped.number, f"{stopped}, all that is done is saved; {hint}"
+        hint = "the same command, without --from-stage and --fresh, continues from the last save"
+        _exit(128 + stopped.number, f"{stopped}; {hint}")
     except KeyboardInterrupt:
-        return 130, "interrupted; the same command goes on"
-    return 0, ""
+        _exit(130, "interrupted; the same command continues")
+
+
+def _exit(code: int, line: str) -> NoReturn:
+    print(line, file=sys.stderr)
+    sys.exit(code)
 
 
 def _line_of(error: RuntimeError) -> str | None:
-    """Say in a line what torch and the system complain about, if a user can do something."""
-    what = str(error).split(". ")[0].splitlines()[0] if str(error) else ""
-    # Raised wherever the program is when the system tells of a worker's death.
-    if what.startswith("DataLoader worker (pid"):
-        hint = "if memory ran out take fewer; the same command goes on"
+    """Say in a line what a user can do about an error of torch or the system; None if nothing."""
+    what = str(error).split("\n")[0].split(". ")[0]
+    if what.startswith("DataLoader worker (pid"):  # raised wherever the program is
+        hint = "if memory ran out lower workers; the same command continues"
         return f"workers: {what}, a process that reads images; {hint}"
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return (

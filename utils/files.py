@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,7 @@ _BLOCK = 1 << 20  # bytes
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write to a place into an error for people.
-
-    Raises:
-        UserError: the disk is full, or the place is not to be written to.
-    """
+    """Turn a failed write into a ``UserError``: a full disk, or a place that cannot be written."""
     try:
         yield
     except OSError as error:
@@ -29,35 +26,44 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside ``path``, then rename: a killed run leaves the old file or the new one.
+    """Write beside ``path``, then rename: a kill or a power cut leaves the old file or the new one.
 
     Args:
         path: where the file goes; its folder is made.
-        write: writes the file it is handed.
+        write: writes the file whose path it is given.
 
     Raises:
-        UserError: the disk is full, or the place is not to be written to.
+        UserError: as ``writing``.
     """
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
+        _flush(partial)  # else the rename may reach the disk before the content
         partial.replace(path)
+        _flush(path.parent)
 
 
-def append_text(path: Path, text: str) -> None:
-    """Append UTF-8 text; of the last line a killed run may leave a part.
-
-    Raises:
-        UserError: as ``write_atomically``.
-    """
-    with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(text)
+def _flush(path: Path) -> None:
+    """Wait until the disk has a file's content, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append UTF-8 text; a killed run may leave a part of the last line."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -78,18 +84,12 @@ def read_json(path: Path) -> Any:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read JSON objects, one a line; lines that are none do not count, nor does a missing file."""
-    if not path.is_file():
-        return []
+    """Read JSON objects, one a line; skip lines that are none. Empty if there is no such file."""
     records = []
-    for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError, RecursionError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
 def sha256(path: Path) -> str:

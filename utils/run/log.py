@@ -1,9 +1,8 @@
-"""What a run tells while it works: log.txt, metrics.jsonl, TensorBoard, the terminal."""
+"""What a run reports while it works: log.txt, metrics.jsonl, TensorBoard, the terminal."""
 
 import json
 from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -15,9 +14,7 @@ Numbers = dict[str, float]
 
 
 class Log:
-    """The logs of a run folder, written by the first process.
-
-    Numbers of epochs are kept in a ``with`` block alone, which the first process alone opens.
+    """The logs of a run folder, written by rank 0.
 
     Args:
         folder: of the run; exists.
@@ -27,19 +24,15 @@ class Log:
         self._text, self._metrics = folder / "log.txt", folder / "metrics.jsonl"
         self._curves = folder / "tensorboard"
 
-    def __enter__(self) -> "Log":
-        """Open TensorBoard's file."""
+    @by_first
+    def open(self) -> None:
+        """Open TensorBoard's file; to be called before ``record``."""
         with writing(self._curves):
             self._board = SummaryWriter(str(self._curves))
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close it."""
+    @by_first
+    def close(self) -> None:
+        """Close TensorBoard's file."""
         with writing(self._curves):
             self._board.close()
 
@@ -63,7 +56,7 @@ class Log:
 
     @by_first
     def rewind(self, stage: str, epochs: int) -> None:
-        """Forget the epochs after a stage's first ``epochs``, later stages', and broken lines."""
+        """Remove a stage's epochs after the first ``epochs``, later stages', and broken lines."""
         kept = [
             json.dumps(record) + "\n"
             for record in read_records(self._metrics)

@@ -1,4 +1,4 @@
-"""What a run says of itself: the table of its stages, and where it ran."""
+"""The table of a run's stages, and the record of the machine that it ran on."""
 
 import os
 import platform
@@ -16,26 +16,29 @@ from utils.distributed import world
 
 
 def stage_table(stages: dict[str, dict[str, Any]], checkpoint: str) -> str:
-    """Lay out what the stages reported, a line each.
-
-    Coverage is the share of the unlabeled images that the stage labeled, chose or learnt from,
-    confidence the mean probability of the pseudo labels, weight the mean over pixels of what
-    rectification leaves of their loss in the last epoch.
+    """Lay out the reports of the stages, a line each.
 
     Args:
         stages: reports by stage name.
-        checkpoint: ``last`` or ``best``, how the networks that are scored were picked.
+        checkpoint: ``last`` or ``best``, how the networks whose mIoU is shown were picked.
+
+    Returns:
+        Lines of columns: mIoU on val; unlabeled images that the stage labels, selects or trains
+        on; their share of all; mean probability of the pseudo labels; mean weight of a
+        pseudo-labeled pixel's loss in the last epoch; time.
     """
-    columns = ("miou", "images", "coverage", "confidence", "weight", "seconds")
-    everything = max((report.get("images", 0) for report in stages.values()), default=0)
+    everything = max((report.get("images", 0) for report in stages.values()), default=0) or 1
     titles = (f"mIoU ({checkpoint})", "unlabeled", "coverage", "confidence", "weight", "time")
-    lines = [f"{'stage':<16}" + "".join(f"{title:>13}" for title in titles)]
+    rows = [("stage", *titles)]
     for name, report in stages.items():
-        if "images" in report:
-            report = {**report, "coverage": report["images"] / max(1, everything)}
-        cells = [_cell(column, report.get(column)) for column in columns]
-        lines.append(f"{name:<16}" + "".join(f"{cell:>13}" for cell in cells))
-    return "\n".join(lines)
+        images, seconds = report.get("images"), int(report["seconds"])
+        shares = [images and images / everything, report.get("confidence"), report.get("weight")]
+        numbers = [_percent(report.get("miou")), "-" if images is None else str(images)]
+        time = f"{seconds // 60}:{seconds % 60:02d}"
+        rows.append((name, *numbers, *map(_percent, shares), time))
+    return "\n".join(
+        f"{name:<16}" + "".join(f"{cell:>13}" for cell in cells) for name, *cells in rows
+    )
 
 
 def environment(device: Device) -> dict[str, Any]:
@@ -57,12 +60,8 @@ def environment(device: Device) -> dict[str, Any]:
     }
 
 
-def _cell(column: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    if column == "seconds":
-        return f"{int(value) // 60}:{int(value) % 60:02d}"
-    return str(value) if column == "images" else f"{100 * value:.2f} %"
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"
 
 
 def _git(*words: str) -> str | None:

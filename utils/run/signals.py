@@ -1,83 +1,64 @@
-"""SIGINT and SIGTERM: finish what is at hand, then stop; a second one ends the program at once."""
+"""SIGINT and SIGTERM: a run finishes its iteration, saves, and ends."""
 
-import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Thread
 from types import FrameType
 
-from utils.distributed import largest, world
+from utils.distributed import largest
 from utils.errors import Stopped
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_ECHO = 5.0  # seconds; torchrun hands on a signal that a cluster has sent to every process anyway
 
 
 class _StopLater:
     """A signal handler that remembers the first signal for ``stop_here``."""
 
-    def __init__(self) -> None:
-        self.caught, self.stopping, self._since = 0, False, 0.0
+    caught = 0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if not self.caught:
-            self.caught, self._since = number, time.monotonic()
-        elif world() == 1 or (not self.stopping and time.monotonic() - self._since > _ECHO):
-            os._exit(128 + number)  # torchrun sends another to those that save yet
+        self.caught = self.caught or number
+        # The next Ctrl-C ends the program at once. The next SIGTERM does not: torchrun sends its
+        # own after one that a scheduler has sent to every process.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
 def stopping_later() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back until the program calls ``stop_here``."""
+    """Hold SIGINT and SIGTERM back until the program calls ``stop_here``.
+
+    Raises:
+        Stopped: a ``RuntimeError`` came after a signal. Workers and other processes may have got
+            the signal too, and their end raises one here. What was saved last remains.
+    """
     handler = _StopLater()
-    before = {number: signal.signal(number, handler) for number in _SIGNALS}
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except RuntimeError as error:
+        if handler.caught:
+            raise Stopped(handler.caught) from error
+        raise
     finally:
         for number, old in before.items():
             signal.signal(number, old)
 
 
 def stop_here() -> None:
-    """Mark a place where the program can stop and go on later. Collective.
+    """Mark a place where the program can stop and continue later. Collective.
 
     Raises:
         Stopped: a signal came, to this process or another, since ``stopping_later`` began.
     """
-    number = largest(_caught())
+    number = largest(shall_stop())
     if number:
-        handler = signal.getsignal(signal.SIGTERM)
-        if isinstance(handler, _StopLater):
-            handler.stopping = True
         raise Stopped(number)
 
 
-def shall_stop() -> bool:
-    """Tell whether a signal came to this process, which should hurry to ``stop_here``."""
-    return _caught() != 0
-
-
-def _caught() -> int:
+def shall_stop() -> int:
+    """Return the signal that came to this process, 0 if none: then hurry to ``stop_here``."""
     handler = signal.getsignal(signal.SIGTERM)
     return handler.caught if isinstance(handler, _StopLater) else 0
 
 
-def leave_to_parent(worker: int) -> None:
-    """Let a process that reads images outlive a signal to all processes: its parent ends it.
-
-    Args:
-        worker: its number, which a ``DataLoader`` hands over.
-    """
+def ignore_interrupts(worker: int) -> None:
+    """Make a ``DataLoader`` worker ignore Ctrl-C, which the terminal sends to it too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS has none
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Wait for the SIGTERM that a parent ends its workers with."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)

@@ -1,17 +1,19 @@
-"""The run folder: which stages are done, what they gave, and who may work in it."""
+"""The run folder: which stages are done, what they made, and who may work in it."""
 
-import contextlib
 import math
+import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 import yaml
+from filelock import FileLock, Timeout
 from torch import nn
 
 from utils import checkpoint
@@ -20,26 +22,21 @@ from utils.device import Device
 from utils.distributed import barrier, broadcast, by_first, is_first
 from utils.errors import Stopped, UserError
 from utils.files import read_json, sha256, write_json, write_text, writing
-from utils.run.comparison import refuse_other_config, refuse_other_lists, refuse_other_precision
-from utils.run.lock import locked
+from utils.run.comparison import refuse_other_run
 from utils.run.log import Log, Numbers
 from utils.run.results import environment, stage_table
 from utils.run.signals import stopping_later
 
 Report = dict[str, Any]  # what results.json says of a stage
-_SHOWN = 3  # files that an error names
+_UNFINISHED = "unfinished"  # folder in a stage's
 
 
 class Stopwatch:
-    """Seconds over all sittings; a sitting that is killed counts up to its last note.
-
-    Args:
-        path: where the seconds are noted.
-    """
+    """Seconds of a stage over all its interruptions; after a kill, up to the last ``note``."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._earlier, self._start = path, 0.0, time.monotonic()
-        with contextlib.suppress(OSError, ValueError):  # the first sitting, or a spoilt note
+        with suppress(OSError, ValueError):  # nothing was noted, or the file is damaged
             self._earlier = float(path.read_text(encoding="utf-8"))
 
     @property
@@ -49,42 +46,40 @@ class Stopwatch:
 
     @by_first
     def note(self) -> None:
-        """Keep the seconds for the next sitting."""
+        """Save the seconds."""
         write_text(self._path, str(self.seconds))
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a stage works and what it may ask for.
+    """Where a stage works and what it uses of the run."""
 
-    Attributes:
-        name: of the stage and of its folder; begins with the stage's number.
-        folder: what the stage makes goes here.
-        config: the run's settings.
-        device: where and in which precision networks run.
-        log: of the run.
-        watch: runs while the stage does.
-    """
-
-    name: str
-    folder: Path
+    name: str  # of the stage and of its folder; begins with the stage's number
+    folder: Path  # takes what the stage makes
     config: Config
     device: Device
     log: Log
-    watch: Stopwatch
+    watch: Stopwatch  # runs while the stage does
+
+    @property
+    def unfinished(self) -> Path:
+        """The folder of what resuming needs; removed when the stage ends."""
+        return self.folder / _UNFINISHED
 
     @by_first
     def save(self, net: nn.Module, epoch: int) -> None:
-        """Write ``checkpoint.pth``: weights, config, stage, and how many epochs they saw."""
+        """Write ``checkpoint.pth``: weights, config, stage, and the number of epochs."""
         content = {"model": net.state_dict(), "config": self.config.model_dump(mode="json")}
         checkpoint.save(checkpoint_of(self.folder), {**content, "stage": self.name, "epoch": epoch})
 
     def record(self, epoch: int, numbers: Numbers) -> None:
-        """Keep an epoch's numbers."""
+        """Log an epoch's numbers."""
         self.log.record(self.name, epoch, numbers)
 
-    def leave_out(self, epoch: int, step: int, loss: float, images: Sequence[str]) -> None:
-        """Say which batch was left out, its loss or gradient not being finite.
+    def refuse_not_finite(
+        self, epoch: int, step: int, loss: float, images: Sequence[str]
+    ) -> NoReturn:
+        """End the run at a batch whose loss or gradient is not finite.
 
         Args:
             epoch: of the batch, counted from 0.
@@ -93,66 +88,51 @@ class Stage:
             images: of the batch.
 
         Raises:
-            UserError: ``on_nonfinite`` is ``stop``.
+            UserError: always.
         """
-        place = f"{self.name}, epoch {epoch + 1}, iteration {step + 1}"
         but = ", but its gradient is not finite," if math.isfinite(loss) else ""
-        said = f"{place}: the loss is {loss:.4g}{but} on {', '.join(images)}"
-        if self.config.on_nonfinite == "skip":
-            self.log.say(f"{said}; this batch changes no weight")
-            return
+        # A run has one config: --from-stage of a later stage would refuse another one.
         raise UserError(
-            f"{said}; set on_nonfinite=skip to go on without this batch, or start over with "
-            f"--from-stage {self.name[0]}, a lower optimizer.lr or precision=fp32"
+            f"{self.name}, epoch {epoch + 1}, iteration {step + 1}: the loss is {loss:.4g}{but} on "
+            f"{', '.join(images)}; lower optimizer.lr or set precision=fp32, and start over with "
+            "--from-stage 1"
         )
-
-    @property
-    def unfinished(self) -> Path:
-        """Where the stage keeps what going on needs; gone when it ends."""
-        return unfinished_of(self.folder)
 
 
 def checkpoint_of(folder: Path) -> Path:
-    """Tell where a training stage's folder keeps its network."""
+    """Return the path of the network in a training stage's folder."""
     return folder / "checkpoint.pth"
 
 
-def unfinished_of(folder: Path) -> Path:
-    """Tell where a stage's folder keeps what going on needs."""
-    return folder / "unfinished"
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a folder holds a stage that ended."""
+def _is_finished(folder: Path) -> bool:
     return (folder / "stage.json").is_file()
 
 
-def finish(folder: Path, report: Report) -> None:
-    """Write ``stage.json``: the report, and the sha256 of all that the stage made."""
-    files = {path.relative_to(folder).as_posix(): sha256(path) for path in _made(folder)}
+def _finish(folder: Path, report: Report) -> None:
+    """Write ``stage.json``: the report, and the sha256 of every file that the stage made."""
+    made = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    made = [p for p in made if folder / _UNFINISHED not in p.parents and p.suffix != ".partial"]
+    files = {path.relative_to(folder).as_posix(): sha256(path) for path in made}
     write_json(folder / "stage.json", {**report, "files": files})
-    _remove_unfinished(folder)
 
 
-def read_finished(folder: Path) -> tuple[Report, dict[str, str]]:
+def _read_finished(folder: Path) -> tuple[Report, dict[str, str]]:
     """Return a finished stage's report, and the sha256 of its files by path in the folder.
 
     Raises:
         UserError: a file is gone or has changed since the stage ended.
     """
-    _remove_unfinished(folder)
-    again = f"or do the stage and later ones again with --from-stage {folder.name[0]}"
+    _remove(folder / _UNFINISHED)
+    again = f"restore, or do the stage and later ones again with --from-stage {folder.name[0]}"
     content = read_json(folder / "stage.json")
     files = content.pop("files", None) if isinstance(content, dict) else None
     if not isinstance(files, dict):
-        raise UserError(f"{folder / 'stage.json'}: is no report of a stage; restore it, {again}")
+        raise UserError(f"{folder / 'stage.json'}: is no report of a stage; {again}")
     spoilt = [name for name, digest in files.items() if _digest(folder / name) != digest]
     if spoilt:
-        more = f" and {len(spoilt) - _SHOWN} more" if len(spoilt) > _SHOWN else ""
-        what = "has changed or is gone" if len(spoilt) == 1 else "have changed or are gone"
+        more = f" and {len(spoilt) - 1} more files" if len(spoilt) > 1 else ""
         raise UserError(
-            f"{folder / spoilt[0]}{''.join(f', {name}' for name in spoilt[1:_SHOWN])}{more}: "
-            f"{what} since {folder.name} ended; restore, {again}"
+            f"{folder / spoilt[0]}{more}: changed or gone since {folder.name} ended; {again}"
         )
     return content, files
 
@@ -161,33 +141,52 @@ def _digest(path: Path) -> str | None:
     return sha256(path) if path.is_file() else None
 
 
-def _made(folder: Path) -> Iterator[Path]:
-    """Yield a stage's files in order, without what only going on needs."""
-    for path in sorted(folder.rglob("*")):
-        scratch = unfinished_of(folder) in path.parents or path.suffix == ".partial"
-        if path.is_file() and not scratch and path != folder / "stage.json":
-            yield path
+def _remove(*paths: Path) -> None:
+    """Remove files, or folders with all that they hold."""
+    for path in paths:
+        with writing(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _remove_unfinished(folder: Path) -> None:
-    if unfinished_of(folder).is_dir():
-        with writing(unfinished_of(folder)):
-            shutil.rmtree(unfinished_of(folder))
+@contextmanager
+def locked(folder: Path, patience: float = 10.0) -> Iterator[None]:
+    """Let no other run work in a folder while the block runs.
 
+    Args:
+        folder: of the run; is made.
+        patience: seconds to try. A killed run's lock is free when its DataLoader workers, which
+            may inherit it, have ended: they look for their parent every 5 s.
 
-_RESULTS = ("results.json", "examples.png")  # what a run writes after its last stage
+    Raises:
+        UserError: another run holds the lock.
+    """
+    path, holder = folder / "lock", folder / "lock.holder"
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=patience)
+        except Timeout:
+            named = f" ({holder.read_text()})" if holder.is_file() else ""
+            raise UserError(
+                f"{path}: another run works in this folder{named}; wait for it, stop it, or set "
+                "name=... for another run"
+            ) from None
+    with lock:
+        write_text(holder, f"pid {os.getpid()} on {platform.node()}")
+        yield
 
 
 class Run:
     """A folder ``<outdir>/<name>`` with a folder a stage. Use it in a ``with`` block.
 
-    The block holds the folder's lock; SIGINT and SIGTERM end it where work can go on later. Of
-    several processes all enter it, and the first alone locks, logs and writes what all share.
+    The block holds the folder's lock; SIGINT and SIGTERM end it where work can continue later. Of
+    several processes all enter it, and rank 0 alone locks, logs and writes common files.
 
     Args:
         config: the run's settings; kept as ``config.yaml``.
-        from_stage: do stages of this number and later again; None goes on where the run stopped.
-        fresh: remove all that the run has made, its logs too.
+        from_stage: do stages of this number and later again; None continues the run.
+        fresh: remove all that the run has made, with its logs.
         lists: digests of the lists of images, by name; kept as ``lists.json``.
 
     Attributes:
@@ -197,8 +196,8 @@ class Run:
         log: takes lines and numbers.
 
     Raises:
-        UserError: the device does not exist. The block's begin raises it where another run works
-            in the folder, or it holds a run with other settings or lists.
+        UserError: the device does not exist. Entering the block raises it where another run works
+            in the folder, or the folder holds a run with other settings or lists.
     """
 
     def __init__(
@@ -220,25 +219,20 @@ class Run:
         """Lock the folder, compare settings, open the logs."""
         with ExitStack() as opened:
             if is_first():
-                opened.enter_context(locked(self.folder / "lock", self.log.say))
+                opened.enter_context(locked(self.folder))
                 self._prepare()
-                opened.enter_context(self.log)
+                self.log.open()
+                opened.callback(self.log.close)
+            opened.push(self._log_stop)
             opened.enter_context(stopping_later())
             barrier()
             self._opened = opened.pop_all()
         self.log.say(f"{self.folder} on {self.device}")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the logs and let go of the folder."""
-        with self._opened:
-            if isinstance(error, Stopped):
-                self.log.say(str(error))
+    def __exit__(self, *error: Any) -> None:
+        """Close the logs and release the folder."""
+        self._opened.__exit__(*error)
 
     def stage(self, name: str, work: Callable[..., Report], *inputs: Any) -> Path:
         """Do a stage, unless it is done, and return its folder.
@@ -246,18 +240,18 @@ class Run:
         Args:
             name: of the folder, which begins with the stage's number.
             work: called with the ``Stage`` and the inputs; fills the stage's folder and returns
-                what results.json shall say of it.
+                its report for ``results.json``.
             *inputs: for ``work``.
 
         Raises:
             UserError: the stage is done, and a file of it is gone or has changed.
         """
         folder = self.folder / name
-        if broadcast(is_finished, folder):
+        if broadcast(_is_finished, folder):
             self.log.say(f"{name}: done before")
         else:
             self._work(name, work, inputs)
-        self.stages[name], files = broadcast(read_finished, folder)
+        self.stages[name], files = broadcast(_read_finished, folder)
         self._files |= {f"{name}/{file}": digest for file, digest in files.items()}
         return folder
 
@@ -283,7 +277,7 @@ class Run:
         with writing(folder):
             folder.mkdir(exist_ok=True)
         by_first(write_json)(self.folder / "environment.json", environment(self.device))
-        watch = Stopwatch(folder / "unfinished" / "seconds")
+        watch = Stopwatch(folder / _UNFINISHED / "seconds")
         stage = Stage(name, folder, self.config, self.device, self.log, watch)
         try:
             report = work(stage, *inputs)
@@ -291,39 +285,30 @@ class Run:
             if stage.unfinished.is_dir():
                 watch.note()
             raise
-        barrier()  # all have written what they make
-        by_first(finish)(folder, {**report, "seconds": watch.seconds})
+        barrier()  # every process has written its files
+        by_first(_finish)(folder, {**report, "seconds": watch.seconds})
 
     def _prepare(self) -> None:
-        """Compare with what the folder holds, and remove what shall be done again."""
-        if self._fresh or self._from_stage == 1:
-            self._remove_stages(1)
-        else:
-            if any(self.folder.glob("[1-6]_*/*")):
-                refuse_other_config(self.folder, self.config)
-                refuse_other_lists(self.folder, self._lists)
-                refuse_other_precision(self.folder, self.device, self.log.say)
-            if self._from_stage is not None:
-                self._remove_stages(self._from_stage)
+        """Compare with what the folder holds, and remove what is to be done again."""
+        first = 1 if self._fresh else self._from_stage
+        if first != 1 and any(self.folder.glob("[1-6]_*/*")):
+            refuse_other_run(self.folder, self.config, self._lists, self.device, self.log.say)
+        if first is not None:
+            self._remove_stages(first)
         if self._fresh:
-            self._remove(
-                "config.yaml", "lists.json", "environment.json", "metrics.jsonl", "log.txt"
-            )
-            shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
+            names = ("config.yaml", "lists.json", "environment.json", "log.txt", "tensorboard")
+            _remove(*(self.folder / name for name in names))
         settings = yaml.safe_dump(self.config.model_dump(mode="json"))
         write_text(self.folder / "config.yaml", settings)
         write_json(self.folder / "lists.json", self._lists)
 
     def _remove_stages(self, first: int) -> None:
-        """Forget stages and what was said of them; a kill halfway leaves none that looks done."""
+        """Remove stages, their results and numbers; after a kill halfway none looks finished."""
         folders = [f for f in sorted(self.folder.glob("[1-6]_*")) if int(f.name[0]) >= first]
-        self._remove(*_RESULTS, *(f"{folder.name}/stage.json" for folder in folders))
-        for folder in folders:
-            with writing(folder):
-                shutil.rmtree(folder)
+        results = (self.folder / "results.json", self.folder / "examples.png")
+        _remove(*results, *(folder / "stage.json" for folder in folders), *folders)
         self.log.rewind(str(first), 0)
 
-    def _remove(self, *names: str) -> None:
-        for name in names:
-            with writing(self.folder / name):
-                (self.folder / name).unlink(missing_ok=True)
+    def _log_stop(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, Stopped):
+            self.log.say(str(error))
