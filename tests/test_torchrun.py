@@ -13,10 +13,11 @@ from conftest import ROOT
 
 import train
 from dataset.catalog import describe
-from dataset.lists import read_splits
-from dataset.loader import Chance, batch_seeds, training_batches, whole_images
+from dataset.lists import read_splits, with_pseudo_masks
+from dataset.loader import Chance, training_batches, whole_images
 from dataset.query import QueryRule, build_query_index
-from eval import build_network, validate
+from eval import evaluate
+from model import network_of
 from utils import checkpoint
 from utils.config.reading import read_config
 from utils.config.schema import InferenceSection
@@ -40,21 +41,19 @@ def test_every_image_is_read_by_one_process(together, config, count):
 
     def work():
         settings, done = InferenceSection(batch_size=2), {samples[0].name, samples[1].name}
-        loaders = [whole_images(samples, settings, 0), whole_images(samples, settings, 0, done)]
+        loaders = [whole_images(samples, settings, 0, done=names) for names in ((), done)]
         steps = training_batches(keys_alone(), 4, range(2), Chance(0, "x"), 0)
-        seeds = batch_seeds(9, 4, range(2), Chance(0, "x"))
         seen = [[batch.index.tolist() for batch in loader] for loader in loaders]
-        return seen, *([step.tolist() for step in given] for given in (steps, seeds))
+        return seen, [step.tolist() for step in steps]
 
     outcomes = together(count, work)
     for which, left_out in ((0, 0), (1, 2)):
-        batches = sorted(batch for seen, *_ in outcomes for batch in seen[which])
+        batches = sorted(batch for seen, _ in outcomes for batch in seen[which])
         expected = list(range(left_out, len(samples)))
         assert batches == [expected[i : i + 2] for i in range(0, len(expected), 2)]
-    ((_, whole, seeds),) = together(1, work)
+    ((_, whole),) = together(1, work)
     for step in range(4):
-        assert sorted(i for _, parts, _ in outcomes for i in parts[step]) == sorted(whole[step])
-        assert sorted(i for *_, s in outcomes for i in s[step]) == sorted(seeds[step])
+        assert sorted(i for _, parts in outcomes for i in parts[step]) == sorted(whole[step])
 
 
 def keys_alone():
@@ -69,48 +68,10 @@ def keys_alone():
 
 
 @pytest.mark.slow
-def test_a_stage_of_two_processes_goes_as_one_would(together, config):
-    """In fp32: the same loss curve and weights to 1e-4, at a rate that does not make chaos of 1e-7.
-
-    At 1e-3 one process whose first weights are changed by 1e-7 ends 2e-3 away from itself.
-    """
-
-    def stage_1(name):
-        settings = config(f"name={name}", "optimizer.lr=2e-5")
-        splits = read_splits(settings.dataset)
-        rule = QueryRule.of(settings.query, describe(settings.dataset))
-        with Run(settings) as run:
-            index = build_query_index(splits.labeled, rule)
-            run.stage("1_supervised", train.train_supervised, splits, index)
-            return run.folder
-
-    ((one,), (two, _)) = together(1, lambda: stage_1("one")), together(2, lambda: stage_1("two"))
-    lines = [
-        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for run in (one, two)
-    ]
-    assert len(lines[0]) == len(lines[1]) == 2
-    for before, after in zip(*lines, strict=True):
-        before.pop("images_per_second"), after.pop("images_per_second")
-        assert after == pytest.approx(before, abs=1e-4)
-    first, second = (
-        checkpoint.load(run / "1_supervised/checkpoint.pth")["model"] for run in (one, two)
-    )
-    torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-4)
-    torch.manual_seed(Chance(0, "1_supervised").torch_seed())
-    start = build_network(config(), pretrained=None).state_dict()
-    learnt, differing = (
-        max((weights[key] - first[key]).abs().max() for key in first if key.endswith("weight"))
-        for weights in (start, second)
-    )
-    assert differing < learnt / 10
-
-
-@pytest.mark.slow
 def test_files_of_labeling_and_selection_are_those_of_one_process(together, config, tmp_path):
     torch.manual_seed(0)
     teacher = tmp_path / "teacher"
-    net = build_network(config(), pretrained=None)
+    net = network_of(config().model, 7, pretrained=None)
     checkpoint.save(teacher / "checkpoint.pth", {"model": net.state_dict()})
 
     def infer():
@@ -122,19 +83,19 @@ def test_files_of_labeling_and_selection_are_those_of_one_process(together, conf
             masks = run.stage(
                 "2_pseudo_label", train.write_pseudo_labels, teacher, splits.unlabeled
             )
-            run.stage("3_select", train.select, teacher, splits, masks, index)
-            student = run.device.place(build_network(settings, pretrained=None))
+            labeled = with_pseudo_masks(splits.unlabeled, masks / "masks")
+            run.stage("3_select", train.select, teacher, splits, labeled, index)
+            student = run.device.place(network_of(settings.model, 7, pretrained=None))
             checkpoint.load_weights(student, teacher / "checkpoint.pth")
-            counts = validate(student, splits.val, settings, run.device).counts
-            return run.folder, counts, run.stages
+            return run.folder, evaluate(student, settings, run.device)
 
     outcomes = [together(count, infer) for count in (1, 2, 3)]
-    ((folder, counts, _),) = outcomes[0]
+    ((folder, score),) = outcomes[0]
     files = made(folder)
     assert len(files) == 10 + 1 + 5  # masks and their confidence; what stage 3 leaves
     for processes in outcomes[1:]:
         assert made(processes[0][0]) == files
-        assert all(torch.equal(other, counts) for _, other, _ in processes)
+        assert all(other == score for _, other in processes)
         assert not list(processes[0][0].rglob("unfinished"))
 
 
@@ -187,7 +148,6 @@ def test_a_run_of_two_processes_is_stopped_and_goes_on_in_one(
     assert 1 <= state["epoch"] < 5
     done = run_program(*words)
     assert done.returncode == 0, done.stderr
-    assert "2 processes, cpu, 1 threads before, cpu, " in done.stdout
-    assert "what follows may differ in its last digits" in done.stdout
+    assert "results may differ in their last digits" in done.stdout
     lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").open()]
     assert [line["epoch"] for line in lines] == [*range(1, 6), 1, 1]
