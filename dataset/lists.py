@@ -82,6 +82,7 @@ def with_pseudo_masks(samples: Iterable[Sample], folder: Path) -> list[Sample]:
     return [sample._replace(mask=mask_file(folder, sample), ids=None) for sample in samples]
 
 
+_SUFFIX = re.compile(r"(?<=[^/])\.[^./]*$")
 _WORD = re.compile(r'"([^"]*)"|([^\s"]+)')
 LONGEST = 255  # bytes of a file's name, on the common file systems
 
@@ -109,12 +110,12 @@ def read_list(path: Path, root: Path, kind: Kind | None) -> list[Sample]:
 
 def samples_of(lines: Iterable[str], path: Path, root: Path, kind: Kind | None) -> list[Sample]:
     """Parse the lines of ``path`` as ``read_list`` does."""
-    samples: dict[PurePosixPath, Sample] = {}
+    samples: dict[str, Sample] = {}  # by name without suffix
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         sample = _read_line(line, f"{path}:{number}", root, kind)
-        key = PurePosixPath(sample.name).with_suffix("")
+        key = _SUFFIX.sub("", sample.name)
         if key in samples and samples[key].name == sample.name:
             raise UserError(f"{path}:{number}: {sample.name} is listed twice; remove one line")
         if key in samples:
