@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from timm.layers import AvgPool2dSame, Conv2dSame
 from torch import Tensor, nn
 
 from utils.errors import UserError
@@ -82,6 +85,12 @@ class _GridMeans(nn.Module):
         super().__init__()
         self.rows, self.columns = rows, columns
 
+    @classmethod
+    def of(cls, pooling: nn.AdaptiveAvgPool2d) -> "_GridMeans":
+        """Build the same grid."""
+        size = pooling.output_size
+        return cls(size, size) if isinstance(size, int) else cls(*size)
+
     def forward(self, maps: Tensor) -> Tensor:
         """Average (B, C, h, w) to (B, C, rows, columns)."""
         height, width = maps.shape[-2:]
@@ -97,6 +106,38 @@ class _GridMeans(nn.Module):
         return weight / weight.sum(dim=1, keepdim=True)
 
 
+class _Same(nn.Module):
+    """timm's "same" layers, with padding that ``torch.export`` can carry through many of them.
+
+    TensorFlow pads to ceil(n / stride) positions: the kernel's extent less the stride, and what n
+    lacks to a multiple of the stride; the larger half below and right.
+
+    Args:
+        layer: a ``Conv2dSame`` or ``AvgPool2dSame``.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Map (B, C, h, w) to sizes divided by the stride, rounded up."""
+        layer, padding = self.layer, []
+        for side in (1, 0):  # F.pad begins with the last dimension
+            size, stride = layer.kernel_size[side], layer.stride[side]
+            rate = layer.dilation[side] if isinstance(layer, nn.Conv2d) else 1
+            amount = rate * (size - 1) + 1 - stride + -maps.shape[2 + side] % stride
+            padding += [amount // 2, amount - amount // 2]
+        maps = F.pad(maps, padding)
+        if isinstance(layer, AvgPool2dSame):
+            return F.avg_pool2d(
+                maps, layer.kernel_size, layer.stride, count_include_pad=layer.count_include_pad
+            )
+        return F.conv2d(
+            maps, layer.weight, layer.bias, layer.stride, 0, layer.dilation, layer.groups
+        )
+
+
 def _check_request(path: Path) -> None:
     if path.suffix not in PACKAGES:
         raise UserError(
@@ -110,6 +151,7 @@ def _check_request(path: Path) -> None:
 
 
 def _capture(net: nn.Module) -> torch.export.ExportedProgram:
+    net = _with_replaced(net, (Conv2dSame, AvgPool2dSame), _Same)
     shapes = (dict.fromkeys(_AXES, torch.export.Dim.DYNAMIC),)
     return torch.export.export(net, (torch.zeros(_EXAMPLE),), dynamic_shapes=shapes, strict=False)
 
@@ -127,7 +169,7 @@ def _read_pt2(path: Path) -> Run:
 def _write_onnx(net: nn.Module, path: Path) -> None:
     try:
         torch.onnx.export(
-            _capture(_without_adaptive_pooling(net)),
+            _capture(_with_replaced(net, (nn.AdaptiveAvgPool2d,), _GridMeans.of)),
             f=path,
             dynamo=True,
             verbose=False,
@@ -151,15 +193,14 @@ def _read_onnx(path: Path) -> Run:
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def _without_adaptive_pooling(net: nn.Module) -> nn.Module:
-    """Copy a network; the copy's grids of means have a form that ONNX knows."""
+def _with_replaced(
+    net: nn.Module, kinds: tuple[type, ...], replace: Callable[[Any], nn.Module]
+) -> nn.Module:
+    """Copy a network; the copy has other modules in place of those of exactly these types."""
     net = copy.deepcopy(net)
-    for module in list(net.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.AdaptiveAvgPool2d) and child.output_size != 1:
-                size = child.output_size
-                rows, columns = (size, size) if isinstance(size, int) else size
-                module.add_module(name, _GridMeans(rows, columns))
+    for name, module in list(net.named_modules()):
+        if type(module) in kinds:
+            net.set_submodule(name, replace(module))
     return net
 
 

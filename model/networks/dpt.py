@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from model.ops.bilinear import resize
-from model.ops.layers import SegmentationOutput, conv_bn_relu, full_size
+from model.ops.layers import SegmentationOutput, conv_bn_relu, cut, full_size
 
 
 class DPT(nn.Module):
@@ -49,8 +49,9 @@ class DPT(nn.Module):
         stages = zip(self.backbone(images), self.reassemble, self.fusion, strict=True)
         for tokens, reassemble, fuse in reversed(list(stages)):
             fused = fuse(reassemble(tokens), fused)
-        height, width = (-(-4 * length // self.backbone.patch_size) for length in images.shape[-2:])
-        return self.fuse(fused[..., :height, :width])
+        patch = self.backbone.patch_size
+        height, width = ((4 * length + patch - 1) // patch for length in images.shape[-2:])
+        return self.fuse(cut(fused, height, width))
 
     def classify(self, features: Tensor) -> Tensor:
         """Return the logits of features, at the features' size."""

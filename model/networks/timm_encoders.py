@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from model.networks.weights import LITE_NAMES
+from model.ops.layers import cut
 from utils import IMAGENET, Preprocessing
 from utils.checkpoint import Weights
 from utils.errors import UserError
@@ -69,8 +70,8 @@ class TimmEncoder(nn.Module):
             low_level, last = low_level.permute(0, 3, 1, 2), last.permute(0, 3, 1, 2)
         if not self.pad:
             return low_level, last
-        return tuple(
-            maps[..., : -(-height // stride), : -(-width // stride)]
+        return tuple(  # divided so that it also rounds up in ONNX, whose division truncates
+            cut(maps, (height + stride - 1) // stride, (width + stride - 1) // stride)
             for maps, stride in ((low_level, 4), (last, self.output_stride))
         )
 

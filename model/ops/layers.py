@@ -46,6 +46,14 @@ def conv_bn_relu(in_channels: int, channels: int, size: int, rate: int = 1) -> n
     return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 
+def cut(maps: Tensor, height: int, width: int) -> Tensor:
+    """Return the upper left part of (..., H, W) maps, which may be all of them."""
+    if torch.compiler.is_compiling():  # a slice's strides would tell whether it is all
+        rows, columns = (torch.arange(n, device=maps.device) for n in (height, width))
+        return maps.index_select(-2, rows).index_select(-1, columns)
+    return maps[..., :height, :width]
+
+
 def full_size(logits: Tensor, images: Tensor) -> Tensor:
     """Resize logits to the images' size, in float32: cast while small, not once more when large."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
