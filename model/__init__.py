@@ -46,6 +46,7 @@ def build_model(
     output_stride: int = 8,
     pretrained: str | Path | None = None,
     stem: str = "plain",
+    channels: int | None = None,
 ) -> nn.Module:
     """Build a network; ``net(images)`` gives ``SegmentationOutput(logits, features)``.
 
@@ -63,6 +64,7 @@ def build_model(
             ``model.networks.weights.find_weights``; None initialises at random (torch's
             generator).
         stem: 'plain', torchvision's; or 'deep', UniMatch's, for ResNets.
+        channels: of the decoder's maps, for deeplabv3plus and dpt; None for their own number.
 
     Raises:
         UserError: an unknown name, a combination that does not exist, or a weights file that is
@@ -74,7 +76,10 @@ def build_model(
     if file:
         weights = read_weights(file, backbone)
         put_weights(encoder, weights, file)
-    net = NETWORKS[name](encoder, num_classes, output_stride)
+    if channels is not None and name not in ("deeplabv3plus", "dpt"):
+        raise UserError(f"model.channels: {name} has no such choice; set model.channels=null")
+    width = {} if channels is None else {"channels": channels}
+    net = NETWORKS[name](encoder, num_classes, output_stride, **width)
     net.preprocessing = preprocessing_of(backbone)
     net.pretrained_from = file and str(file)
     return net
@@ -113,4 +118,5 @@ def network_of(
         settings.output_stride,
         pretrained,
         settings.stem,
+        settings.channels,
     )

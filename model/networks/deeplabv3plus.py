@@ -14,22 +14,27 @@ class DeepLabV3Plus(nn.Module):
         backbone: returns a stride-4 map and a last map, and tells their ``channels``.
         num_classes: C.
         output_stride: 8, 16 or 32; the pyramid's rates are 96 / output_stride times 1, 2, 3.
+        channels: D, of the pyramid's and the decoder's maps; checkpoints of the peers have 256.
     """
 
-    def __init__(self, backbone: nn.Module, num_classes: int, output_stride: int) -> None:
+    def __init__(
+        self, backbone: nn.Module, num_classes: int, output_stride: int, channels: int = 256
+    ) -> None:
         super().__init__()
-        low_channels, channels = backbone.channels
+        low_channels, last_channels = backbone.channels
         rate = 96 // output_stride
         self.backbone = backbone
-        self.head = AtrousSpatialPyramid(channels, 256, (rate, 2 * rate, 3 * rate))
+        self.head = AtrousSpatialPyramid(last_channels, channels, (rate, 2 * rate, 3 * rate))
         self.reduce = conv_bn_relu(low_channels, 48, 1)
         self.fuse = nn.Sequential(
-            *conv_bn_relu(304, 256, 3), *conv_bn_relu(256, 256, 3), nn.Dropout(0.1)
+            *conv_bn_relu(48 + channels, channels, 3),
+            *conv_bn_relu(channels, channels, 3),
+            nn.Dropout(0.1),
         )
-        self.classifier = nn.Conv2d(256, num_classes, 1)
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, images: Tensor) -> SegmentationOutput:
-        """Segment (B, 3, H, W) normalised images of any H and W; D = 256 at (H/4, W/4)."""
+        """Segment (B, 3, H, W) normalised images of any H and W; features at (H/4, W/4)."""
         features = self.extract(images)
         return SegmentationOutput(full_size(self.classify(features), images), features)
 

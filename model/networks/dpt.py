@@ -16,14 +16,21 @@ class DPT(nn.Module):
         backbone: returns four maps of one size, and tells their ``channels`` and ``patch_size``.
         num_classes: C.
         output_stride: not used: the patch decides.
+        channels: of all maps of the decoder; None: 128 for encoders of up to 384 channels, else 256.
 
     Source: Ranftl et al., ICCV 2021, with two departures: the class token is left out
     ("ignore" among the paper's readouts), and the last fusion stays at stride 4.
     """
 
-    def __init__(self, backbone: nn.Module, num_classes: int, output_stride: int) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        output_stride: int,
+        channels: int | None = None,
+    ) -> None:
         super().__init__()
-        channels = 128 if backbone.channels <= 384 else 256
+        channels = channels or (128 if backbone.channels <= 384 else 256)
         self.backbone = backbone
         self.reassemble = nn.ModuleList(
             nn.Sequential(nn.Conv2d(backbone.channels, channels, 1), resample)

@@ -117,6 +117,7 @@ class ModelSection(Section):
     backbone: str = "resnet101"  # resnet18/34/50/101/152, xception65, or timm/<name>
     stem: Literal["plain", "deep"] = "plain"  # of ResNets: torchvision's 7 x 7, or UniMatch's
     output_stride: Literal[8, 16, 32] = 8
+    channels: int | None = Field(None, gt=0)  # of the decoder's maps; null: the network's own
     compile: bool = False  # torch.compile the training step: minutes at first, faster on some GPUs
     # Weights of the backbone: 'auto' (pretrained/README.md), a file, or null for random ones.
     pretrained: str | None = "auto"

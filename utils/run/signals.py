@@ -26,14 +26,15 @@ def stopping_later() -> Iterator[None]:
     """Hold SIGINT and SIGTERM back until the program calls ``stop_here``.
 
     Raises:
-        Stopped: a ``RuntimeError`` came after a signal. Workers and other processes may have got
-            the signal too, and their end raises one here. What was saved last remains.
+        Stopped: an error came after a signal. Workers and other processes may have got the signal
+            too, and their end raises an error wherever this process is, even where it saves. What
+            was saved before remains.
     """
     handler = _StopLater()
     before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:
         if handler.caught:
             raise Stopped(handler.caught) from error
         raise
