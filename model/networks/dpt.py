@@ -16,7 +16,7 @@ class DPT(nn.Module):
         backbone: returns four maps of one size, and tells their ``channels`` and ``patch_size``.
         num_classes: C.
         output_stride: not used: the patch decides.
-        channels: of all maps of the decoder; None: 128 for encoders of up to 384 channels, else 256.
+        channels: of the decoder's maps; None: 128 for encoders of up to 384 channels, else 256.
 
     Source: Ranftl et al., ICCV 2021, with two departures: the class token is left out
     ("ignore" among the paper's readouts), and the last fusion stays at stride 4.
