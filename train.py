@@ -617,6 +617,8 @@ def _new_network(stage: Stage, chance: Chance) -> nn.Module:
     torch.manual_seed(chance.torch_seed())
     settings, kind = stage.config.model, describe(stage.config.dataset)
     net = stage.device.place(network_of(settings, len(kind.classes), settings.pretrained))
+    weights, images = net.pretrained_from or "initialised at random", net.preprocessing
+    stage.log.say(f"{stage.name}: {settings.backbone}, {weights}, images {tuple(images)}")
     if settings.compile:
         net.compile(dynamic=False)
     return net

@@ -68,8 +68,9 @@ class Stage:
 
     @by_first
     def save(self, net: nn.Module, epoch: int) -> None:
-        """Write ``checkpoint.pth``: weights, config, stage, and the number of epochs."""
-        content = {"model": net.state_dict(), "config": self.config.model_dump(mode="json")}
+        """Write ``checkpoint.pth``: weights, preprocessing, config, stage, number of epochs."""
+        content = {"model": net.state_dict(), "preprocessing": net.preprocessing._asdict()}
+        content["config"] = self.config.model_dump(mode="json")
         checkpoint.save(checkpoint_of(self.folder), {**content, "stage": self.name, "epoch": epoch})
 
     def record(self, epoch: int, numbers: Numbers) -> None:
