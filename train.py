@@ -539,7 +539,9 @@ def fit(
                     stage.save(kept, epoch + 1)
             stage.record(epoch + 1, numbers)
             at.epoch_done(outcome)
-    return outcome
+    labeled = 2 * size if isinstance(dataset, LabeledPairs) else size  # crops an iteration
+    crops = {"labeled_crops": labeled, "unlabeled_crops": 2 * size - labeled}
+    return {**outcome, "iterations": iterations, **{k: n * iterations for k, n in crops.items()}}
 
 
 def _weighting(

@@ -272,21 +272,12 @@ def test_the_lock_of_a_killed_run_becomes_free(tmp_path, holder):
 
 
 def test_table():
+    crops = {"iterations": 5, "labeled_crops": 80, "unlabeled_crops": 0}
     stages = {
-        "1_supervised": {"miou": 0.41234, "seconds": 61.4},
-        "2_pseudo_label": {"images": 108, "confidence": 0.9, "coverage": 1.0, "seconds": 3.0},
+        "1_supervised": {"miou": 0.41234, "seconds": 61.4, **crops},
+        "2_pseudo_label": {"images": 108, "confidence": 0.9, "seconds": 3.0},
     }
     head, *lines = stage_table(stages, "last").splitlines()
     assert head.split()[:3] == ["stage", "mIoU", "(last)"]
-    assert lines[0].split() == ["1_supervised", "41.23", "%", "-", "-", "-", "-", "1:01"]
-    assert lines[1].split() == [
-        "2_pseudo_label",
-        "-",
-        "108",
-        "100.00",
-        "%",
-        "90.00",
-        "%",
-        "-",
-        "0:03",
-    ]
+    assert lines[0].split() == "1_supervised 41.23 % 5 80 + 0 - - - 1:01".split()
+    assert lines[1].split() == "2_pseudo_label - - - 108 90.00 % - 0:03".split()

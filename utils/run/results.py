@@ -23,19 +23,20 @@ def stage_table(stages: dict[str, dict[str, Any]], checkpoint: str) -> str:
         checkpoint: ``last`` or ``best``, how the networks whose mIoU is shown were picked.
 
     Returns:
-        Lines of columns: mIoU on val; unlabeled images that the stage labels, selects or trains
-        on; their share of all; mean probability of the pseudo labels; mean weight of a
-        pseudo-labeled pixel's loss in the last epoch; time.
+        Lines of columns: mIoU on val; iterations; labeled and unlabeled crops that the student saw;
+        unlabeled images that the stage labels, selects or trains on; mean probability of the
+        pseudo labels; mean weight of a pseudo-labeled pixel's loss in the last epoch; time.
     """
-    everything = max((report.get("images", 0) for report in stages.values()), default=0) or 1
-    titles = (f"mIoU ({checkpoint})", "unlabeled", "coverage", "confidence", "weight", "time")
-    rows = [("stage", *titles)]
+    titles = ("iterations", "crops l + u", "unlabeled", "confidence", "weight", "time")
+    rows = [("stage", f"mIoU ({checkpoint})", *titles)]
     for name, report in stages.items():
-        images, seconds = report.get("images"), int(report["seconds"])
-        shares = [images and images / everything, report.get("confidence"), report.get("weight")]
-        numbers = [_percent(report.get("miou")), "-" if images is None else str(images)]
+        seconds, crops = int(report["seconds"]), "-"
+        if "iterations" in report:
+            crops = f"{report['labeled_crops']} + {report['unlabeled_crops']}"
+        numbers = [str(report.get("iterations", "-")), crops, str(report.get("images", "-"))]
+        shares = [_percent(report.get(key)) for key in ("confidence", "weight")]
         time = f"{seconds // 60}:{seconds % 60:02d}"
-        rows.append((name, *numbers, *map(_percent, shares), time))
+        rows.append((name, _percent(report.get("miou")), *numbers, *shares, time))
     return "\n".join(
         f"{name:<16}" + "".join(f"{cell:>13}" for cell in cells) for name, *cells in rows
     )
