@@ -2,6 +2,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -119,13 +120,16 @@ def test_files_without_batch_counters_load(tmp_path):
     assert same(weights, net.state_dict())
 
 
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize("keep", [0, 10, 0.5, -1])
-def test_truncated_files_are_named(tmp_path, keep):
-    path = tmp_path / "net.pth"
-    checkpoint.save(path, network().state_dict())
+def test_truncated_files_are_named(tmp_path, keep, suffix):
+    path, weights = tmp_path / f"net.{suffix}", network().state_dict()
+    save = torch.save if suffix == "pth" else safetensors.torch.save_file
+    save(weights, path)
+    assert same(checkpoint.load(path), weights)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * keep) if isinstance(keep, float) else keep])
-    with pytest.raises(UserError, match=r"net\.pth: not a whole checkpoint"):
+    with pytest.raises(UserError, match=rf"net\.{suffix}: not a whole checkpoint"):
         checkpoint.load(path)
 
 

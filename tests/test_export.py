@@ -1,34 +1,25 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
+from networks import FAMILIES, family, with_statistics
+from timm.layers import AvgPool2dSame, Conv2dSame
 from torch import nn
 
 from model import SegmentationOutput, build_model
 from model.networks.deeplabv2 import DeepLabV2
-from model.networks.pspnet import PSPNet
 from model.networks.resnet import ResNet
 from utils.errors import UserError
-from utils.export import _GridMeans, export
+from utils.export import _GridMeans, _Same, export
 
 UNSEEN = (4, 3, 57, 91)  # neither the traced size nor one that export checks
-
-
-def with_statistics(net: nn.Module) -> nn.Module:
-    """Fill the running statistics of batch norm, so that the logits are not all about zero."""
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        net.train()(torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
-    return net
 
 
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
     """Read it, don't spoil it."""
-    torch.manual_seed(0)
-    return with_statistics(build_model("deeplabv3plus", "resnet18", 5, output_stride=16))
+    return with_statistics(family("ResNet"))
 
 
 def logits_of(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -86,14 +77,18 @@ def test_onnx_names_its_input_output_and_free_axes(tmp_path):
     assert logits.shape == ["batch", 5, "height", "width"]
 
 
+OTHERS = {name: partial(family, name) for name in FAMILIES if name != "ResNet"}
+OTHERS |= {head: partial(build_model, head, "resnet18", 5, 16) for head in ("pspnet", "deeplabv2")}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
-@pytest.mark.parametrize("head", [PSPNet, DeepLabV2])
-def test_other_networks_export_too(head, suffix, tmp_path):
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_networks_export_too(name, suffix, tmp_path):
     if suffix == ".onnx":
         import_onnx()
     torch.manual_seed(0)
-    net = with_statistics(head(ResNet("resnet18", 16), 5, 16))
+    net = with_statistics(OTHERS[name]())
     path = tmp_path / f"model{suffix}"
     export(net, path)
     images = torch.randn(UNSEEN)
@@ -101,6 +96,22 @@ def test_other_networks_export_too(head, suffix, tmp_path):
         run_onnx(path, images) if suffix == ".onnx" else torch.export.load(path).module()(images)
     )
     assert_agrees(found, logits_of(net, images))
+
+
+@pytest.mark.parametrize("size", [(33, 17), (6, 7)])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Conv2dSame(3, 6, 3, stride=2),
+        Conv2dSame(3, 6, 5, stride=2, groups=3),
+        Conv2dSame(3, 6, 2, dilation=2),
+        AvgPool2dSame(2, stride=1),
+        AvgPool2dSame(3, stride=2, count_include_pad=False),
+    ],
+)
+def test_same_padding_is_timms(layer, size):
+    maps = torch.randn(2, 3, *size)
+    torch.testing.assert_close(_Same(layer)(maps), layer(maps))
 
 
 def test_the_callers_network_stays_as_it_is(network, tmp_path):

@@ -1,17 +1,20 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import FAMILIES, family
 from torchvision.models import resnet as torchvision_resnet
 
-from model import BACKBONES, NETWORKS, STEMS, build_model
+from model import BACKBONES, NETWORKS, STEMS, build_model, patch_size_of, refuse_crop
 from model.networks.resnet import ResNet
+from model.networks.timm_encoders import TimmEncoder
 from model.networks.xception import Xception65
 from utils.errors import UserError
 
-SMALL = ("resnet18", "resnet50", "xception65")  # a basic block, a bottleneck, no ResNet
+HEADS = tuple(name for name in NETWORKS if name != "dpt")
 STEMS_OF = [(b, stem) for b in BACKBONES for stem in STEMS if b != "xception65" or stem == "plain"]
-ALL = [(name, backbone, stem) for name in NETWORKS for backbone, stem in STEMS_OF]
-TRAINED = [(name, backbone) for name in NETWORKS for backbone in SMALL]
+ALL = [(name, backbone, stem) for name in HEADS for backbone, stem in STEMS_OF]
 
 
 def network(name, backbone, stem="plain", num_classes=5, stride=16):
@@ -32,10 +35,14 @@ def test_every_pair_gives_logits_and_features(name, backbone, stem):
     assert (height, width) == (-(-97 // stride), -(-135 // stride))
 
 
-@pytest.mark.parametrize(("name", "backbone"), TRAINED)
-def test_network_contract(name, backbone):
+CONTRACT = {name: lambda name=name: family(name) for name in FAMILIES}
+CONTRACT |= {name: lambda name=name: network(name, "resnet50") for name in ("pspnet", "deeplabv2")}
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_network_contract(name):
     """A gradient everywhere; features as ``extract`` gives them; images do not see each other."""
-    net = network(name, backbone)
+    net = CONTRACT[name]()
     images = torch.randn(2, 3, 49, 67)
     output = net(images)
     assert output.logits.dtype == torch.float32
@@ -47,6 +54,63 @@ def test_network_contract(name, backbone):
         torch.testing.assert_close(net.extract(images), both.features)
         alone = net(images[:1]).logits
         torch.testing.assert_close(both.logits[:1], alone, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_size_down_to_33_by_17(name, autocast):
+    """Features cover the image at stride 4, rounded up; in bf16 logits stay float32."""
+    net = family(name).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        for size in ((33, 17), (49, 130), (64, 96)):
+            output = net(torch.randn(1, 3, *size))
+            assert output.logits.dtype == torch.float32
+            assert output.logits.shape == (1, 5, *size)
+            assert output.features.shape[2:] == tuple(-(-length // 4) for length in size)
+
+
+@pytest.mark.parametrize("backbone", ["convnext_atto", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("stride", [8, 16, 32])
+def test_encoders_of_timm_divide_sizes_rounding_up(backbone, stride):
+    with torch.device("meta"):
+        encoder = TimmEncoder(backbone, stride)
+        maps = encoder(torch.empty(1, 3, 65, 130))
+    assert tuple(part.shape[1] for part in maps) == encoder.channels
+    sizes = [tuple(part.shape[2:]) for part in maps]
+    assert sizes == [(17, 33), tuple(-(-length // stride) for length in (65, 130))]
+
+
+def test_a_vision_transformer_pads_and_cuts_back():
+    """40 x 54 is padded to 48 x 64 with zeros, and the features are cut to a quarter of it."""
+    net = build_model("dpt", "timm/vit_tiny_patch16_224", 3).eval()
+    images = torch.randn(1, 3, 40, 54)
+    with torch.no_grad():
+        padded = net.extract(F.pad(images, (0, 10, 0, 8)))  # to 48 x 64
+        found = net.extract(images)
+    assert found.shape[2:] == (10, 14)
+    torch.testing.assert_close(found[..., :9, :13], padded[..., :9, :13])
+
+
+@pytest.mark.parametrize(
+    ("backbone", "patch"),
+    [
+        ("resnet18", None),
+        ("timm/convnext_atto", None),
+        ("timm/vit_small_patch14_reg4_dinov2.lvd142m", 14),
+        ("timm/vit_small_patch16_dinov3.lvd1689m", 16),
+    ],
+)
+def test_crops_are_multiples_of_the_patch(backbone, patch):
+    assert patch_size_of(backbone) == patch
+    if patch is None:
+        refuse_crop(backbone, 321)
+        return
+    with torch.device("meta"):
+        net = build_model("dpt", backbone, 5)
+    assert net(torch.empty(1, 3, 98, 120, device="meta")).logits.shape == (1, 5, 98, 120)
+    refuse_crop(backbone, 8 * patch)
+    with pytest.raises(UserError, match=rf"augment.crop_size: 321 .* {patch} pixels .* set \d+ or"):
+        refuse_crop(backbone, 321)
 
 
 @pytest.mark.parametrize("stride", [8, 16, 32])
@@ -170,13 +234,6 @@ def test_logits_of_deeplabv2_are_the_sum_of_its_branches():
     torch.testing.assert_close(output.logits, expected)
 
 
-def test_backbone_weights_load(tmp_path):
-    source = torchvision_resnet.resnet18()  # with fc, as torchvision's files have it
-    torch.save(source.state_dict(), tmp_path / "weights.pth")
-    net = build_model("deeplabv3plus", "resnet18", 3, pretrained=tmp_path / "weights.pth")
-    torch.testing.assert_close(net.backbone.conv1.weight, source.conv1.weight)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -184,9 +241,21 @@ def test_backbone_weights_load(tmp_path):
         (("deeplabv3plus", "vgg", 3), "model.backbone: 'vgg' is not one of resnet18"),
         (("deeplabv3plus", "resnet18", 3, 4), "model.output_stride: '4' is not one of 8, 16, 32"),
         (
-            ("deeplabv3plus", "resnet18", 3, 8, "nowhere.pth"),
-            "nowhere.pth: no weights for resnet18",
+            ("deeplabv3plus", "timm/convnext_atoo", 3),
+            "model.backbone: timm .* has no 'convnext_atoo'; near it: convnext_atto",
         ),
+        (
+            ("deeplabv3plus", "timm/resnet18.no_tag", 3),
+            "has no 'resnet18.no_tag'; near it: resnet18",
+        ),
+        (("deeplabv3plus", "timm/pvt_v2_b0", 3, 16), "pvt_v2_b0 ends at stride 32, not at 16"),
+        (("pspnet", "timm/vit_tiny_patch16_224", 3), "has no map at stride 4 .* model.name=dpt"),
+        (
+            ("pspnet", "timm/swin_tiny_patch4_window7_224", 3, 32),
+            "swin_tiny_patch4_window7_224 takes images of its own size alone",
+        ),
+        (("dpt", "resnet18", 3), "dpt takes a plain vision transformer, not resnet18"),
+        (("dpt", "timm/convnext_atto", 3), "convnext_atto is not a plain vision transformer"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
