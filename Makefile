@@ -1,8 +1,9 @@
 # The two commands are 'make demo' and 'make test'; each sets up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := .venv-oldest/bin
 
-.PHONY: demo test lint format
+.PHONY: demo test test-oldest lint format
 
 demo: .venv/run.stamp
 	$(BIN)/python -m dataset.demo data/demo
@@ -11,6 +12,9 @@ demo: .venv/run.stamp
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest
+
+test-oldest: .venv-oldest/dev.stamp
+	$(OLDEST)/python -m pytest
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
@@ -27,4 +31,10 @@ format: .venv/dev.stamp
 
 .venv/dev.stamp: requirements-dev.txt .venv/run.stamp
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+# The oldest torch that requirements.txt allows, and the torchvision of its day.
+.venv-oldest/dev.stamp: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python -m pip install --quiet "torch==2.6.*" "torchvision==0.21.*" -r requirements-dev.txt
 	touch $@

@@ -38,7 +38,7 @@ from dataset.training import (
     refuse_batch_sizes,
     repeats,
 )
-from model import network_of
+from model import network_of, refuse_crop
 from model.cisc import (
     anchor_weight,
     class_prototypes,
@@ -95,6 +95,7 @@ def train(config: Config, from_stage: int | None = None, fresh: bool = False) ->
     """Run the six stages, or those that are left of them."""
     kind, splits = describe(config.dataset), read_splits(config.dataset)
     refuse_batch_sizes(config, splits)
+    refuse_crop(config.model.backbone, config.augment.crop_size)
     index = build_query_index(splits.labeled, QueryRule.of(config.query, kind))
     with Run(config, from_stage, fresh, splits.digests()) as run:
         first = final = run.stage("1_supervised", train_supervised, splits, index)
