@@ -1,7 +1,5 @@
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from dataset.catalog import KINDS
@@ -12,21 +10,13 @@ PALETTE = KINDS["pascal"].palette()
 
 
 def test_mask_comes_back_with_its_ids_and_its_colours(tmp_path):
-    ids = np.array([[0, 1, 20], [255, 15, 0]], dtype=np.uint8)
+    ids = np.roll(np.arange(256, dtype=np.uint8), 1).reshape(2, 128)  # 255, 0, 1, ...
     save_mask(tmp_path / "new" / "m.png", ids, PALETTE)
     assert np.array_equal(np.asarray(read_mask(tmp_path / "new" / "m.png")), ids)
     picture = Image.open(tmp_path / "new" / "m.png")
     assert picture.mode == "P"
-    assert picture.convert("RGB").getpixel((1, 1)) == (192, 128, 128)  # VOC's person
-    assert picture.convert("RGB").getpixel((0, 1)) == (255, 255, 255)
-
-
-@given(ids=st.lists(st.integers(0, 255), min_size=1, max_size=12))
-def test_any_ids_survive(ids, tmp_path_factory):
-    path = tmp_path_factory.mktemp("mask") / "m.png"
-    ids = np.array([ids], dtype=np.uint8)
-    save_mask(path, ids, PALETTE)
-    assert np.array_equal(np.asarray(read_mask(path)), ids)
+    assert picture.convert("RGB").getpixel((16, 0)) == (192, 128, 128)  # 15: VOC's person
+    assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("size", [(40, 60), (7, 300)])

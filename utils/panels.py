@@ -29,44 +29,26 @@ class Classes(Protocol):
 
 
 def save_mask(path: Path, ids: np.ndarray, palette: bytes) -> None:
-    """Write class ids as a palette PNG, atomically.
-
-    Args:
-        path: where.
-        ids: (H, W) uint8 class ids, or 255.
-        palette: 768 bytes, the colours of the ids.
-    """
-    picture = in_colour(ids, palette)
-    write_atomically(path, lambda partial: picture.save(partial, "PNG"))
+    """Write class ids, (H, W) uint8, as a PNG of 768 bytes of palette, atomically."""
+    _save(_in_colour(ids, palette), path)
 
 
-def in_colour(ids: np.ndarray, palette: bytes) -> Image.Image:
-    """Return (H, W) uint8 ids as a picture of mode P."""
-    picture = Image.fromarray(ids)
-    picture.putpalette(palette)
-    return picture
-
-
-def save_overlay(
-    path: Path, image: Image.Image, ids: np.ndarray, palette: bytes, strength: float = 0.5
-) -> None:
-    """Write an RGB picture with its classes laid over it, as JPEG, atomically.
+def save_overlay(path: Path, image: Image.Image, ids: np.ndarray, palette: bytes) -> None:
+    """Write an RGB picture under its half-transparent classes, as JPEG, atomically.
 
     Args:
         path: where.
         image: the picture.
         ids: (H, W) uint8 class ids, of the picture's size.
         palette: 768 bytes, the colours of the ids.
-        strength: opacity of the colours, in [0, 1].
     """
-    picture = Image.blend(image, in_colour(ids, palette).convert("RGB"), strength)
-    write_atomically(path, lambda partial: picture.save(partial, "JPEG", quality=92))
+    picture = Image.blend(image, _in_colour(ids, palette).convert("RGB"), 0.5)
+    _save(picture, path, "JPEG", quality=92)
 
 
-def save_legend(path: Path, legend: Sequence[Entry], width: int = 480) -> None:
+def save_legend(path: Path, legend: Sequence[Entry]) -> None:
     """Write class names beside their colours, as PNG, atomically."""
-    picture = _legend(legend, width)
-    write_atomically(path, lambda partial: picture.save(partial, "PNG"))
+    _save(_legend(legend, width=480), path)
 
 
 def draw_examples(
@@ -85,19 +67,18 @@ def draw_examples(
         kind: classes and colours.
         preprocessing: of the loader's images.
     """
-    palette, rows = kind.palette(), []
+    rows = []
     device = next(iter(predictors.values())).device
     for batch in passes(loader, device, path.stem):
         size = tuple(batch.label.shape[-2:])
         ids = [predict(batch.image, size).argmax(dim=1) for predict in predictors.values()]
         for place, index in enumerate(batch.index.tolist()):
             masks = [mask[place].byte().cpu().numpy() for mask in (batch.label, *ids)]
-            picture = _as_picture(batch.image[place], preprocessing)
-            rows.append({index: (picture, [in_colour(mask, palette) for mask in masks])})
-    columns = [[picture, *masks] for _, (picture, masks) in sorted(merged(rows).items())]
-    titles = ["image", "label", *predictors]
+            shown = [_in_colour(mask, kind.palette()) for mask in masks]
+            rows.append({index: [_as_picture(batch.image[place], preprocessing), *shown]})
+    pictures = [row for _, row in sorted(merged(rows).items())]
     legend = list(zip(kind.classes, kind.colours, strict=True))
-    by_first(save_panel)(path, titles, columns, legend)
+    by_first(save_panel)(path, ["image", "label", *predictors], pictures, legend)
 
 
 def _as_picture(image: Tensor, preprocessing: Preprocessing) -> Image.Image:
@@ -119,27 +100,32 @@ def save_panel(
     Args:
         path: where to write a PNG.
         titles: one a column.
-        rows: pictures of one row show the same image.
+        rows: the pictures of one image each.
         legend: class names and colours.
         height: of a row, in pixels.
     """
-    shown = [[_to_height(picture, height) for picture in row] for row in rows]
-    width = max(picture.width for row in shown for picture in row) + _MARGIN
+    rows = [[_to_height(picture, height) for picture in row] for row in rows]
+    width = max(picture.width for row in rows for picture in row) + _MARGIN
     names = _legend(legend, width * len(titles))
-    top = _MARGIN + _LINE
-    panel = Image.new(
-        "RGB",
-        (width * len(titles) + _MARGIN, top + len(rows) * (height + _MARGIN) + names.height),
-        "white",
-    )
-    draw, font = ImageDraw.Draw(panel), ImageFont.load_default()
+    top, below = _MARGIN + _LINE, len(rows) * (height + _MARGIN) + names.height
+    panel = Image.new("RGB", (width * len(titles) + _MARGIN, top + below), "white")
     for column, title in enumerate(titles):
-        draw.text((column * width + _MARGIN, _MARGIN), title, "black", font)
-    for number, row in enumerate(shown):
-        for column, picture in enumerate(row):
-            panel.paste(picture, (column * width + _MARGIN, top + number * (height + _MARGIN)))
+        left = column * width + _MARGIN
+        ImageDraw.Draw(panel).text((left, _MARGIN), title, "black", ImageFont.load_default())
+        for number, row in enumerate(rows):
+            panel.paste(row[column], (left, top + number * (height + _MARGIN)))
     panel.paste(names, (_MARGIN, panel.height - names.height))
-    write_atomically(path, lambda partial: panel.save(partial, "PNG"))
+    _save(panel, path)
+
+
+def _save(picture: Image.Image, path: Path, kind: str = "PNG", **options: int) -> None:
+    write_atomically(path, lambda partial: picture.save(partial, kind, **options))
+
+
+def _in_colour(ids: np.ndarray, palette: bytes) -> Image.Image:
+    picture = Image.fromarray(ids)  # of mode L; a palette makes it P
+    picture.putpalette(palette)
+    return picture
 
 
 def _to_height(picture: Image.Image, height: int) -> Image.Image:
@@ -152,16 +138,13 @@ def _to_height(picture: Image.Image, height: int) -> Image.Image:
 def _legend(entries: Sequence[Entry], width: int) -> Image.Image:
     """Swatches with names, as many in a line as fit."""
     font = ImageFont.load_default()
-    places, x, y = [], 0, 0
-    for name, _ in entries:
+    picture = Image.new("RGB", (width, (len(entries) + 1) * _LINE), "white")
+    draw, left, top = ImageDraw.Draw(picture), 0, 0
+    for name, colour in entries:
         needed = round(font.getlength(name)) + 2 * _LINE + _MARGIN
-        if x and x + needed > width:
-            x, y = 0, y + _LINE
-        places.append((x, y))
-        x += needed
-    picture = Image.new("RGB", (width, y + _LINE + _MARGIN), "white")
-    draw = ImageDraw.Draw(picture)
-    for (name, colour), (left, top) in zip(entries, places, strict=True):
+        if left and left + needed > width:
+            left, top = 0, top + _LINE
         draw.rectangle((left, top + 2, left + 12, top + 14), fill=colour, outline="black")
         draw.text((left + _LINE, top + 2), name, "black", font)
-    return picture
+        left += needed
+    return picture.crop((0, 0, width, top + _LINE + _MARGIN))

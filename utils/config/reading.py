@@ -1,11 +1,11 @@
 """Read a config: YAML files by ``base:``, then ``key=value`` from the command line."""
 
-import contextlib
 import difflib
+import os.path
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,29 +15,20 @@ from utils.errors import UserError
 
 _COMMAND_LINE = "command line"
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-
-
-class Layer(dict):
-    """Settings from one place, and the place's name for error messages."""
-
-    def __init__(self, values: Mapping[str, Any], source: str) -> None:
-        super().__init__(values)
-        self.source = source
+Layer = tuple[str, Mapping[str, Any]]  # where settings come from, and the settings
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads no key twice: YAML would take the last and forget the first without a word."""
+    """YAML with keys as strings, none of them twice: YAML itself keeps the last one silently."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            name = str(self.construct_object(key, deep=True))
-            if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {name!r} stands there twice", key.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        keys = [str(self.construct_object(key, deep=True)) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                message = f"the key {key!r} is there twice"
+                raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+        values = [self.construct_object(value, deep=deep) for _, value in node.value]
+        return dict(zip(keys, values, strict=True))
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int | str:
         """Leave 1_16, the name of a split, a string: YAML 1.1 reads it as 116."""
@@ -58,7 +49,7 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: no such file, no YAML, an unknown key (the nearest is named), a wrong value.
     """
-    return _checked(_file_layers(_find(path), seen=()), overrides)
+    return _checked(_file_layers(path), overrides)
 
 
 def config_from(values: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
@@ -67,57 +58,60 @@ def config_from(values: Mapping[str, Any], source: str, overrides: Sequence[str]
     Raises:
         UserError: an unknown key or a wrong value, with the source.
     """
-    return _checked([Layer(values, source)], overrides)
+    return _checked([(source, values)], overrides)
 
 
 def _checked(layers: list[Layer], overrides: Sequence[str]) -> Config:
     """Merge layers, later over earlier, key by key, and check the result."""
-    layers = [*layers, *(_override_layer(text) for text in overrides)]
+    layers = [*layers, *map(_override, overrides)]
     merged: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            try:
-                _merge(merged, {key: value})
-            except RecursionError:
-                raise UserError(f"{layer.source}: {key}: the value holds itself") from None
+    for _, values in layers:
+        merged = _merged(merged, values)
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
         raise UserError(_explain(error, layers)) from None
 
 
-def _find(path: str, first: Path = Path()) -> Path:
-    for candidate in (first / path, Path(path), CONFIGS / path):
-        with contextlib.suppress(OSError, ValueError):  # no name that a file could have
-            if candidate.is_file():
-                return candidate
-    known = ", ".join(sorted(file.name for file in CONFIGS.glob("*.yaml")))
-    raise UserError(f"{path}: no such config here or in configs/, which has {known}")
+def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(lower)
+    for key, value in upper.items():
+        both = isinstance(value, dict) and isinstance(lower.get(key), dict)
+        merged[key] = _merged(lower[key], value) if both else value
+    return merged
 
 
-def _file_layers(path: Path, seen: tuple[Path, ...]) -> list[Layer]:
-    """Return the layers of a file and its bases, deepest base first."""
-    if path.resolve() in seen:
-        raise UserError(f"{path}: 'base' leads back to this file")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read this config ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, no such date
-        raise UserError(f"{path}: not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no 'key: value' lines")
-    base = content.pop("base", None)
-    layers = []
-    if base is not None:
-        if not isinstance(base, str):
+def _file_layers(name: str) -> list[Layer]:
+    """Return the settings of a file and of its bases, deepest base first."""
+    layers: list[Layer] = []
+    path, seen = _find(name, Path()), []
+    while path is not None:
+        if path.resolve() in seen:
+            raise UserError(f"{path}: 'base' leads back to this file")
+        seen.append(path.resolve())
+        try:
+            content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        except (OSError, yaml.YAMLError, ValueError) as error:  # or not UTF-8, no such date
+            raise UserError(f"{path}: not YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: holds no 'key: value' lines")
+        base = content.pop("base", None)
+        if not isinstance(base, str | None):
             raise UserError(f"{path}: base: {base!r} is not allowed: it names another config")
-        found = _find(base, path.parent)
-        layers = _file_layers(found, (*seen, path.resolve()))
-    return [*layers, Layer(content, str(path))]
+        layers.insert(0, (str(path), content))
+        path = None if base is None else _find(base, path.parent)
+    return layers
 
 
-def _override_layer(text: str) -> Layer:
+def _find(name: str, beside: Path) -> Path:
+    for candidate in (beside / name, Path(name), CONFIGS / name):
+        if os.path.isfile(candidate):  # noqa: PTH113 - False also for a name no file could have
+            return candidate
+    known = ", ".join(sorted(file.name for file in CONFIGS.glob("*.yaml")))
+    raise UserError(f"{name}: no such config here or in configs/, which has {known}")
+
+
+def _override(text: str) -> Layer:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"'{text}': settings on the command line read key=value")
@@ -127,72 +121,56 @@ def _override_layer(text: str) -> Layer:
         raise UserError(f"'{text}': the value is not YAML") from error
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
-    return Layer(parsed, _COMMAND_LINE)
-
-
-def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
-    for key, value in layer.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = _copy(value)
-
-
-def _copy(value: Any) -> Any:
-    return {key: _copy(part) for key, part in value.items()} if isinstance(value, dict) else value
+    return _COMMAND_LINE, parsed
 
 
 def _explain(error: ValidationError, layers: Sequence[Layer]) -> str:
     """Say in one line what is wrong: file, key, value, what is allowed."""
     errors = error.errors()
-    unknown = ("extra_forbidden", "invalid_key")
     # A misspelled section is unknown and missing at once; the spelling is the cause.
-    first = next((each for each in errors if each["type"] in unknown), errors[0])
-    # A place in a list, such as the 1 of augment.scale.1, is no key of its own.
-    path = [part for part in first["loc"] if not isinstance(part, int) or first["type"] in unknown]
-    path = [str(part) for part in path if part != "[key]"]  # pydantic's word for a wrong id
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
+    kind, location = first["type"], first["loc"]
+    # Without places in a list, and pydantic's mark of a wrong key of class_map.
+    path = [part for part in location if isinstance(part, str) and part != "[key]"]
     key = ".".join(path)
-    sources = [layer.source for layer in layers if _has(layer, path)] or [layers[-1].source]
-    if first["type"] in unknown:
-        return f"{sources[-1]}: unknown key '{key}'; the nearest known key is '{_nearest(key)}'"
-    if first["type"] == "missing" and not isinstance(first["loc"][-1], int):
-        files = [layer.source for layer in layers if layer.source != _COMMAND_LINE]
-        return f"{files[-1]}: key '{key}' is missing; add it"
-    wanted = {
+    source = next((name for name, values in reversed(layers) if _sets(values, path)), layers[0][0])
+    if kind == "extra_forbidden":
+        return f"{source}: unknown key '{key}'; the nearest known key is '{_nearest(key)}'"
+    if kind == "missing" and location[-1] in path:
+        file = next(name for name, _ in reversed(layers) if name != _COMMAND_LINE)
+        return f"{file}: key '{key}' is missing; add it"
+    allowed = {
         "model_type": "a section holds 'key: value' lines",
         "missing": "more values are wanted",
-    }.get(first["type"], first["msg"].removeprefix("Value error, "))
-    return f"{sources[-1]}: {key}: {first['input']!r} is not allowed: {wanted}"
+    }.get(kind, first["msg"].removeprefix("Value error, "))
+    return f"{source}: {key}: {first['input']!r} is not allowed: {allowed}"
+
+
+def _sets(values: Any, path: Sequence[str]) -> bool:
+    """Whether a layer sets a key, or a section around it to something else."""
+    for part in path:
+        if not isinstance(values, dict):
+            return True
+        if part not in values:
+            return False
+        values = values[part]
+    return True
 
 
 def _nearest(key: str) -> str:
-    """Find the known key whose last part is most like the given one's, then the whole key."""
+    """Return the known key whose last part is most like the given one's, then the whole key."""
 
-    def likeness(known: str) -> tuple[float, float]:
+    def likeness(known: str) -> list[float]:
         pairs = (known.rpartition(".")[2], key.rpartition(".")[2]), (known, key)
-        last, whole = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-        return last, whole
+        return [difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs]
 
     return max(_keys(Config), key=likeness)
-
-
-def _has(layer: Any, path: Sequence[str]) -> bool:
-    """Whether a layer sets a key, or a part of it."""
-    for part in path:
-        if not isinstance(layer, dict):
-            return True
-        layer = {str(key): value for key, value in layer.items()}
-        if part not in layer:
-            return False
-        layer = layer[part]
-    return True
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Yield every dotted key of a section."""
     for name, field in section.model_fields.items():
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
         yield prefix + name
-        for kind in inner:
-            yield from _keys(kind, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if hasattr(kind, "model_fields"):
+                yield from _keys(kind, f"{prefix}{name}.")
