@@ -1,6 +1,7 @@
 """Train a segmentation network on few labels and many images: the six stages of CISC-R.
 
-python train.py --config pascal.yaml [section.key=value ...] [--from-stage N | --fresh NAME]
+python train.py --config pascal.yaml [--method NAME] [section.key=value ...]
+    [--from-stage N | --fresh NAME]
 """
 
 import math
@@ -53,7 +54,7 @@ from model.losses import cross_entropy, ohem_cross_entropy, rectified_cross_entr
 from model.ops.frozen import frozen
 from utils import IGNORE, Preprocessing
 from utils.checkpoint import load_weights
-from utils.config.reading import read_config
+from utils.config.reading import METHODS, read_config
 from utils.config.schema import Config, OhemSection, TrainingSection
 from utils.device import Device
 from utils.distributed import (
@@ -672,6 +673,7 @@ def read_arguments() -> tuple[Config, int | None, bool]:
     """Read the command line: settings, the stage to start from, whether to start over."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, help="a YAML file, here or in configs/")
+    parser.add_argument("--method", choices=METHODS, help="settings of configs/methods/")
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="such as retrain.epochs=40"
     )
@@ -679,7 +681,7 @@ def read_arguments() -> tuple[Config, int | None, bool]:
     again.add_argument("--from-stage", type=int, choices=range(1, 7), help="do it and later again")
     again.add_argument("--fresh", metavar="NAME", help="remove all that the run of this name made")
     arguments = parser.parse_intermixed_args()
-    config = read_config(arguments.config, arguments.settings)
+    config = read_config(arguments.config, arguments.settings, arguments.method)
     if arguments.fresh not in (None, config.name):
         raise UserError(f"--fresh: this run is called '{config.name}', not '{arguments.fresh}'")
     return config, arguments.from_stage, arguments.fresh is not None

@@ -2,7 +2,7 @@ import pytest
 
 from dataset.catalog import describe
 from dataset.query import QueryRule
-from utils.config.reading import CONFIGS, config_from, read_config
+from utils.config.reading import CONFIGS, METHODS, config_from, read_config
 from utils.errors import UserError
 
 SMALL = {
@@ -19,6 +19,14 @@ def test_every_shipped_config_loads_and_has_a_name_of_its_own(tmp_path, monkeypa
         QueryRule.of(config.query, describe(config.dataset))
         assert config == config_from(config.model_dump(mode="json"), "checkpoint")
     assert len({config.name for config in configs}) == len(configs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_are_settings_over_a_config(method):
+    config = read_config("demo.yaml", ["retrain.threshold=0.3"], method)
+    assert config.retrain.threshold == 0.3  # the command line comes last
+    assert config.dataset == read_config("demo.yaml").dataset
+    assert (6 in config.stages) == (method != "supervised")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from utils.errors import UserError
 
 _COMMAND_LINE = "command line"
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+METHODS = sorted(file.stem for file in (CONFIGS / "methods").glob("*.yaml"))
 Layer = tuple[str, Mapping[str, Any]]  # where settings come from, and the settings
 
 
@@ -39,17 +40,19 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
-def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
+def read_config(path: str, overrides: Sequence[str] = (), method: str | None = None) -> Config:
     """Read and check a config.
 
     Args:
         path: a YAML file, looked for in the working folder, then in ``configs/``.
         overrides: ``section.key=value`` with the value in YAML; the last one counts.
+        method: one of ``METHODS``, whose settings come after the file's; None for none.
 
     Raises:
         UserError: no such file, no YAML, an unknown key (the nearest is named), a wrong value.
     """
-    return _checked(_file_layers(path), overrides)
+    method_layers = [] if method is None else _file_layers(f"methods/{method}.yaml")
+    return _checked([*_file_layers(path), *method_layers], overrides)
 
 
 def config_from(values: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
