@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from utils.config.schema import AugmentSection, DatasetSection
 from utils.errors import UserError, exit_with_one_line
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ["HF_HUB_OFFLINE"] = "1"  # weights come from the installed package in every test
 
 # The same examples every time: a failure here is the change's, not the day's.
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=60)
