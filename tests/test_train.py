@@ -212,3 +212,46 @@ def test_baselines_are_switches(demo_root, tmp_path, tiny_settings):
     scores = [line["miou"] for line in lines if line["stage"] == "6_retrain"]
     assert json.loads((run / "results.json").read_text())["miou"] == max(scores)
     assert "mIoU (best)" in (run / "log.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model",
+    [
+        "model.backbone=timm/convnext_atto",
+        "model.backbone=timm/mobilenetv3_small_050",
+        "model={name: dpt, backbone: timm/vit_tiny_patch16_224}",
+    ],
+)
+def test_encoders_of_timm_go_through_the_six_stages(demo_root, tmp_path, tiny_settings, model):
+    words = [*tiny_settings(demo_root, tmp_path), model, "retrain.epochs=1", "supervised.epochs=1"]
+    run = start(words, "encoder")
+    saved = torch.load(run / "6_retrain" / "checkpoint.pth", weights_only=True)
+    assert saved["preprocessing"]["interpolation"] == "bicubic"
+    assert list(json.loads((run / "results.json").read_text())["stages"]) == STAGES
+
+
+@pytest.mark.slow
+def test_labels_of_the_running_average_resume_to_the_same_bits(
+    demo_root, tmp_path, tiny_settings, monkeypatch
+):
+    words = [*tiny_settings(demo_root, tmp_path), "retrain.threshold=0.2", "checkpoint_every=1"]
+    config = read_config("demo.yaml", [*words, "name=whole"], "fixmatch")
+    train.train(config)
+    cut, steps = read_config("demo.yaml", [*words, "name=cut"], "fixmatch"), []
+    step_done = train.Progress.step_done
+
+    def interrupted(self):
+        step_done(self)
+        steps.append(None)
+        if len(steps) == 7:  # 6 iterations in stage 1, 4 in stage 6
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Progress, "step_done", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(cut)
+    train.train(cut)
+    whole, again = (weights(tmp_path / name / "6_retrain") for name in ("whole", "cut"))
+    assert same_weights(whole, again)
+    assert not (tmp_path / "whole" / "2_pseudo_label").exists()
