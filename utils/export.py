@@ -2,11 +2,13 @@
 
 import copy
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -40,23 +42,21 @@ def export(net: nn.Module, path: Path) -> float:
         UserError: another suffix, a missing package, a network that ONNX cannot express, or a
             file that disagrees with the network, which is then not kept.
     """
-    _check_request(path)
+    if path.suffix not in PACKAGES:
+        raise UserError(
+            f"{path}: export writes {' or '.join(PACKAGES)}; '{path.suffix}' is neither"
+        )
+    missing = " ".join(name for name in PACKAGES[path.suffix] if find_spec(name) is None)
+    if missing:
+        raise UserError(f"{path}: {path.suffix} needs packages: pip install {missing}")
     plain = _Logits(copy.deepcopy(net)).to("cpu", torch.float32).eval()
     plain.to(memory_format=torch.contiguous_format).requires_grad_(False)
     write, read = (_write_onnx, _read_onnx) if path.suffix == ".onnx" else (_write_pt2, _read_pt2)
-    difference = torch.nan
-
-    def write_and_check(partial: Path) -> None:
-        nonlocal difference
-        try:
-            with _quiet():
-                write(plain, partial)
-                difference = _largest_difference(plain, read(partial), path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-
-    write_atomically(path, write_and_check)
+    with _quiet(), TemporaryDirectory() as folder:
+        file = Path(folder) / path.name
+        write(plain, file)
+        difference = _largest_difference(plain, read(file), path)
+        write_atomically(path, lambda partial: shutil.copy(file, partial))
     return difference
 
 
@@ -72,11 +72,7 @@ class _Logits(nn.Module):
 
 
 class _GridMeans(nn.Module):
-    """``nn.AdaptiveAvgPool2d`` as two matrix products, which ONNX has at sizes not known yet.
-
-    Means over a grid of cells are separable: cell i of n covers the rows from floor(i h / n) to
-    ceil((i + 1) h / n), and the columns likewise.
-    """
+    """``nn.AdaptiveAvgPool2d`` as two matrix products, which ONNX has for free sizes too."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
@@ -85,28 +81,17 @@ class _GridMeans(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """Average (B, C, h, w) to (B, C, rows, columns)."""
         height, width = maps.shape[-2:]
-        return self._cells(self.rows, height) @ maps @ self._cells(self.columns, width).T
-
-    @staticmethod
-    def _cells(count: int, length: int) -> Tensor:
-        """(count, length): the weight of each position in each cell's mean."""
-        cell, position = torch.arange(count).unsqueeze(1), torch.arange(length).unsqueeze(0)
-        # position >= floor(cell length / count), < ceil((cell + 1) length / count), undivided
-        inside = ((position + 1) * count > cell * length) & (position * count < (cell + 1) * length)
-        weight = inside.float()
-        return weight / weight.sum(dim=1, keepdim=True)
+        return _cells(self.rows, height) @ maps @ _cells(self.columns, width).T
 
 
-def _check_request(path: Path) -> None:
-    if path.suffix not in PACKAGES:
-        raise UserError(
-            f"{path}: export writes {' or '.join(PACKAGES)}; '{path.suffix}' is neither"
-        )
-    missing = [name for name in PACKAGES[path.suffix] if find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"{path}: {path.suffix} needs {', '.join(missing)}: pip install {' '.join(missing)}"
-        )
+def _cells(count: int, length: int) -> Tensor:
+    """(count, length): the weight of each position in the mean of each cell.
+
+    Cell i covers the positions from floor(i length / count) to ceil((i + 1) length / count).
+    """
+    cell, position = torch.arange(count).unsqueeze(1), torch.arange(length)
+    inside = ((position + 1) * count > cell * length) & (position * count < (cell + 1) * length)
+    return inside / inside.sum(dim=1, keepdim=True)
 
 
 def _capture(net: nn.Module) -> torch.export.ExportedProgram:
@@ -115,13 +100,11 @@ def _capture(net: nn.Module) -> torch.export.ExportedProgram:
 
 
 def _write_pt2(net: nn.Module, path: Path) -> None:
-    with path.open("wb") as file:  # a path would have to end in .pt2
-        torch.export.save(_capture(net), file)
+    torch.export.save(_capture(net), path)
 
 
 def _read_pt2(path: Path) -> Run:
-    with path.open("rb") as file:
-        return torch.export.load(file).module()
+    return torch.export.load(path).module()
 
 
 def _write_onnx(net: nn.Module, path: Path) -> None:
@@ -138,7 +121,9 @@ def _write_onnx(net: nn.Module, path: Path) -> None:
         )
     except torch.onnx.OnnxExporterError as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path}: ONNX cannot express this network ({reason}); try .pt2") from error
+        raise UserError(
+            f"{path.name}: ONNX cannot express this network ({reason}); try .pt2"
+        ) from error
 
 
 def _read_onnx(path: Path) -> Run:
@@ -152,7 +137,7 @@ def _read_onnx(path: Path) -> Run:
 
 
 def _without_adaptive_pooling(net: nn.Module) -> nn.Module:
-    """Copy a network; the copy's grids of means have a form that ONNX knows."""
+    """Copy a network, with ``_GridMeans`` for its grids of means."""
     net = copy.deepcopy(net)
     for module in list(net.modules()):
         for name, child in module.named_children():
@@ -166,7 +151,7 @@ def _without_adaptive_pooling(net: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _largest_difference(net: nn.Module, run: Run, path: Path) -> float:
     generator = torch.Generator().manual_seed(0)
-    differences = []
+    largest = 0.0
     for shape in _CHECKED:
         images = torch.randn(shape, generator=generator)
         expected = net(images)
@@ -181,18 +166,16 @@ def _largest_difference(net: nn.Module, run: Run, path: Path) -> float:
                 f"{path}: not written, its logits of images {shape} differ from the network's by "
                 f"{difference:.2g}, more than {limit:.2g}"
             )
-        differences.append(difference)
-    return max(differences)
+        largest = max(largest, difference)
+    return largest
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch's talk about its own exporter off the screen."""
-    level = logging.root.manager.disable
+    """Hide the warnings and logs of torch's exporter."""
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        logging.disable(level)
+        logging.disable(logging.NOTSET)
