@@ -6,16 +6,14 @@ python eval.py outdir/demo/6_retrain/checkpoint.pth --export net.onnx
 """
 
 import argparse
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dataset.catalog import Kind, describe
-from dataset.lists import Sample, find_pictures, mask_file, read_val
+from dataset.catalog import describe
+from dataset.lists import find_pictures, mask_file, read_val
 from dataset.loader import photographs, whole_images
 from dataset.reading import read_photograph
 from model import network_of
@@ -36,13 +34,15 @@ def evaluate(
     net: nn.Module, config: Config, device: Device, masks: Path | None = None
 ) -> dict[str, Any]:
     """Score a network on the config's val list; write predicted masks below ``masks``."""
-    kind, samples = describe(config.dataset), read_val(config.dataset)
-    loader = whole_images(
-        samples, config.inference, config.workers, preprocessing=net.preprocessing
-    )
-    predict = Predictor(frozen(net, device), device, config.inference)
-    keep = None if masks is None else partial(_save, samples, masks, kind)
-    return validate(predict, loader, len(kind.classes), keep).report(kind.classes)
+    kind, samples, settings = describe(config.dataset), read_val(config.dataset), config.inference
+    loader = whole_images(samples, settings, config.workers, preprocessing=net.preprocessing)
+
+    def save(index: int, ids: Tensor) -> None:
+        save_mask(mask_file(masks, samples[index]), ids.byte().cpu().numpy(), kind.palette())
+
+    predict = Predictor(frozen(net, device), device, settings)
+    matrix = validate(predict, loader, len(kind.classes), None if masks is None else save)
+    return matrix.report(kind.classes)
 
 
 def segment(net: nn.Module, config: Config, device: Device, pictures: Path, out: Path) -> int:
@@ -52,29 +52,22 @@ def segment(net: nn.Module, config: Config, device: Device, pictures: Path, out:
     predict = Predictor(frozen(net, device), device, config.inference)
     for batch in passes(loader, device, "segmenting"):
         (ids,) = predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
-        index = int(batch.index)
-        _save(samples, out / "masks", kind, index, ids)
-        overlay = mask_file(out / "overlays", samples[index]).with_suffix(".jpg")
-        photograph = read_photograph(samples[index].image)
-        save_overlay(overlay, photograph, ids.byte().cpu().numpy(), kind.palette())
+        ids, sample = ids.byte().cpu().numpy(), samples[int(batch.index)]
+        save_mask(mask_file(out / "masks", sample), ids, kind.palette())
+        overlay = mask_file(out / "overlays", sample).with_suffix(".jpg")
+        save_overlay(overlay, read_photograph(sample.image), ids, kind.palette())
     legend = list(zip(kind.classes, kind.colours, strict=True))
     by_first(save_legend)(out / "legend.png", legend)
     return len(samples)
 
 
-def _save(samples: Sequence[Sample], folder: Path, kind: Kind, index: int, ids: Tensor) -> None:
-    save_mask(mask_file(folder, samples[index]), ids.byte().cpu().numpy(), kind.palette())
-
-
 def table(results: dict[str, Any]) -> str:
     """Lay out IoU by class, mIoU and pixel accuracy, in percent."""
-    rows = [*results["per_class_iou"].items(), ("mIoU", results["miou"])]
-    rows.append(("pixel accuracy", results["pixel_accuracy"]))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(
-        f"{name:<{width}}  {'not seen' if value is None else f'{100 * value:8.2f}'}"
-        for name, value in rows
-    )
+    rows = {**results["per_class_iou"], "mIoU": results["miou"]}
+    rows["pixel accuracy"] = results["pixel_accuracy"]
+    width = max(map(len, rows))
+    shown = {name: "not seen" if v is None else f"{100 * v:8.2f}" for name, v in rows.items()}
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
 
 
 def read_arguments() -> argparse.Namespace:
@@ -94,9 +87,8 @@ def read_arguments() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if (arguments.images is None) != (arguments.out is None):
         raise UserError("--images and --out go together: pictures in, masks and overlays out")
-    if arguments.out is not None and arguments.out.resolve().is_relative_to(
-        arguments.images.resolve()
-    ):
+    images, out = arguments.images, arguments.out
+    if out is not None and out.resolve().is_relative_to(images.resolve()):
         raise UserError("--out: lies in --images, where its masks would be pictures; name another")
     return arguments
 

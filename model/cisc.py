@@ -23,9 +23,8 @@ _PROBABILITY_EPS = 1e-6  # bounds the slope of binary cross entropy where a cosi
 def masked_average_pooling(features: Tensor, mask: Tensor) -> Tensor:
     """Average the features of a region: its prototype (section 1).
 
-    The definition resizes the features bilinearly to (H, W) and averages them over the region.
-    Resizing is linear: pulling the mask back to (h, w) by the adjoint of the resize gives the same
-    sums without ever building D channels at full size.
+    The definition resizes the features bilinearly to (H, W). Resizing is linear: pulling the mask
+    back to (h, w) by its adjoint gives the same sums without D channels at full size.
 
     Args:
         features: (B, D, h, w) float.
@@ -42,10 +41,7 @@ def masked_average_pooling(features: Tensor, mask: Tensor) -> Tensor:
 
 
 def similarity_map(features: Tensor, prototype: Tensor, size: tuple[int, int]) -> Tensor:
-    """Show where an image looks like a prototype (section 2).
-
-    It is the CISC map of the image when the prototype comes from another image that shares
-    the class.
+    """Show where images look like prototypes; if those are of other images, CISC maps (section 2).
 
     Args:
         features: (B, D, h, w) float.
@@ -70,17 +66,17 @@ def consistency_loss(
 
     Args:
         features: (B, D, h, w) float, of the images.
-        query_features: (B, D, h, w) float, of their partners.
+        query_features: the same of their partners.
         label: (B, H, W) long, of the images, 255 = ignored.
-        query_label: (B, H, W) long, of their partners, 255 = ignored.
-        shared_class: (B,) long, the class id that a pair shares, 255 if none.
+        query_label: the same of their partners.
+        shared_class: (B,) long, the class id that the crops of a pair share, 255 if none.
         pairs: () number of pairs that share a class in the batch that these are a part of; None:
             they are all of it. The losses of the parts add up.
 
     Returns:
         Scalar float32 >= 0: binary cross entropy between each image's CISC map and its region of
         the class, averaged over valid pixels, both directions added, averaged over the pairs
-        that share a class; 0 if none does. A pair whose crop lost the class must say 255.
+        that share a class; 0 if none does.
     """
     region = class_region(label, shared_class)
     query_region = class_region(query_label, shared_class)
@@ -88,15 +84,14 @@ def consistency_loss(
     query_prototype = masked_average_pooling(query_features, query_region)
     forward = similarity_map(features, query_prototype, label.shape[-2:])
     backward = similarity_map(query_features, prototype, label.shape[-2:])
-    loss = _mean_entropy(forward, region, label) + _mean_entropy(
-        backward, query_region, query_label
-    )
+    loss = _mean_entropy(forward, region, label)
+    loss = loss + _mean_entropy(backward, query_region, query_label)
     sharing = shared_class != IGNORE
     return (loss * sharing).sum() / (sharing.sum() if pairs is None else pairs).clamp_min(1)
 
 
 def rectification_weight(region: Tensor, cisc_map: Tensor) -> Tensor:
-    """Weigh each pixel by how far pseudo label and cross-image similarity agree.
+    """Weigh each pixel by how far pseudo label and cross-image similarity agree (section 4).
 
     Args:
         region: (B, H, W) bool, where the pseudo label is the queried class.
@@ -104,8 +99,6 @@ def rectification_weight(region: Tensor, cisc_map: Tensor) -> Tensor:
 
     Returns:
         (B, H, W) in [0, 1]: 1 agrees, 0 clashes. Carries no gradient.
-
-    Source: the paper's rectified loss; section 4.
     """
     return 1.0 - (region.float() - cisc_map.detach()).abs()
 
@@ -113,7 +106,7 @@ def rectification_weight(region: Tensor, cisc_map: Tensor) -> Tensor:
 def cross_image_weight(
     features: Tensor, prototype: Tensor, pseudo_label: Tensor, shared_class: Tensor
 ) -> Tensor:
-    """Weigh the pixels of unlabeled images by the labeled images queried for them.
+    """Weigh the pixels of unlabeled images by the labeled images queried for them (section 4).
 
     Args:
         features: (B, D, h, w) float, the frozen teacher's, of the images.
@@ -123,8 +116,6 @@ def cross_image_weight(
 
     Returns:
         (B, H, W) float in [0, 1], 1 everywhere in images that share no class. No gradient.
-
-    Source: sections 2 and 4.
     """
     cisc_map = similarity_map(features, prototype, pseudo_label.shape[-2:])
     weight = rectification_weight(class_region(pseudo_label, shared_class), cisc_map)
@@ -143,11 +134,9 @@ def anchor_weight(features: Tensor, pseudo_label: Tensor, anchors: Tensor) -> Te
         (B, H, W) float32 in [0, 1]: the clamped cosine, 1 where the class has no anchor or the
         pixel is ignored. No gradient.
 
-    Source: deviates from the paper, which compares with one labeled image; docs/method.md,
-    sections 2 and 7.
+    Source: deviates from the paper, which compares with one labeled image; sections 2 and 7.
     """
-    known = ~anchors.isnan().any(dim=1)
-    cosines = _cosines(features.detach(), anchors.nan_to_num().expand(len(features), -1, -1))
+    cosines, known = _anchor_cosines(features.detach(), anchors)
     maps = resize(torch.where(known[:, None, None], cosines, 1.0), pseudo_label.shape[-2:])
     valid = pseudo_label != IGNORE
     chosen = maps.gather(1, pseudo_label.where(valid, 0).unsqueeze(1)).squeeze(1)
@@ -155,15 +144,7 @@ def anchor_weight(features: Tensor, pseudo_label: Tensor, anchors: Tensor) -> Te
 
 
 def class_region(label: Tensor, shared_class: Tensor) -> Tensor:
-    """Tell where each image shows its class.
-
-    Args:
-        label: (B, H, W) long, 255 = ignored.
-        shared_class: (B,) long, 255 for none.
-
-    Returns:
-        (B, H, W) bool, False everywhere in images whose class is 255.
-    """
+    """Tell where (B, H, W) labels are the class of their image, of (B,): bool, False for 255."""
     return (label == shared_class[:, None, None]) & (label != IGNORE)
 
 
@@ -197,15 +178,12 @@ def reliability(features: Tensor, label: Tensor, anchors: Tensor) -> Tensor:
         anchors: (C, D) float, the mean prototype of each class; NaN for a class that has none.
 
     Returns:
-        (B, C) float32 <= 0, higher is more reliable: minus the binary cross entropy between the
-        similarity map to the anchor and the class region, averaged over valid pixels. NaN where
-        the image does not show the class or the class has no anchor.
-
-    Source: the paper's image-level selection; deviates in sign, so that higher is better.
+        (B, C) float32 <= 0, higher is more reliable, unlike in the paper: minus the binary cross
+        entropy between the similarity map to the anchor and the class region, averaged over valid
+        pixels. NaN where the image does not show the class or the class has no anchor.
     """
-    known = ~anchors.isnan().any(dim=1)
+    cosines, known = _anchor_cosines(features, anchors)
     image, shown = (_class_areas(label, len(anchors)).bool() & known).nonzero(as_tuple=True)
-    cosines = _cosines(features, anchors.nan_to_num().expand(len(features), -1, -1))
     # One channel for each class that an image shows, not one for each that there is.
     maps = resize(cosines[image, shown].unsqueeze(1), label.shape[-2:]).squeeze(1)
     label = label[image]
@@ -228,8 +206,14 @@ def image_reliability(scores: Tensor, average: bool) -> Tensor:
     return score.masked_fill(scores.isnan().all(dim=1), -torch.inf)
 
 
+def _anchor_cosines(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines of every place with (C, D) anchors, (B, C, h, w); (C,) bool, which are known."""
+    cosines = _cosines(features, anchors.nan_to_num().expand(len(features), -1, -1))
+    return cosines, ~anchors.isnan().any(dim=1)
+
+
 def _cosines(features: Tensor, prototypes: Tensor) -> Tensor:
-    """Cosines of every place with (B, C, D) prototypes, by one matrix product: (B, C, h, w)."""
+    """Cosines of every place with (B, C, D) prototypes, clamped to [0, 1]: (B, C, h, w)."""
     dtype = at_least_float32(features)
     with full_precision(features):
         features = features.to(dtype)
@@ -241,8 +225,8 @@ def _cosines(features: Tensor, prototypes: Tensor) -> Tensor:
 
 def _class_areas(label: Tensor, num_classes: int) -> Tensor:
     """Count the pixels of every class: (B, C) long."""
-    ids = torch.arange(num_classes, device=label.device)
-    return torch.stack([(label == label_id).sum(dim=(1, 2)) for label_id in ids], dim=1)
+    areas = [(label == class_id).sum(dim=(1, 2)) for class_id in range(num_classes)]
+    return torch.stack(areas, dim=1)
 
 
 def _mean_entropy(probability: Tensor, region: Tensor, label: Tensor) -> Tensor:

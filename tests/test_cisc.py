@@ -18,14 +18,14 @@ from utils import IGNORE
 
 
 def naive_pooling(features, mask):
-    """METHOD piece 1 as it is written: resize the features, average them over the region."""
+    """docs/method.md, section 1, as it is written."""
     resized = F.interpolate(features, mask.shape[-2:], mode="bilinear", align_corners=False)
     mask = mask.to(features.dtype).unsqueeze(1)
     return (resized * mask).sum(dim=(2, 3)) / (mask.sum(dim=(2, 3)) + 0.0005)
 
 
 def naive_map(features, prototype, size):
-    """METHOD piece 2 as it is written."""
+    """docs/method.md, section 2, as it is written."""
     cosine = F.cosine_similarity(features, prototype[:, :, None, None], dim=1).clamp(0, 1)
     return F.interpolate(cosine.unsqueeze(1), size, mode="bilinear", align_corners=False)[:, 0]
 
@@ -50,12 +50,6 @@ def pair():
     return features, query, labels[0], labels[1], torch.tensor([1, 2])
 
 
-def test_pooling_matches_hand_count():
-    features = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
-    mask = torch.tensor([[[True, False], [True, False]]])
-    assert masked_average_pooling(features, mask).item() == pytest.approx(4 / 2.0005, abs=1e-6)
-
-
 def test_pooling_of_a_resized_map_matches_hand_count():
     # A line of two, resized to four: 1, 1.5, 2.5, 3 (weights 1, 3/4, 1/4, 0); the last two count.
     features = torch.tensor([[[[1.0, 3.0]]]])
@@ -64,20 +58,14 @@ def test_pooling_of_a_resized_map_matches_hand_count():
 
 
 @pytest.mark.parametrize("size", [(17, 26), (5, 7), (4, 3), (81, 81)])
-def test_adjoint_pooling_equals_pooling_of_resized_features(size):
+def test_adjoint_pooling_and_its_gradient_are_those_of_resized_features(size):
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(3, 16, 5, 7, generator=generator)
+    features = torch.randn(3, 16, 5, 7, generator=generator).requires_grad_()
     mask = torch.rand(3, *size, generator=generator) < 0.3
-    expected = naive_pooling(features.double(), mask).float()
-    torch.testing.assert_close(masked_average_pooling(features, mask), expected, rtol=0, atol=1e-5)
-
-
-def test_adjoint_pooling_has_the_same_gradient():
-    features = torch.randn(1, 4, 5, 7, dtype=torch.float64, requires_grad=True)
-    mask = torch.rand(1, 17, 26) < 0.5
-    (ours,) = torch.autograd.grad(masked_average_pooling(features, mask).square().sum(), features)
-    (naive,) = torch.autograd.grad(naive_pooling(features, mask).square().sum(), features)
-    torch.testing.assert_close(ours, naive)
+    pooled, expected = masked_average_pooling(features, mask), naive_pooling(features, mask)
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-5)
+    slopes = [torch.autograd.grad(p.square().sum(), features)[0] for p in (pooled, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-5)
 
 
 def test_prototype_of_an_empty_region_is_zero_and_its_map_too():
@@ -87,23 +75,13 @@ def test_prototype_of_an_empty_region_is_zero_and_its_map_too():
     assert similarity_map(features, prototype, (6, 6)).abs().max() == 0
 
 
-def test_similarity_matches_hand_count():
+def test_similarity_matches_hand_count_and_definition(pair):
     features = torch.tensor([[[[3.0, -1.0, 0.0]], [[4.0, 0.0, 2.0]]]])  # (3, 4), (-1, 0), (0, 2)
     shown = similarity_map(features, torch.tensor([[5.0, 0.0]]), (1, 3))
     torch.testing.assert_close(shown, torch.tensor([[[0.6, 0.0, 0.0]]]))
-
-
-def test_similarity_equals_the_definition(pair):
     features, query, *_ = pair
     expected = naive_map(features, query[:, :, 0, 0], (17, 26))
     torch.testing.assert_close(similarity_map(features, query[:, :, 0, 0], (17, 26)), expected)
-
-
-def test_similarity_ignores_lengths(pair):
-    features, query, *_ = pair
-    plain = similarity_map(features, query[:, :, 0, 0], (9, 9))
-    scaled = similarity_map(7 * features, 0.1 * query[:, :, 0, 0], (9, 9))
-    torch.testing.assert_close(plain, scaled)
 
 
 def test_similarity_is_float32_and_bounded_under_autocast():
@@ -128,13 +106,6 @@ def test_consistency_equals_the_definition(pair):
     assert ours.item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_consistency_is_symmetric(pair):
-    features, query, label, query_label, shared = pair
-    forward = consistency_loss(features, query, label, query_label, shared)
-    backward = consistency_loss(query, features, query_label, label, shared)
-    torch.testing.assert_close(forward, backward)
-
-
 def test_pairs_that_share_nothing_do_not_count(pair):
     features, query, label, query_label, shared = pair
     alone = consistency_loss(features[:1], query[:1], label[:1], query_label[:1], shared[:1])
@@ -142,14 +113,6 @@ def test_pairs_that_share_nothing_do_not_count(pair):
     torch.testing.assert_close(alone, beside)
     nothing = torch.tensor([IGNORE, IGNORE])
     assert consistency_loss(features, query, label, query_label, nothing) == 0
-
-
-def test_ignored_pixels_do_not_change_the_consistency(pair):
-    features, _, label, query_label, shared = pair
-    flat = torch.full_like(features, 0.3)  # every pixel looks alike, so the region's place is moot
-    small = consistency_loss(flat, flat, label, query_label, shared)
-    wider = F.pad(label, (0, 26), value=IGNORE), F.pad(query_label, (0, 26), value=IGNORE)
-    torch.testing.assert_close(consistency_loss(flat, flat, *wider, shared), small)
 
 
 def test_consistency_gradient_is_finite_where_a_cosine_is_zero_or_one():
@@ -204,14 +167,6 @@ def test_reliability_equals_the_definition(pair):
             expected = naive_entropy(shown, label[i] == class_id, label[i])
             assert scores[i, class_id].item() == pytest.approx(-expected, rel=1e-9)
     assert scores[:, [1, 3]].isnan().all()  # no anchor; class absent
-
-
-def test_reliability_prefers_the_image_that_agrees():
-    anchors = torch.eye(2)
-    features = torch.stack([torch.tensor([[[1.0, 0.1]], [[0.1, 1.0]]])] * 2)  # left 0, right 1
-    label = torch.tensor([[[0, 1]], [[1, 0]]])  # the second image's label is swapped
-    agrees, clashes = reliability(features, label, anchors).sum(dim=1).tolist()
-    assert clashes < agrees < 0
 
 
 def test_image_reliability_sums_or_averages_the_classes_that_count():

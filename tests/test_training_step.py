@@ -72,8 +72,8 @@ def samples(pair):
     )
 
 
-def retrained(student, samples, batch, weigh=weight_one):
-    weight = weigh(student, samples, None).detach()
+def retrained(student, samples, batch):
+    weight = samples.image.mean(dim=1).sigmoid()
     return retrain_objective(student, samples, batch, weight, cross_entropy)
 
 
@@ -89,7 +89,8 @@ def test_supervised_objective_adds_its_terms(net, pair):
 
 
 def test_retrain_objective_adds_both_kinds_of_images_with_weight_one(net, samples):
-    loss = retrained(net, samples, samples)
+    weight = weight_one(net, samples, None)
+    loss = retrain_objective(net, samples, samples, weight, cross_entropy)
     unlabeled = cross_entropy(net(samples.student_image).logits, samples.pseudo_label)
     labeled = cross_entropy(net(samples.labeled_image).logits, samples.labeled_label)
     close(loss.total, unlabeled + labeled)
@@ -158,16 +159,8 @@ def test_parts_of_a_batch_give_the_update_of_the_batch(pair, samples, kind, coun
         torch.manual_seed(1)
         net = Net()
         optimization = Optimization(net, OptimizerSection(lr=0.1), 9, CPU.scaler())
-        objective, batch = {
-            "pairs": (
-                partial(supervised_objective, labeled_loss=cross_entropy, consistency=0.7),
-                pair,
-            ),
-            "samples": (
-                partial(retrained, weigh=lambda _, part, __: part.image.mean(dim=1).sigmoid()),
-                samples,
-            ),
-        }[kind]
+        supervised = partial(supervised_objective, labeled_loss=cross_entropy, consistency=0.7)
+        objective, batch = (supervised, pair) if kind == "pairs" else (retrained, samples)
         for step in range(3):
             terms, spoilt = training_step(net, objective, optimization, CPU, batch, step, count)
             assert spoilt is None

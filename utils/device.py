@@ -1,11 +1,12 @@
 """Where networks run and in which precision."""
 
+import os
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from utils.distributed import local_rank, world
+from utils.distributed import world
 from utils.errors import UserError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,17 +38,16 @@ class Device:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What convolutions compute in."""
+        """The dtype of convolutions."""
         return _DTYPES[self.precision]
 
     def autocast(self) -> torch.autocast:
-        """Run convolutions in the precision; sums that need float32 say so themselves."""
-        return torch.autocast(
-            self.torch_device.type, self.dtype, enabled=self.dtype != torch.float32
-        )
+        """Compute convolutions in the precision; sums that need float32 switch it off."""
+        enabled = self.precision != "fp32"
+        return torch.autocast(self.torch_device.type, self.dtype, enabled=enabled)
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Scale gradients in fp16; hands them through otherwise."""
+        """Return a scaler of gradients, which does nothing but in fp16."""
         return torch.amp.GradScaler(self.torch_device.type, enabled=self.precision == "fp16")
 
     def place(self, net: nn.Module) -> nn.Module:
@@ -64,14 +64,14 @@ class Device:
 
 def _find_device(name: str) -> torch.device:
     if name == "auto":
-        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        device = _accelerator() or torch.device("cpu")
     else:
         device = _existing(name)
     if device.type != "cuda" or world() == 1:
         return device
     if device.index is not None:
         raise UserError(f"device: '{name}' is one for {world()} processes; take auto or cuda")
-    device = _existing(f"cuda:{local_rank()}")
+    device = _existing(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     torch.cuda.set_device(device)
     return device
 
@@ -90,12 +90,10 @@ def _existing(name: str) -> torch.device:
 def _best_precision(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if device.type == "cpu" and _cpu_multiplies_bf16() else "fp32"
-
-
-def _cpu_multiplies_bf16() -> bool:
-    """Tell whether the CPU has bf16 arithmetic: AVX512-BF16 or AMX (x86), or ARM's bf16."""
-    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.12 and newer
+    if device.type != "cpu":
+        return "fp32"
+    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.12 and newer; "bf16" is ARM's
         known = torch.cpu.get_capabilities()
-        return any(known.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bf16" if any(map(known.get, ("amx_bf16", "avx512_bf16", "bf16"))) else "fp32"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if fast else "fp32"

@@ -1,10 +1,9 @@
-"""Several processes: collectives, and which part of the data each takes. Identities in one process.
+"""Several processes, started by ``torchrun``: collectives, and which part of the data each takes.
 
-``torchrun`` starts the processes and numbers them by environment variables. Functions that are
-collective must be called by all processes, in the same order.
+All processes must call a function that is collective, in the same order. In a process that is alone
+it returns what it is given.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 from utils.errors import Stopped, UserError
 
 P, K, T = ParamSpec("P"), TypeVar("K"), TypeVar("T")
-_PATIENCE = timedelta(hours=12)  # for what one process does alone, such as hashing
+_TIMEOUT = timedelta(hours=12)  # of collectives: one process may hash or download alone
 
 
 def rank() -> int:
-    """Return the number of this process, from 0."""
+    """Return the rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -32,13 +31,8 @@ def world() -> int:
 
 
 def is_first() -> bool:
-    """Tell whether this process has rank 0: it writes files and logs."""
+    """Tell whether this process has rank 0, which writes files and logs."""
     return rank() == 0
-
-
-def local_rank() -> int:
-    """Return the number of this process on its machine, from 0: the device that it takes."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def mine(items: Sequence[T]) -> Sequence[T]:
@@ -47,11 +41,7 @@ def mine(items: Sequence[T]) -> Sequence[T]:
 
 
 def gathered(rows: list[T]) -> list[T]:
-    """Gather the parts of all processes in the order that ``mine`` took them from. Collective.
-
-    Args:
-        rows: results of this process's part, an entry an item; tensors on the CPU.
-    """
+    """Gather the results of every process's ``mine``, in the order of the items. Collective."""
     if world() == 1:
         return rows
     parts: list[list[T]] = [[] for _ in range(world())]
@@ -128,22 +118,15 @@ def parallel(net: nn.Module) -> nn.Module:
 
 
 def averaging(net: nn.Module, last: bool) -> AbstractContextManager:
-    """Average gradients over the processes in the last part of a batch only.
-
-    Args:
-        net: of ``parallel``; forward and backward pass run inside.
-        last: whether this is the last part.
-    """
-    wrapped = isinstance(net, nn.parallel.DistributedDataParallel)
-    return net.no_sync() if wrapped and not last else nullcontext()
+    """Average the gradients of a net of ``parallel`` in the last part of a batch only."""
+    return nullcontext() if last or world() == 1 else net.no_sync()
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Be one of the processes that ``torchrun`` started, while the block runs.
+    """Connect the processes that ``torchrun`` started, if it did, while the block runs.
 
-    A process that fails prints its error; ``torchrun`` then ends the others. Without ``torchrun``
-    nothing happens.
+    A process that fails prints its error; ``torchrun`` then ends the others.
 
     Raises:
         UserError: the connection to another process broke.
@@ -151,9 +134,9 @@ def joined() -> Iterator[None]:
     if not dist.is_torchelastic_launched():
         yield
         return
-    # Two backends: decisions are taken on the CPU, whatever the device.
+    # Decisions are reduced on the CPU, gradients on the device.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
         yield
     except Stopped as stopped:

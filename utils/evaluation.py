@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class ConfusionMatrix:
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
-        """Count integer tensors of equal shape; predictions must be in [0, C)."""
+        """Count the pixels of integer tensors of equal shape; predictions are in [0, C)."""
         valid = (label >= 0) & (label < self.num_classes)
         pairs = label[valid].long() * self.num_classes + prediction[valid].long()
         counted = torch.bincount(pairs, minlength=self.num_classes**2)
@@ -65,9 +66,7 @@ class ConfusionMatrix:
 
 
 def passes(loader: DataLoader, device: Device, title: str) -> Iterator[Any]:
-    """Iterate over the batches of whole images on the device, under a progress bar.
-
-    Each of several processes has its part; all of them must finish, or stop at a signal, together.
+    """Iterate over batches of whole images, moved to the device, with a progress bar. Collective.
 
     Args:
         loader: gives records with ``index``, the positions in the list.
@@ -86,10 +85,10 @@ def passes(loader: DataLoader, device: Device, title: str) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Class probabilities of images: several views, averaged. All evaluation and labeling use it.
+    """Class probabilities of images, averaged over several views.
 
     Attributes:
-        net: in eval mode, best ``frozen``; ``classify(extract(images))`` gives logits of any size,
+        net: in eval mode; ``classify(extract(images))`` gives logits of any size,
             ``preprocessing.interpolation`` says how images are resized.
         device: where and in which precision.
         settings: ``long_side``, windows, and at which size views are averaged.
@@ -103,25 +102,19 @@ class Predictor:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """Predict.
+        """Predict (B, C, H, W) float32 probabilities, on the device; they sum to 1 over C.
 
         Args:
             images: (B, 3, h, w) float, normalised, at the size of their files, on any device.
             size: (H, W) of the result, which may differ from the images'.
-
-        Returns:
-            (B, C, H, W) float32 probabilities, on the device. They sum to 1 over C.
         """
         images, views = self.device.move(images), self.views or self.settings
         count = len(views.scales) * (2 if views.flip else 1)
-        share = 1.0 if count == 1 else self.settings.average_at
-        common = tuple(max(1, round(side * share)) for side in size)
-        summed = torch.zeros((), device=images.device)
+        common = size if count == 1 else _scaled(size, self.settings.average_at)
         base = base_size(images.shape[-2:], self.settings.long_side)
-        for scale in views.scales:
-            # Each view is resized once from the file's own pixels.
-            scaled = tuple(max(1, round(side * scale)) for side in base)
-            view = resize_images(images, scaled, self.net.preprocessing.interpolation)
+        summed = 0.0
+        for scale in views.scales:  # each view is resized once from the file's own pixels
+            view = resize_images(images, _scaled(base, scale), self.net.preprocessing.interpolation)
             if views.flip:
                 both = self._probabilities(torch.cat([view, view.flip(-1)]), common)
                 straight, mirrored = both.chunk(2)
@@ -141,7 +134,14 @@ class Predictor:
         height, width = images.shape[-2:]
         shape = min(window.size, height), min(window.size, width)
         weight = _window_weight(shape, window.weighting, images.device)
-        places = list(_window_places((height, width), shape, window.step))
+        starts = [
+            [*range(0, length - side, max(1, round(side * window.step))), length - side]
+            for length, side in zip((height, width), shape, strict=True)
+        ]  # the last windows end at the edges of the image
+        places = [
+            (slice(top, top + shape[0]), slice(left, left + shape[1]))
+            for top, left in product(*starts)
+        ]
         summed, weights = 0.0, torch.zeros(height, width, device=images.device)
         step = max(1, window.batch_size // len(images))  # windows of each image in a batch
         for start in range(0, len(places), step):
@@ -191,8 +191,11 @@ def validate(
 
 def base_size(size: Sequence[int], long_side: int | None) -> tuple[int, int]:
     """Return the size at scale 1: the image's own, shrunk to ``long_side`` where it is larger."""
-    shrink = 1.0 if long_side is None else min(1.0, long_side / max(size))
-    return tuple(max(1, round(side * shrink)) for side in size)
+    return _scaled(size, 1.0 if long_side is None else min(1.0, long_side / max(size)))
+
+
+def _scaled(size: Sequence[int], scale: float) -> tuple[int, int]:
+    return tuple(max(1, round(side * scale)) for side in size)
 
 
 def resize_images(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
@@ -202,28 +205,13 @@ def resize_images(images: Tensor, size: tuple[int, int], interpolation: str) -> 
     return F.interpolate(images, size, mode=interpolation, align_corners=False, antialias=True)
 
 
-def _window_places(
-    size: tuple[int, int], shape: tuple[int, int], step: float
-) -> Iterator[tuple[slice, slice]]:
-    """Yield (rows, columns) of windows; the last ones end at the edges of the image."""
-    starts = []
-    for length, side in zip(size, shape, strict=True):
-        stride = max(1, round(side * step))
-        starts.append([*range(0, length - side, stride), length - side])
-    for top in starts[0]:
-        for left in starts[1]:
-            yield slice(top, top + shape[0]), slice(left, left + shape[1])
-
-
 def _window_weight(shape: tuple[int, int], weighting: str, device: torch.device) -> Tensor:
     """Return the weight of each pixel of a window, (h, w): all 1, or a Gaussian at its centre."""
     if weighting == "uniform":
         return torch.ones(shape, device=device)
-    lines = []
-    for side in shape:
-        place = (torch.arange(side, device=device) + 0.5) / side - 0.5
-        lines.append(torch.exp(-0.5 * (place / 0.25) ** 2))  # sigma is a quarter of the side
-    return torch.outer(*lines)
+    places = [(torch.arange(side, device=device) + 0.5) / side - 0.5 for side in shape]
+    sigma = 0.25  # of the side
+    return torch.outer(*(torch.exp(-0.5 * (place / sigma) ** 2) for place in places))
 
 
 def _resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -10,6 +10,8 @@ from torch.nn.utils import get_total_norm
 from utils.config.schema import OptimizerSection
 from utils.distributed import reduced, world
 
+_BLOCK = re.compile(r"\bblocks\.(\d+)\.")
+
 
 class Optimization:
     """SGD or AdamW with a polynomial decay to zero, stepped once an iteration.
@@ -22,9 +24,6 @@ class Optimization:
         scaler: scales gradients in fp16, and does nothing in other precisions.
         average: a network like ``net``, which becomes its running average; None for none.
         decay: of the average, an iteration; lower in the first ones, 1 - 1 / (iteration + 1).
-
-    Attributes:
-        average: as given.
     """
 
     def __init__(
@@ -39,12 +38,11 @@ class Optimization:
         self._net, self.average, self._decay = net, average, decay
         groups = _parameter_groups(net, settings)
         self._peaks = [group["lr"] for group in groups]
-        options = {"weight_decay": settings.weight_decay, "fused": True}
-        self._optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(groups, momentum=settings.momentum, **options)
-            if settings.name == "sgd"
-            else torch.optim.AdamW(groups, **options)
-        )
+        options: dict[str, Any] = {"weight_decay": settings.weight_decay, "fused": True}
+        if settings.name == "sgd":
+            self._optimizer = torch.optim.SGD(groups, momentum=settings.momentum, **options)
+        else:
+            self._optimizer = torch.optim.AdamW(groups, **options)
         self._settings, self._iterations, self._scaler = settings, iterations, scaler
         self._done = 0  # iterations
         self._loss: Tensor | float = 0.0  # of this iteration so far
@@ -56,31 +54,27 @@ class Optimization:
         return self._settings.lr * self._factor()
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a scalar loss to those of this iteration.
-
-        Args:
-            loss: this process's part of the batch's loss; the parts add up to it.
-        """
+        """Add the gradient of a part of the batch's loss, a scalar; the parts add up to it."""
         self._loss = self._loss + loss.detach()
         # DistributedDataParallel averages gradients over processes, and the parts add up.
         self._scaler.scale(loss * world()).backward()
 
     def step(self) -> float | None:
-        """Update the weights, unless the loss or the gradient is not finite.
+        """Update the weights, unless the loss or the gradient is not finite. Collective.
 
         In fp16 a gradient that overflows is expected: the scaler skips the update and scales less
         from then on, until the scale is below 1.
 
         Returns:
-            None after an update. Else the loss of the batch: nothing was changed, and training
-            should stop. Collective.
+            None after an update; else the loss of the batch, and training should stop.
         """
         loss, self._loss = reduced(torch.as_tensor(self._loss)), 0.0
         if self._scaler.is_enabled():
             finite = loss.isfinite() and self._scaler.get_scale() >= 1.0
         else:
-            finite = bool((loss + self._gradient_norm()).isfinite())  # waits for the device
-        if not finite:
+            gradients = [p.grad for p in self._net.parameters() if p.grad is not None]
+            finite = (loss + get_total_norm(gradients)).isfinite()
+        if not finite:  # waits for the device
             return loss.item()
         self._scaler.step(self._optimizer)
         self._scaler.update()
@@ -125,11 +119,6 @@ class Optimization:
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * self._factor()
 
-    def _gradient_norm(self) -> Tensor:
-        """Return the length of the gradient, which is not finite if an element is not."""
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        return get_total_norm([p.grad for p in parameters if p.grad is not None])
-
 
 def _parameter_groups(net: nn.Module, settings: OptimizerSection) -> list[dict[str, Any]]:
     """Group parameters by learning rate: layers of the backbone, and the head.
@@ -138,21 +127,18 @@ def _parameter_groups(net: nn.Module, settings: OptimizerSection) -> list[dict[s
     before the blocks at lr * d ** (n + 1), the rest of the backbone at lr (BEiT, Bao et al., ICLR
     2022; blocks are recognised by ``blocks.<k>.`` in the name of a parameter).
     """
-    backbone = dict(net.backbone.named_parameters())
-    blocks = {name: int(found[1]) for name in backbone if (found := _BLOCK.search(name))}
-    count = max(blocks.values(), default=-1) + 1
-    first_block = next((place for place, name in enumerate(backbone) if name in blocks), 0)
+    names, backbone = zip(*net.backbone.named_parameters(), strict=True)
+    blocks = [int(found[1]) if (found := _BLOCK.search(name)) else None for name in names]
+    count = max((block + 1 for block in blocks if block is not None), default=0)
+    depth = count + 1 if count else 0
     groups: dict[float, list[nn.Parameter]] = {}
-    for place, (name, parameter) in enumerate(backbone.items()):
-        depth = count - 1 - blocks[name] if name in blocks else -1
-        if place < first_block:
-            depth = count
-        rate = settings.lr * settings.layer_decay ** (depth + 1)
-        groups.setdefault(rate, []).append(parameter)
-    in_backbone = {id(parameter) for parameter in backbone.values()}
+    for block, parameter in zip(blocks, backbone, strict=True):
+        if block is not None:
+            depth = count - block
+        elif depth <= count:  # after the blocks
+            depth = 0
+        groups.setdefault(settings.lr * settings.layer_decay**depth, []).append(parameter)
+    in_backbone = set(map(id, backbone))
     head = [p for p in net.parameters() if id(p) not in in_backbone]
     rows = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
     return [*rows, {"params": head, "lr": settings.lr * settings.head_multiple}]
-
-
-_BLOCK = re.compile(r"\bblocks\.(\d+)\.")

@@ -2,7 +2,7 @@
 
 import math
 import time
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,14 +13,14 @@ from utils.distributed import is_first, reduced
 
 
 def no_bar() -> bool | None:
-    """Return tqdm's ``disable``: None draws nothing where stderr is no terminal."""
+    """Return tqdm's ``disable``; None: draw where stderr is a terminal."""
     return None if is_first() else True
 
 
-class StageBar:
+class StageBar(AbstractContextManager):
     """A bar over all epochs of a stage: epoch, loss terms, rate, images a second, time left.
 
-    Use it in a ``with`` block. Where stderr is no terminal nothing is drawn.
+    The end of a ``with`` block clears it. Where stderr is no terminal nothing is drawn.
 
     Args:
         stage: name of the stage.
@@ -31,33 +31,18 @@ class StageBar:
 
     def __init__(self, stage: str, iterations: int, steps: int, images: int) -> None:
         self._stage, self._epochs, self._images = stage, math.ceil(iterations / steps), images
-        self._an_epoch = steps * images
-        self._bar = tqdm(
-            total=iterations * images,
-            unit="img",
-            unit_scale=True,
-            disable=no_bar(),
-            leave=False,
-        )
+        self._an_epoch, total = steps * images, iterations * images
+        self._bar = tqdm(total=total, unit="img", unit_scale=True, disable=no_bar(), leave=False)
 
-    def __enter__(self) -> "StageBar":
-        """Open the bar."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Clear the bar."""
         self._bar.close()
 
     def start(self, epoch: int, seen: dict[str, Any]) -> None:
-        """Begin the means of an epoch, counted from 0.
+        """Begin the means of an epoch, counted from 0, or continue those that ``seen`` holds.
 
         Args:
-            epoch: which.
+            epoch: of the stage.
             seen: ``state_dict`` of an interrupted run of this epoch; empty if there is none.
         """
         self._sums: dict[str, Tensor] = dict(seen.get("sums", {}))
@@ -75,11 +60,9 @@ class StageBar:
         return {"sums": self._sums, "steps": self._steps, "lr": self._lr, "seconds": seconds}
 
     def update(self, terms: dict[str, Tensor], lr: float) -> None:
-        """Count an iteration. Collective.
+        """Count an iteration: this process's part of the logged scalars, and the learning rate.
 
-        Args:
-            terms: this process's part of the logged scalars, on their device.
-            lr: the learning rate.
+        Collective.
         """
         self._steps, self._lr = self._steps + 1, lr
         values = reduced(torch.stack(list(terms.values())))

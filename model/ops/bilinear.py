@@ -8,13 +8,8 @@ from torch import Tensor
 def resize(maps: Tensor, size: tuple[int, int], align_corners: bool = False) -> Tensor:
     """Resize (B, C, h, w) maps bilinearly to (B, C, H, W).
 
-    On a CUDA device the gradient of ``interpolate`` is not deterministic: ``resize_by_products`` is
-    used there.
-
-    Args:
-        maps: float.
-        size: (H, W).
-        align_corners: as in the published networks; the maps of docs/method.md do not align them.
+    On a CUDA device, where the gradient of ``interpolate`` is not deterministic, this is
+    ``resize_by_products``. The published networks align corners, the maps of docs/method.md don't.
     """
     if maps.is_cuda:
         return resize_by_products(maps, size, align_corners)

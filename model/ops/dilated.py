@@ -1,6 +1,7 @@
-"""Dilated convolution as products of windows: what large rates cost where kernels skip nothing."""
+"""Dilated convolution as a sum over windows: on a CPU, kernels also compute the padding's part."""
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -38,44 +39,39 @@ class DilatedConv2d(nn.Conv2d):
 
 
 class _Tap(NamedTuple):
-    """One of nine weights: where it stands in the kernel, and which pixels it joins."""
+    """One of the nine weights and the windows that it joins, as indices of the last two axes."""
 
-    place: tuple[slice, ...]  # in the kernel's last two dimensions
-    read: tuple[slice, ...]  # of the input, ...
-    written: tuple[slice, ...]  # ... and of the output
+    place: tuple[Any, ...]  # in the kernel
+    read: tuple[Any, ...]  # of the input, ...
+    written: tuple[Any, ...]  # ... and of the output
 
 
 def _taps(size: torch.Size, rate: int) -> Iterator[_Tap]:
     """Yield the taps that meet a map of (h, w) at all."""
-    lines = []
-    for length in size:
-        shifts = [(tap, (tap - 1) * rate) for tap in range(3)]
-        lines.append([(tap, shift) for tap, shift in shifts if abs(shift) < length])
-    for row, down in lines[0]:
-        for column, right in lines[1]:
-            place = (slice(row, row + 1), slice(column, column + 1))
-            pairs = [_overlap(n, by) for n, by in zip(size, (down, right), strict=True)]
-            read, written = zip(*pairs, strict=True)
-            yield _Tap(*((..., *part) for part in (place, read, written)))
+    for row, column in product(*(_line_taps(length, rate) for length in size)):
+        yield _Tap(*((..., down, right) for down, right in zip(row, column, strict=True)))
 
 
-def _overlap(length: int, shift: int) -> tuple[slice, slice]:
-    """Return what of a line is read, and where it is written, by a tap ``shift`` pixels away."""
-    first, last = max(0, -shift), min(length, length - shift)
-    return slice(first + shift, last + shift), slice(first, last)
+def _line_taps(length: int, rate: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield place, what is read and what is written of the taps that meet a line."""
+    for tap, shift in enumerate((-rate, 0, rate)):
+        first, last = max(0, -shift), min(length, length - shift)
+        if first < last:
+            yield slice(tap, tap + 1), slice(first + shift, last + shift), slice(first, last)
 
 
 class _ByWindows(torch.autograd.Function):
-    """The convolution tap by tap.
-
-    The gradient of the maps is left to the dilated kernel, which is fast that way round.
-    """
+    """The convolution tap by tap; the dilated kernel is fast at the gradient of the maps."""
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor, weight: Tensor, rate: int) -> Tensor:
         ctx.save_for_backward(maps, weight)
         ctx.rate = rate
-        total = _zeros_like(maps, len(weight))
+        # Channels-last, as the products are; in float32 at least.
+        total = maps.new_zeros(
+            (len(maps), *maps.shape[-2:], len(weight)),
+            dtype=torch.promote_types(maps.dtype, torch.float32),
+        ).permute(0, 3, 1, 2)
         for tap in _taps(maps.shape[-2:], rate):
             total[tap.written] += F.conv2d(maps[tap.read], weight[tap.place])
         return total.to(maps.dtype)
@@ -90,18 +86,11 @@ class _ByWindows(torch.autograd.Function):
         )
         of_weight = torch.zeros_like(weight)
         for tap in _taps(maps.shape[-2:], ctx.rate):
-            product = _pixels(gradient[tap.written]).T @ _pixels(maps[tap.read])
-            of_weight[tap.place] = product[..., None, None]
+            of_tap = _pixels(gradient[tap.written]).T @ _pixels(maps[tap.read])
+            of_weight[tap.place] = of_tap[..., None, None]
         return of_maps, of_weight, None
 
 
 def _pixels(maps: Tensor) -> Tensor:
-    """(B, C, h, w) to (B * h * w, C), no copy if all of a channels-last map is meant."""
+    """Reshape (B, C, h, w) to (B * h * w, C)."""
     return maps.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _zeros_like(maps: Tensor, channels: int) -> Tensor:
-    """Return a channels-last sum of ``maps``' size to add products to, float32 at least."""
-    shape = (len(maps), channels, *maps.shape[-2:])
-    dtype = torch.promote_types(maps.dtype, torch.float32)
-    return torch.zeros(shape, dtype=dtype).to(memory_format=torch.channels_last)
