@@ -63,10 +63,9 @@ class Device:
 
 
 def _find_device(name: str) -> torch.device:
-    if name == "auto":
-        device = _accelerator() or torch.device("cpu")
-    else:
-        device = _existing(name)
+    found = name == "auto" and torch.accelerator.is_available()
+    default = torch.accelerator.current_accelerator() if found else torch.device("cpu")
+    device = default if name == "auto" else _existing(name)
     if device.type != "cuda" or world() == 1:
         return device
     if device.index is not None:

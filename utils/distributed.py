@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import wraps
+from inspect import signature
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -18,6 +19,10 @@ from utils.errors import Stopped, UserError
 
 P, K, T = ParamSpec("P"), TypeVar("K"), TypeVar("T")
 _TIMEOUT = timedelta(hours=12)  # of collectives: one process may hash or download alone
+# The name of DistributedDataParallel's argument before and since torch 2.13.
+_KNOWN = signature(nn.parallel.DistributedDataParallel).parameters
+_NAMES = ("forward_sync_buffers", "broadcast_buffers")
+_SYNC_BUFFERS = next(name for name in _NAMES if name in _KNOWN)
 
 
 def rank() -> int:
@@ -113,7 +118,7 @@ def parallel(net: nn.Module) -> nn.Module:
     if next(net.parameters()).device.type != "cpu":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     return nn.parallel.DistributedDataParallel(
-        net, forward_sync_buffers=False, gradient_as_bucket_view=True
+        net, gradient_as_bucket_view=True, **{_SYNC_BUFFERS: False}
     )
 
 

@@ -56,5 +56,5 @@ def cut(maps: Tensor, height: int, width: int) -> Tensor:
 
 def full_size(logits: Tensor, images: Tensor) -> Tensor:
     """Resize logits to the images' size, in float32: cast while small, not once more when large."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     return resize(logits, images.shape[-2:], align_corners=True)
