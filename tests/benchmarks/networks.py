@@ -1,16 +1,17 @@
-"""Print every network of the family: size, arithmetic, and speed here.
+"""Print networks of the family: size, arithmetic, and speed here in each precision.
 
-python tests/benchmarks/networks.py [--output-stride 16] [--device auto] [--precision auto]
+python tests/benchmarks/networks.py [--only timm] [--crop 321] [--batch 4] [--precision fp32 bf16]
 
 GFLOP count the multiplications and additions of one forward pass of one image, two a
-multiply-add, off shapes alone. Images a second: forward, batches of 4 at 321 x 321, the median
-of five after one to warm up.
+multiply-add. Images a second: the median of three after one warm-up, of a training step (forward,
+backward, no update) and of the frozen network's forward pass.
 """
 
 import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,50 +20,77 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from model import BACKBONES, NETWORKS, build_model
+from model import build_model
+from model.ops.frozen import frozen
 from utils.device import Device
 
-CLASSES, BATCH, SIDE = 21, 4, 321
+CLASSES = 21
+NETWORKS = [  # network, encoder, output stride
+    ("deeplabv3plus", "resnet18", 16),
+    ("deeplabv3plus", "resnet50", 16),
+    ("deeplabv3plus", "resnet101", 16),
+    ("deeplabv3plus", "xception65", 16),
+    ("pspnet", "resnet50", 16),
+    ("deeplabv2", "resnet50", 16),
+    ("deeplabv3plus", "timm/tf_efficientnet_lite0", 16),
+    ("deeplabv3plus", "timm/mobilenetv3_large_100", 16),
+    ("deeplabv3plus", "timm/convnext_tiny", 16),
+    ("dpt", "timm/vit_tiny_patch16_224", 16),
+    ("dpt", "timm/vit_small_patch14_dinov2.lvd142m", 16),
+]
 
 
 def gigaflop(net: nn.Module, side: int) -> float:
-    with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        net(torch.empty(1, 3, side, side))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net.eval()(torch.zeros(1, 3, side, side))
     return counter.get_total_flops() / 1e9
 
 
-@torch.inference_mode()
-def images_a_second(net: nn.Module, device: Device) -> float:
-    images = device.move(torch.randn(BATCH, 3, SIDE, SIDE))
+def images_a_second(work: Callable[[], float], batch: int) -> float:
     seconds = []
-    for _ in range(6):
+    for _ in range(4):
         start = time.perf_counter()
-        with device.autocast():
-            net(images).logits.sum().item()  # waits for the device
+        work()
         seconds.append(time.perf_counter() - start)
-    return BATCH / statistics.median(seconds[1:])
+    return batch / statistics.median(seconds[1:])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output-stride", type=int, default=16, choices=(8, 16))
+    parser.add_argument("--only", default="", help="networks whose name or encoder holds this")
+    parser.add_argument("--crop", type=int, default=321)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    arguments = parser.parse_args()
-    device, stride = Device(arguments.device, arguments.precision), arguments.output_stride
-    print(f"{device}, {torch.get_num_threads()} threads, {CLASSES} classes\n")
-    titles = "network | backbone | output stride | M parameters | GFLOP 321 | GFLOP 513 | images/s"
-    print(f"| {titles} |", "|---|---|---|---|---|---|---|", sep="\n")
-    for name in NETWORKS:
-        for backbone in BACKBONES:
-            with torch.device("meta"):
-                shape = build_model(name, backbone, CLASSES, stride).eval()
-            millions = sum(parameter.numel() for parameter in shape.parameters()) / 1e6
-            net = device.place(build_model(name, backbone, CLASSES, stride)).eval()
-            numbers = (millions, gigaflop(shape, SIDE), gigaflop(shape, 513))
-            cells = " | ".join(f"{number:.1f}" for number in numbers)
-            speed = images_a_second(net, device)
-            print(f"| {name} | {backbone} | {stride} | {cells} | {speed:.2f} |", flush=True)
+    parser.add_argument("--precision", nargs="+", default=["auto"])
+    typed = parser.parse_args()
+    devices = [Device(typed.device, precision) for precision in typed.precision]
+    print(f"{devices[0].torch_device}, {torch.get_num_threads()} threads, crop {typed.crop}\n")
+    print("| network | encoder | M parameters | GFLOP | precision | training step | forward |")
+    print("|---|---|---|---|---|---|---|")
+    for name, backbone, stride in NETWORKS:
+        if typed.only not in f"{name} {backbone}":
+            continue
+        net = build_model(name, backbone, CLASSES, stride)
+        millions = sum(parameter.numel() for parameter in net.parameters()) / 1e6
+        size = f"{millions:.1f} | {gigaflop(net, typed.crop):.1f}"
+        for device in devices:
+            trained, fixed = device.place(net).train(), frozen(net, device)
+            images = device.move(torch.randn(typed.batch, 3, typed.crop, typed.crop))
+
+            def step(net: nn.Module = trained, images: torch.Tensor = images) -> float:
+                with device.autocast():  # noqa: B023 - called in this iteration only
+                    loss = net(images).logits.mean()
+                loss.backward()
+                return loss.item()
+
+            @torch.inference_mode()
+            def forward(net: nn.Module = fixed, images: torch.Tensor = images) -> float:
+                with device.autocast():  # noqa: B023
+                    return net(images).logits.mean().item()
+
+            speed = [f"{images_a_second(work, typed.batch):.2f}" for work in (step, forward)]
+            cells = [name, backbone, size, device.precision, *speed]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
