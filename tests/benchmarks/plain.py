@@ -1,4 +1,4 @@
-"""The plain forms that ``stages.py`` compares with: the formulas as METHOD and the peers have them.
+"""The plain forms that ``stages.py`` compares with: the formulas of docs/method.md as written.
 
 fp32 (torch's: a GPU's convolutions round to TF32), contiguous, whole images one at a time, features
 resized to the images' size, a pass for every class, a loss read off the device at every step.
@@ -102,19 +102,17 @@ def pseudo_label(
     device: torch.device,
     folder: Path,
 ) -> None:
+    def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
+        return F.interpolate(maps, size, mode="bilinear", align_corners=True)
+
     for sample in samples:
         image = to_input(read_image(sample.image), IMAGENET).unsqueeze(0).to(device)
-        total = 0.0
+        total, size = 0.0, image.shape[-2:]
         for scale in scales:
-            size = [round(side * scale) for side in image.shape[-2:]]
-            view = F.interpolate(image, size, mode="bilinear", align_corners=True)
-            for mirrored in (False, True):
-                logits = net(view.flip(-1) if mirrored else view).logits
-                logits = logits.flip(-1) if mirrored else logits
-                logits = F.interpolate(
-                    logits, image.shape[-2:], mode="bilinear", align_corners=True
-                )
-                total = total + logits.softmax(dim=1)
+            view = resized(image, [round(side * scale) for side in size])
+            total = total + resized(net(view).logits, size).softmax(dim=1)
+            mirrored = net(view.flip(-1)).logits.flip(-1)
+            total = total + resized(mirrored, size).softmax(dim=1)
         ids = total.argmax(dim=1)[0].byte().cpu().numpy()
         Image.fromarray(ids).save(folder / f"{Path(sample.name).stem}.png")
 

@@ -28,16 +28,6 @@ from tests.benchmarks.works import Bench, bench_parser
 from utils.device import Device
 
 FORMS = ("plain", "ours")
-COLUMNS = {  # of the table, with decimals
-    "plain_images_per_second": 3,
-    "images_per_second": 3,
-    "ratio": 2,
-    "plain_peak_mib": 0,
-    "peak_mib": 0,
-    "share_of_floor": 2,
-}
-
-
 STAGES = {
     "supervised": Bench.supervised,
     "retrain, image": Bench.retrain,
@@ -87,14 +77,13 @@ def peak(bench: Bench, stage: str, form: str, before: float) -> float:
 
 
 def peak_alone(bench: Bench, stage: str, form: str) -> float:
-    """Measure ``peak`` where nothing else is: in a child; on a CUDA device, which tells, here."""
+    """Measure ``peak`` in a child process; on a CUDA device, which counts its own, here."""
     if bench.device.torch_device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return peak(bench, stage, form, torch.cuda.memory_allocated() / 2**20)
     words = [sys.executable, __file__, *sys.argv[1:], "--peak", stage, form]
-    return float(
-        subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1]
-    )
+    child = subprocess.run(words, capture_output=True, text=True, check=True)
+    return float(child.stdout.split()[-1])
 
 
 def measure(bench: Bench, stage: str, rate: float, pairs: int) -> dict[str, float]:
@@ -102,16 +91,12 @@ def measure(bench: Bench, stage: str, rate: float, pairs: int) -> dict[str, floa
     works = {form: row.forms[form]() for form in FORMS}
     for form in FORMS:
         works[form]()  # the first call of a form allocates and chooses kernels
-    times = {form: [] for form in FORMS}
-    for _ in range(pairs):
-        for form in FORMS:
-            times[form].append(seconds(works[form]) / row.images)
-    plainly, ours = (statistics.median(times[form]) for form in FORMS)
-    ratios = [slow / fast for slow, fast in zip(times["plain"], times["ours"], strict=True)]
+    times = [[seconds(works[form]) / row.images for form in FORMS] for _ in range(pairs)]
+    plainly, ours = map(statistics.median, zip(*times, strict=True))
     return {
         "plain_images_per_second": 1 / plainly,
         "images_per_second": 1 / ours,
-        "ratio": statistics.median(ratios),
+        "ratio": statistics.median(slow / fast for slow, fast in times),
         "plain_peak_mib": memory["plain"],
         "peak_mib": memory["ours"],
         "share_of_floor": row.flop / rate / ours,
@@ -133,16 +118,15 @@ def main() -> None:
             print(peak(bench, *typed.peak, before))
             return
         rate = best_rate(bench.device, bench.batch)
-        print(f"{typed.backbone}, crop {typed.crop}, batch {typed.batch}, {bench.device},", end=" ")
-        print(f"{typed.threads} threads,", end=" ")
-        print(f"best convolution {rate / 1e9:.0f} GFLOP/s\n")
+        print(f"{bench}, best convolution {rate / 1e9:.0f} GFLOP/s\n")
         print("| stage | plain images/s | images/s | ratio | plain MiB | MiB | share of floor |")
         print("|---|---|---|---|---|---|---|", flush=True)
         rows = {}
         for stage in [typed.only] if typed.only else STAGES:
             rows[stage] = row = measure(bench, stage, rate, typed.pairs)
-            cells = [f"{row[key]:.{digits}f}" for key, digits in COLUMNS.items()]
-            print(f"| {stage} | {' | '.join(cells)} |", flush=True)
+            slow, fast, ratio, *memory, share = row.values()
+            memory = " | ".join(f"{mib:.0f}" for mib in memory)
+            print(f"| {stage} | {slow:.3f} | {fast:.3f} | {ratio:.2f} | {memory} | {share:.2f} |")
     if typed.json is not None:
         typed.json.write_text(json.dumps({"best_flop_per_second": rate, "stages": rows}, indent=2))
 

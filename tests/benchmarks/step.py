@@ -12,6 +12,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,12 +47,10 @@ def shares(step: Callable[[], object]) -> dict[str, float]:
             torch.cuda.synchronize()
     times = dict.fromkeys(KINDS, 0.0)
     for row in profiled.key_averages():
-        own = row.self_device_time_total if cuda else row.self_cpu_time_total
         if cuda and not row.key.startswith("aten::"):
             continue  # a kernel: its time is its operation's too
-        times[next(kind for kind, parts in KINDS.items() if any(p in row.key for p in parts))] += (
-            own
-        )
+        kind = next(kind for kind, parts in KINDS.items() if any(p in row.key for p in parts))
+        times[kind] += row.self_device_time_total if cuda else row.self_cpu_time_total
     return {kind: time / sum(times.values()) for kind, time in times.items()}
 
 
@@ -74,11 +73,8 @@ def print_dilated(bench: Bench, crop: int) -> None:
             conv(maps).sum().backward()
 
         for title, work in (("forward", forward), ("both ways", both_ways)):
-            times: list[list[float]] = [[], []]
-            for _ in range(5):
-                for conv, own in zip(pair, times, strict=True):
-                    own.append(seconds(lambda c=conv, w=work: w(c)))
-            slow, fast = (1e3 * min(own) for own in times)
+            times = [[seconds(partial(work, conv)) for conv in pair] for _ in range(5)]
+            slow, fast = (1e3 * min(own) for own in zip(*times, strict=True))
             print(f"| rate {rate}, {title} | {slow:.1f} | {fast:.1f} | {slow / fast:.1f} x |")
 
 
@@ -105,8 +101,7 @@ def main() -> None:
     torch.set_num_threads(typed.threads)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(typed, Path(folder))
-        print(f"{typed.backbone}, crop {typed.crop}, batch {typed.batch}, {bench.device},", end=" ")
-        print(f"{typed.threads} threads\n\n| of a retraining step | share |\n|---|---|")
+        print(f"{bench}\n\n| of a retraining step | share |\n|---|---|")
         step = bench.retrain().forms["ours"]()
         for kind, share in shares(step).items():
             print(f"| {kind} | {share:.0%} |", flush=True)

@@ -43,21 +43,18 @@ def main() -> None:
     net = frozen(net, device)
     unlabeled = read_splits(config.dataset).unlabeled
     samples = unlabeled[:: max(1, len(unlabeled) // typed.images)][: typed.images]
-    settings = {
-        share: config.inference.model_copy(update={"average_at": share}) for share in SHARES
-    }
-    predictors = {
-        share: Predictor(net, device, settings[share], config.pseudo_label) for share in SHARES
-    }
+    predictors = {}
+    for share in SHARES:
+        settings = config.inference.model_copy(update={"average_at": share})
+        predictors[share] = Predictor(net, device, settings, config.pseudo_label)
     equal, seconds, pixels = dict.fromkeys(SHARES, 0), dict.fromkeys(SHARES, 0.0), 0
     loader = whole_images(samples, config.inference, 0, preprocessing=net.preprocessing)
     for number, batch in enumerate(passes(loader, device, "views")):
         ids = {}
         for share in SHARES[:: -1 if number % 2 else 1]:  # none is always the first, and cold
             start = time.perf_counter()
-            ids[share] = (
-                predictors[share](batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1).cpu()
-            )
+            probabilities = predictors[share](batch.image, tuple(batch.label.shape[-2:]))
+            ids[share] = probabilities.argmax(dim=1).cpu()
             seconds[share] += time.perf_counter() - start
         pixels += batch.label.numel()
         for share in SHARES:

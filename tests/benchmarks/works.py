@@ -2,7 +2,7 @@
 
 import argparse
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from dataset.catalog import describe
 from dataset.demo.writing import write_demo
-from dataset.lists import Sample, read_splits
+from dataset.lists import read_splits
 from dataset.loader import Chance, training_batches
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.training import LabeledPairs, RetrainSamples, queried_image, queried_prototype
@@ -75,6 +75,11 @@ class Bench:
         torch.manual_seed(0)
         save(checkpoint_of(self.teacher), {"model": self.network().state_dict()})
 
+    def __str__(self) -> str:
+        sizes = f"crop {self.config.augment.crop_size}, batch {self.batch}"
+        threads = torch.get_num_threads()
+        return f"{self.config.model.backbone}, {sizes}, {self.device}, {threads} threads"
+
     def network(self) -> nn.Module:
         return network_of(self.config.model, self.classes, pretrained=None)
 
@@ -112,7 +117,7 @@ class Bench:
 
         def objective(student: nn.Module, part: tuple, whole: tuple) -> train.Loss:
             with torch.no_grad():
-                weight = weigh(teacher, part)
+                weight = weigh(teacher, part, None)
             return train.retrain_objective(student, part, whole, weight, cross_entropy)
 
         return self.step(net, objective, batch)
@@ -124,28 +129,22 @@ class Bench:
     def supervised(self) -> Row:
         pairs = LabeledPairs(self.splits.labeled, self.querier, self.config.augment, CHANCE)
         (batch, *_) = training_batches(pairs, self.batch, range(1), CHANCE, 0)
-
-        def ours() -> Callable:
-            objective = partial(
-                train.supervised_objective, labeled_loss=cross_entropy, consistency=1.0
-            )
-            return self.step(self.ours(), objective, batch)
-
-        forms = {"ours": ours}
-        forms["plain"] = lambda: self.plain_step(self.plain(), plain.supervised_step, batch)
+        loss = partial(train.supervised_objective, labeled_loss=cross_entropy, consistency=1.0)
+        forms = {
+            "plain": lambda: self.plain_step(self.plain(), plain.supervised_step, batch),
+            "ours": lambda: self.step(self.ours(), loss, batch),
+        }
         return Row(forms, 2 * self.batch, 3 * self.flop(self.config.augment.crop_size))
 
     def retrain(self) -> Row:
         batch = self.retrain_batch(queried_image)
 
-        def ours() -> Callable:
-            return self.retrain_step(train.weight_by_image, batch)
-
         def naive() -> Callable:
             return self.plain_step(self.plain(), plain.retrain_step, batch, self.plain().eval())
 
+        forms = {"plain": naive, "ours": lambda: self.retrain_step(train.weight_by_image, batch)}
         crop = self.config.augment.crop_size
-        return Row({"plain": naive, "ours": ours}, self.batch, (2 * 3 + 2) * self.flop(crop))
+        return Row(forms, self.batch, (2 * 3 + 2) * self.flop(crop))
 
     def retrain_by_bank(self) -> Row:
         batch = self.retrain_batch(queried_prototype)
@@ -198,17 +197,14 @@ class Bench:
         return Row({"plain": naive, "ours": lambda: ours}, 2 * self.batch, self.flop(*SIZE))
 
     def evaluate(self) -> Row:
-        val: Sequence[Sample] = self.splits.val
-
-        def ours() -> Callable:
-            return partial(evaluate, self.ours(), self.config, self.device)
+        val, settings = self.splits.val, (self.config, self.device)
 
         def naive() -> Callable:
-            return partial(
-                plain.evaluate, self.plain().eval(), val, self.classes, self.device.torch_device
-            )
+            net, device = self.plain().eval(), self.device.torch_device
+            return partial(plain.evaluate, net, val, self.classes, device)
 
-        return Row({"plain": naive, "ours": ours}, len(val), self.flop(*SIZE))
+        forms = {"plain": naive, "ours": lambda: partial(evaluate, self.ours(), *settings)}
+        return Row(forms, len(val), self.flop(*SIZE))
 
     def flop(self, height: int, width: int | None = None) -> float:
         """Count the multiplications and additions of a pass of one image."""
