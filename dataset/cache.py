@@ -1,8 +1,8 @@
 """Decoded training images in memory that worker processes share."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
@@ -32,16 +32,20 @@ class Memory:
     def __init__(self, samples: Sequence[Sample], threads: int) -> None:
         sizes = [picture_size(sample.image) for sample in samples]
         ends = list(accumulate(4 * height * width for height, width in sizes))
-        self._places = {
-            sample.name: (end, size) for sample, end, size in zip(samples, ends, sizes, strict=True)
-        }
-        self._block = _shared_block(ends[-1])
-        with (
-            ThreadPoolExecutor(max(1, threads)) as pool,
-            tqdm(desc="decoding", total=len(samples), disable=no_bar(), leave=False) as bar,
-        ):
-            for _ in pool.map(self._keep, samples):
-                bar.update()
+        names = (sample.name for sample in samples)
+        self._places = dict(zip(names, zip(ends, sizes, strict=True), strict=True))
+        try:
+            self._block = torch.empty(ends[-1], dtype=torch.uint8).share_memory_()
+        except RuntimeError as error:
+            raise UserError(
+                f"cache: the decoded images take {ends[-1] / 1e9:.2f} GB of shared memory in each "
+                f"process, which cannot be allocated ({error}); set cache=null, or enlarge "
+                "/dev/shm (docker: --shm-size)"
+            ) from error
+        with ThreadPool(max(1, threads)) as pool:
+            kept = pool.imap(self._keep, samples)
+            for _ in tqdm(kept, "decoding", len(samples), disable=no_bar(), leave=False):
+                pass
 
     def __call__(self, sample: Sample) -> tuple[Image.Image, Image.Image]:
         """Return what ``read_sample`` returns."""
@@ -62,14 +66,3 @@ class Memory:
 def sample_reader(cache: str | None, samples: Sequence[Sample], threads: int) -> SampleReader:
     """Return what reads these samples: files, or memory if the config says ``cache: ram``."""
     return read_sample if cache is None else Memory(samples, threads)
-
-
-def _shared_block(size: int) -> torch.Tensor:
-    try:
-        return torch.empty(size, dtype=torch.uint8).share_memory_()
-    except RuntimeError as error:
-        raise UserError(
-            f"cache: the decoded images take {size / 1e9:.2f} GB of shared memory in each process, "
-            f"which cannot be allocated ({error}); set cache=null, or enlarge /dev/shm (docker: "
-            "--shm-size)"
-        ) from error

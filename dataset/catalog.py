@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 from torchvision.datasets import Cityscapes
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 
 from dataset.demo.objects import CLASSES as DEMO
 from utils import IGNORE
@@ -69,6 +71,10 @@ class Kind(NamedTuple):
     mask_pattern: str = "SegmentationClass/{}.png"
     ids: bytes | None = None  # meaning of the ids in masks, as ``id_table``; None: class ids, 255
 
+    def files_of(self, name: str) -> tuple[str, str]:
+        """Return where the image and the mask of a bare id are, relative to the root."""
+        return self.image_pattern.format(name), self.mask_pattern.format(name)
+
     def palette(self) -> bytes:
         """768 bytes for PNGs of mode P; unused ids and 255 keep Pascal's colours, 255 is white."""
         colours = [*self.colours, *voc_colours(256)[len(self.colours) : 255], (255, 255, 255)]
@@ -78,45 +84,20 @@ class Kind(NamedTuple):
 @cache  # a palette is made for every mask that is written
 def voc_colours(count: int) -> tuple[tuple[int, int, int], ...]:
     """Pascal VOC's colour map: the bits of the id go in turn to red, green and blue."""
-
-    def colour(label: int) -> tuple[int, int, int]:
-        channels = [0, 0, 0]
-        for place in range(8):
-            for channel in range(3):
-                channels[channel] |= (label >> (3 * place + channel) & 1) << (7 - place)
-        return (channels[0], channels[1], channels[2])
-
-    return tuple(colour(label) for label in range(count))
+    bits = np.unpackbits(np.arange(count, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    places = np.pad(bits, ((0, 0), (0, 1))).reshape(count, 3, 3)  # by id, place and channel
+    colours = (places * np.array([128, 64, 32], np.uint8)[:, None]).sum(axis=1)
+    return tuple(map(tuple, colours.tolist()))
 
 
-_PASCAL = (
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
-    "motorbike person pottedplant sheep sofa train tvmonitor"
-)
+_PASCAL = DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"][1:]
 _CITYSCAPES = [each for each in Cityscapes.classes if 0 <= each.train_id < IGNORE]  # by train id
-_COCO = (
-    "background, person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, "
-    "traffic light, fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, "
-    "cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, "
-    "skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, "
-    "tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, "
-    "orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, "
-    "dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, "
-    "toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
-)
-_CAMVID = {
-    "sky": (128, 128, 128),
-    "building": (128, 0, 0),
-    "pole": (192, 192, 128),
-    "road": (128, 64, 128),
-    "pavement": (60, 40, 222),
-    "tree": (128, 128, 0),
-    "sign": (192, 128, 128),
-    "fence": (64, 64, 128),
-    "car": (64, 0, 128),
-    "pedestrian": (64, 64, 0),
-    "bicyclist": (0, 128, 192),
-}
+# By ascending id; torchvision writes N/A where COCO has none.
+_COCO = [x for x in MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:] if x != "N/A"]
+_CAMVID = (
+    "sky 808080 building 800000 pole c0c080 road 804080 pavement 3c28de tree 808000 sign c08080 "
+    "fence 404080 car 400080 pedestrian 404000 bicyclist 0080c0"
+)  # each with its colour
 
 
 def _by_voc_colours(classes: tuple[str, ...]) -> Kind:
@@ -124,7 +105,7 @@ def _by_voc_colours(classes: tuple[str, ...]) -> Kind:
 
 
 KINDS = {
-    "pascal": _by_voc_colours(tuple(_PASCAL.split())),
+    "pascal": _by_voc_colours(("background", *_PASCAL)),
     "cityscapes": Kind(
         tuple(each.name for each in _CITYSCAPES),
         tuple(each.color for each in _CITYSCAPES),
@@ -132,12 +113,15 @@ KINDS = {
         "gtFine/{}_gtFine_labelTrainIds.png",
     ),
     "coco": Kind(
-        tuple(_COCO.split(", ")),
+        ("background", *_COCO),
         voc_colours(81),
         "train2017/{}.jpg",  # of training; lists name the images of val2017 by path
         "masks/{}.png",
     ),
-    "camvid": Kind(tuple(_CAMVID), tuple(_CAMVID.values())),
+    "camvid": Kind(
+        tuple(_CAMVID.split()[::2]),
+        tuple(tuple(bytes.fromhex(colour)) for colour in _CAMVID.split()[1::2]),
+    ),
     "demo": _by_voc_colours(DEMO),
 }
 
@@ -149,17 +133,16 @@ def describe(section: DatasetSection) -> Kind:
         UserError: an unknown kind; ``classes`` missing from a custom kind, or given to another;
             ``class_map`` and ``ignore`` as in ``id_table``.
     """
-    if section.kind not in (*KINDS, "custom"):
-        known = ", ".join([*KINDS, "custom"])
-        raise UserError(f"dataset.kind: '{section.kind}' is not one of {known}")
-    if section.kind == "custom" and section.classes is None:
+    name, custom = section.kind, section.kind == "custom"
+    if not custom and name not in KINDS:
+        raise UserError(f"dataset.kind: '{name}' is not one of {', '.join(KINDS)}, custom")
+    if custom and section.classes is None:
         raise UserError("dataset.classes: missing; a custom kind needs its class names")
-    if section.kind != "custom" and section.classes is not None:
+    if not custom and section.classes is not None:
         raise UserError(
-            f"dataset.classes: kind '{section.kind}' has its own; remove it, or set kind: custom"
+            f"dataset.classes: kind '{name}' has its own; remove it, or set kind: custom"
         )
-    own = section.kind == "custom"
-    kind = _by_voc_colours(tuple(section.classes)) if own else KINDS[section.kind]
+    kind = _by_voc_colours(tuple(section.classes)) if custom else KINDS[name]
     if section.class_map is None and section.ignore == [IGNORE]:
         return kind
     return kind._replace(ids=id_table(kind.classes, section.ignore, section.class_map).tobytes())

@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
-from itertools import chain, combinations
+from itertools import combinations, pairwise
+from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from dataset.reading import picture_size, read_ids, read_image, read_mask
 from utils import IGNORE
 from utils.config.schema import DatasetSection
 from utils.errors import UserError
+from utils.files import write_text
 from utils.progress import no_bar
 
 
@@ -56,20 +57,15 @@ def find_pictures(folder: Path) -> list[Sample]:
     Raises:
         UserError: no such folder, no picture, or two whose names differ in the suffix alone.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name one with pictures")
     readable = Image.registered_extensions().items()
     known = {suffix for suffix, format_name in readable if format_name in Image.OPEN}
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and p.is_file())
-    samples: dict[Path, Sample] = {}
-    for path in found:
-        name = path.relative_to(folder)
-        if name.with_suffix("") in samples:
-            raise UserError(f"{path}: another picture has this name and would share its mask")
-        samples[name.with_suffix("")] = Sample(name.as_posix(), path, None)
-    if not samples:
-        raise UserError(f"{folder}: holds no picture that Pillow reads; name another folder")
-    return list(samples.values())
+    if not found:
+        raise UserError(f"{folder}: no such folder, or it holds no picture that Pillow reads")
+    for one, other in pairwise(sorted(found, key=lambda path: path.with_suffix(""))):
+        if one.with_suffix("") == other.with_suffix(""):
+            raise UserError(f"{other}: {one.name} has this name too and would share its mask")
+    return [Sample(path.relative_to(folder).as_posix(), path, None) for path in found]
 
 
 def mask_file(folder: Path, sample: Sample) -> Path:
@@ -84,7 +80,6 @@ def with_pseudo_masks(samples: Iterable[Sample], folder: Path) -> list[Sample]:
 
 _SUFFIX = re.compile(r"(?<=[^/])\.[^./]*$")
 _WORD = re.compile(r'"([^"]*)"|([^\s"]+)')
-LONGEST = 255  # bytes of a file's name, on the common file systems
 
 
 def read_list(path: Path, root: Path, kind: Kind | None) -> list[Sample]:
@@ -105,23 +100,20 @@ def read_list(path: Path, root: Path, kind: Kind | None) -> list[Sample]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read this list ({error})") from error
-    return samples_of(lines, path, root, kind)
+    return _samples_of(lines, path, root, kind)
 
 
-def samples_of(lines: Iterable[str], path: Path, root: Path, kind: Kind | None) -> list[Sample]:
-    """Parse the lines of ``path`` as ``read_list`` does."""
+def _samples_of(lines: Iterable[str], path: Path, root: Path, kind: Kind | None) -> list[Sample]:
     samples: dict[str, Sample] = {}  # by name without suffix
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         sample = _read_line(line, f"{path}:{number}", root, kind)
         key = _SUFFIX.sub("", sample.name)
-        if key in samples and samples[key].name == sample.name:
-            raise UserError(f"{path}:{number}: {sample.name} is listed twice; remove one line")
-        if key in samples:
+        if key in samples:  # two images of one name would share a predicted mask
             raise UserError(
-                f"{path}:{number}: {sample.name} and {samples[key].name} would share one predicted "
-                "mask; rename one"
+                f"{path}:{number}: {sample.name} is listed twice, as {samples[key].name} before; "
+                "remove or rename one"
             )
         samples[key] = sample
     if not samples:
@@ -133,7 +125,6 @@ def samples_of(lines: Iterable[str], path: Path, root: Path, kind: Kind | None) 
 
 
 def _read_line(line: str, place: str, root: Path, kind: Kind | None) -> Sample:
-    """Parse a line; ``place`` names it in errors."""
     if line.count('"') % 2:
         raise UserError(f"{place}: a double quote is not closed in {line!r}")
     words = [quoted or plain for quoted, plain in _WORD.findall(line)]
@@ -148,28 +139,42 @@ def _read_line(line: str, place: str, root: Path, kind: Kind | None) -> Sample:
             raise UserError(
                 f"{place}: {words[0]} is a bare id; --config FILE tells where its files are"
             )
-        words = [kind.image_pattern.format(words[0]), kind.mask_pattern.format(words[0])]
+        words = kind.files_of(words[0])
     image, *mask = (_inside(word, place, root) for word in words)
     return Sample(image, root / image, root / mask[0] if mask else None, kind and kind.ids)
 
 
 def _inside(word: str, place: str, root: Path) -> str:
-    """Return a path relative to the root in one spelling: a//b, a/./b and /a/b are a/b."""
+    """Spell a path relative to the root in one way: a//b, a/./b and /a/b are a/b."""
     parts = [part for part in word.split("/") if part not in ("", ".")]
     if ".." in parts:
         raise UserError(f"{place}: {word} leaves the data root {root}; paths are relative to it")
-    longest = max((len(part.encode("utf-8", "replace")) for part in parts), default=0)
-    if "\0" in word or not 0 < longest <= LONGEST:
-        raise UserError(f"{place}: {word[:LONGEST]!r} names no file; correct the line")
+    if not parts:
+        raise UserError(f"{place}: {word!r} names no file; correct the line")
     return "/".join(parts)
 
 
 def line_of(sample: Sample, root: Path) -> str:
     """Return the line that reads as this sample."""
-    files = [sample.name]
-    if sample.mask is not None:
-        files.append(sample.mask.relative_to(root).as_posix())
+    files = [sample.name] + [x.relative_to(root).as_posix() for x in (sample.mask,) if x]
     return " ".join(f'"{file}"' if file.split() != [file] else file for file in files)
+
+
+def write_lists(folder: Path, lists: Mapping[str, Iterable[str]]) -> None:
+    """Write the lines of ``<name>.txt`` for every name.
+
+    Raises:
+        UserError: a list is there with other lines; none is written.
+    """
+    texts = {folder / f"{name}.txt": "".join(f"{x}\n" for x in lists[name]) for name in lists}
+    for path, text in texts.items():
+        if path.is_file() and path.read_bytes() != text.encode():
+            raise UserError(
+                f"{path}: is there with other lines, and a run may depend on them; rename or "
+                "remove it, or name another folder"
+            )
+    for path, text in texts.items():
+        write_text(path, text)
 
 
 class Splits(NamedTuple):
@@ -202,11 +207,10 @@ def read_splits(section: DatasetSection, fields: Sequence[str] = Splits._fields)
         fields: the lists to read; the others are empty.
 
     Raises:
-        UserError: the first fault of ``read_lists`` and ``find_faults``.
+        UserError: as ``read_lists``, or the first fault of ``find_faults``.
     """
-    kind = describe(section)
-    splits, faults = read_lists(section, kind, fields)
-    for fault in chain(faults, find_faults(splits, kind)):
+    splits = read_lists(section, fields)
+    for fault in find_faults(splits, describe(section)):
         raise UserError(fault.line)
     return splits
 
@@ -216,18 +220,13 @@ def read_val(section: DatasetSection) -> list[Sample]:
     return read_splits(section, ("val",)).val
 
 
-def read_lists(
-    section: DatasetSection, kind: Kind, fields: Sequence[str] = Splits._fields
-) -> tuple[Splits, list[Fault]]:
-    """Read the lists of a config, and no picture.
-
-    Returns:
-        The lists, empty where one cannot be read, and why these cannot be read.
+def read_lists(section: DatasetSection, fields: Sequence[str] = Splits._fields) -> Splits:
+    """Read the lists of a config, and no picture; lists that are not in ``fields`` are empty.
 
     Raises:
-        UserError: no root; a published split beside lists of one's own.
+        UserError: no root; a list that cannot be read; a published split beside lists of one's own.
     """
-    root, splits, faults = find_root(section), Splits([], [], []), []
+    root, kind, lists = find_root(section), describe(section), {}
     own = [x for x in fields if getattr(section, x) != DatasetSection.model_fields[x].default]
     if section.split is not None and own:
         raise UserError(
@@ -235,19 +234,14 @@ def read_lists(
             "use your own"
         )
     for field in fields:
-        try:
-            if section.split is None:
-                samples = read_list(find_list(section, field, root), root, kind)
-            else:
-                path, lines = published_list(section.kind, section.split, field, root)
-                samples = samples_of(lines, path, root, kind)
-        except UserError as error:
-            faults.append(Fault(field, "list that cannot be read", str(error)))
+        if section.split is None:
+            lists[field] = read_list(_find_list(section, field, root), root, kind)
         else:
-            if field == "unlabeled":  # true masks of unlabeled images are never opened
-                samples = [sample._replace(mask=None) for sample in samples]
-            splits = splits._replace(**{field: samples})
-    return splits, faults
+            path, lines = published_list(section.kind, section.split, field, root)
+            lists[field] = _samples_of(lines, path, root, kind)
+    splits = Splits(*(lists.get(field, []) for field in Splits._fields))
+    # The masks of unlabeled images are never opened.
+    return splits._replace(unlabeled=[x._replace(mask=None) for x in splits.unlabeled])
 
 
 def find_faults(
@@ -267,23 +261,20 @@ def find_faults(
         visit: called with the list's name and the label, (H, W) uint8 class ids and 255, of every
             sample whose mask has no fault.
     """
-
-    def read_size(path: Path) -> tuple[int, int]:
-        return read_image(path).size[::-1] if decode else picture_size(path)
-
     yield from _overlaps(splits)
-    yield from _label_faults("labeled", splits.labeled, kind, read_size, visit)
-    yield from _image_faults("unlabeled", splits.unlabeled, read_size)
-    yield from _label_faults("val", splits.val, kind, read_size, visit)
+    yield from _label_faults("labeled", splits.labeled, kind, decode, visit)
+    yield from _image_faults("unlabeled", splits.unlabeled, decode)
+    yield from _label_faults("val", splits.val, kind, decode, visit)
+
+
+def _size_of(sample: Sample, decode: bool) -> tuple[int, int]:
+    return read_image(sample.image).size[::-1] if decode else picture_size(sample.image)
 
 
 def _overlaps(splits: Splits) -> Iterator[Fault]:
-    files = {  # links followed: one picture under two names is one picture
-        field: {_file_of(sample): sample.name for sample in samples}
-        for field, samples in splits._asdict().items()
-    }
-    for one, other in combinations(Splits._fields, 2):
-        both = sorted(files[one][file] for file in files[one].keys() & files[other].keys())
+    files = [{_file_of(sample): sample.name for sample in samples} for samples in splits]
+    for (one, ours), (other, theirs) in combinations(zip(Splits._fields, files, strict=True), 2):
+        both = sorted(ours[file] for file in ours.keys() & theirs.keys())
         for _ in both:
             yield Fault(
                 f"{one}, {other}",
@@ -294,36 +285,30 @@ def _overlaps(splits: Splits) -> Iterator[Fault]:
 
 
 def _file_of(sample: Sample) -> Path:
+    """Follow links: one picture under two names is one picture."""
     try:
         return sample.image.resolve()
-    except (OSError, RuntimeError):  # a link to itself: reading it says what is wrong
+    except (OSError, RuntimeError, ValueError):  # no path: reading it says what is wrong
         return sample.image
 
 
-SizeReader = Callable[[Path], tuple[int, int]]
-
-
-def _image_faults(where: str, samples: Sequence[Sample], read_size: SizeReader) -> Iterator[Fault]:
+def _image_faults(where: str, samples: Sequence[Sample], decode: bool) -> Iterator[Fault]:
     def fault_of(sample: Sample) -> Fault | None:
         try:
-            read_size(sample.image)
+            _size_of(sample, decode)
         except UserError as error:
             return Fault(where, "files that cannot be read", str(error))
         return None
 
-    pool = ThreadPoolExecutor()
-    try:
-        found = _bar(pool.map(fault_of, samples), where, len(samples))
-        yield from filter(None, found)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPool() as pool:
+        yield from filter(None, _bar(pool.imap(fault_of, samples), where, len(samples)))
 
 
 def _label_faults(
     where: str,
     samples: Sequence[Sample],
     kind: Kind,
-    read_size: SizeReader,
+    decode: bool,
     visit: Callable[[str, np.ndarray], None] | None,
 ) -> Iterator[Fault]:
     table = id_table(kind.classes) if kind.ids is None else np.frombuffer(kind.ids, np.int16)
@@ -335,7 +320,7 @@ def _label_faults(
             yield Fault(where, "lines without a mask", line)
             continue
         try:
-            size, ids = read_size(sample.image), read_ids(sample.mask)
+            size, ids = _size_of(sample, decode), read_ids(sample.mask)
         except UserError as error:
             yield Fault(where, "files that cannot be read", str(error))
             continue
@@ -365,44 +350,35 @@ def _bar(items: Iterable, where: str, total: int) -> tqdm:
 
 def _complaint(unknown: Mapping[int, Path], kind: Kind) -> str:
     """Name all ids that mean nothing, a mask that shows one, and what would give them a meaning."""
-    ids = sorted(unknown)
+    ids, table = sorted(unknown), "dataset.class_map"
     named = ", ".join(map(str, ids[:20])) + (" ..." if len(ids) > 20 else "")
-    those = f"{unknown[ids[0]]}: " + (f"id {named} is" if len(ids) == 1 else f"ids {named} are")
-    if kind.ids is None:
-        return (
-            f"{those} no class: ids go from 0 to {len(kind.classes) - 1}, and {IGNORE} is ignored; "
-            "dataset.class_map and dataset.ignore give others a meaning"
-        )
-    return (
-        f"{those} neither in dataset.class_map nor in dataset.ignore; add what is missing "
-        "('other: null' ignores every id that is not named)"
+    why = (
+        f"no class: ids go from 0 to {len(kind.classes) - 1}, and {IGNORE} is ignored; {table} and "
+        "dataset.ignore give others a meaning"
+        if kind.ids is None
+        else f"neither in {table} nor in dataset.ignore; add what is missing ('other: null' "
+        "ignores every id that is not named)"
     )
+    return f"{unknown[ids[0]]}: {f'id {named} is' if len(ids) == 1 else f'ids {named} are'} {why}"
 
 
 def find_root(section: DatasetSection) -> Path:
     """Return the folder that paths are relative to; a ``UserError`` if there is none."""
-    try:
-        root = Path(section.root).expanduser()
-        there = root.is_dir()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"dataset.root: cannot look into {section.root} ({error})") from error
-    if not there:
-        drawn = f" (python -m dataset.demo {root} draws it)" if section.kind == "demo" else ""
-        raise UserError(
-            f"dataset.root: {root} is no folder; put the data there{drawn} or set dataset.root=PATH"
-        )
-    return root
+    root = Path(section.root).expanduser()
+    if root.is_dir():
+        return root
+    drawn = f" (python -m dataset.demo {root} draws it)" if section.kind == "demo" else ""
+    raise UserError(
+        f"dataset.root: {root} is no folder; put the data there{drawn} or set dataset.root=PATH"
+    )
 
 
-def find_list(section: DatasetSection, field: str, root: Path) -> Path:
-    """Find a list in the working folder, then in the root; a ``UserError`` if in neither."""
+def _find_list(section: DatasetSection, field: str, root: Path) -> Path:
+    """Find a list in the working folder, then in the root."""
     name = getattr(section, field)
-    for candidate in (Path(name), root / name):
-        try:
-            if candidate.is_file():
-                return candidate
-        except (OSError, ValueError) as error:
-            raise UserError(f"dataset.{field}: cannot look for {candidate} ({error})") from error
+    for path in (Path(name), root / name):
+        if path.is_file():
+            return path
     raise UserError(
         f"dataset.{field}: {name} is neither in the working folder nor in {root}; "
         f"set dataset.{field}=PATH"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from dataset.lists import Sample, read_label
 from dataset.reading import picture_size, read_image, read_photograph, to_input, to_label
@@ -46,32 +46,19 @@ class Chance(NamedTuple):
         return int(self.of(*place).integers(2**63))
 
 
-@dataclass(eq=False)
-class EpochBatches(Sampler[list[SampleKey]]):
-    """Shuffled batches of all epochs; samples that do not fill a last batch are left out.
+def epoch_batches(
+    length: int, batch_size: int, epochs: range, chance: Chance, step: int = 0
+) -> Iterator[list[SampleKey]]:
+    """Shuffle the batches of all epochs; samples that do not fill a last batch are left out.
 
     One loader serves all epochs: workers start once, and read ahead beyond an epoch's end. A run
     that resumes begins its first epoch with batch ``step``.
     """
-
-    length: int
-    batch_size: int
-    epochs: range
-    chance: Chance
-    step: int = 0
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        """Yield batches of keys."""
-        for epoch in self.epochs:
-            order = self.chance.of(epoch).permutation(self.length).tolist()
-            first = self.step if epoch == self.epochs.start else 0
-            for step in range(first, self.length // self.batch_size):
-                chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-                yield [SampleKey(epoch, index) for index in chosen]
-
-    def __len__(self) -> int:
-        """Return the number of batches of all epochs."""
-        return len(self.epochs) * (self.length // self.batch_size) - self.step
+    for epoch in epochs:
+        keys = [SampleKey(epoch, i) for i in chance.of(epoch).permutation(length).tolist()]
+        for first in range(step * batch_size, length - batch_size + 1, batch_size):
+            yield keys[first : first + batch_size]
+        step = 0
 
 
 def training_batches(
@@ -94,31 +81,27 @@ def training_batches(
         workers: processes that read.
         step: batch of the first epoch to begin with.
     """
-    sampler = EpochBatches(len(dataset), batch_size, epochs, chance, step)
-    return iter(open_loader(dataset, map(mine, sampler), workers))
+    batches = epoch_batches(len(dataset), batch_size, epochs, chance, step)
+    return iter(_open_loader(dataset, map(mine, batches), workers))
 
 
 def batch_keys(
     length: int, batch_size: int, epoch: int, step: int, chance: Chance
 ) -> list[SampleKey]:
     """Return the keys of one batch of an epoch, as ``training_batches`` had them."""
-    return next(iter(EpochBatches(length, batch_size, range(epoch, epoch + 1), chance, step)))
+    return next(epoch_batches(length, batch_size, range(epoch, epoch + 1), chance, step))
 
 
-def open_loader(
+def _open_loader(
     dataset: Dataset[Record], batches: Iterable[list], workers: int
 ) -> DataLoader[Record]:
-    """Read batches of keys in processes that ignore interrupts: this one ends them."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=ignore_interrupts,  # this process ends them
     )
-
-
-ImageReader = Callable[[Path], Image.Image]
 
 
 class WholeImage(NamedTuple):
@@ -131,10 +114,10 @@ class WholeImage(NamedTuple):
 
 @dataclass(eq=False)
 class WholeImages(Dataset[WholeImage]):
-    """Whole images, not augmented, for validation, labeling and selection."""
+    """Whole images, not augmented."""
 
     samples: Sequence[Sample]
-    read: ImageReader = read_image
+    read: Callable[[Path], Image.Image] = read_image
     preprocessing: Preprocessing = IMAGENET
 
     def __len__(self) -> int:
@@ -145,11 +128,8 @@ class WholeImages(Dataset[WholeImage]):
         """Read an image and its mask."""
         sample = self.samples[index]
         image = self.read(sample.image)
-        if sample.mask is None:
-            label = torch.full((image.height, image.width), IGNORE)
-        else:
-            label = to_label(read_label(sample))
-        return WholeImage(to_input(image, self.preprocessing), label, index)
+        label = read_label(sample) if sample.mask else Image.new("L", image.size, IGNORE)
+        return WholeImage(to_input(image, self.preprocessing), to_label(label), index)
 
 
 def whole_images(
@@ -176,8 +156,7 @@ def whole_images(
         for batch in _batches_of_one_size(samples, settings.batch_size)
         if not all(samples[index].name in done for index in batch)
     ]
-    dataset = WholeImages(samples, preprocessing=preprocessing)
-    return open_loader(dataset, mine(batches), workers)
+    return _open_loader(WholeImages(samples, read_image, preprocessing), mine(batches), workers)
 
 
 def photographs(
@@ -191,12 +170,12 @@ def photographs(
     ``settings`` is not used: photographs have no masks, and their sizes differ.
     """
     dataset = WholeImages(samples, read_photograph, preprocessing)
-    return open_loader(dataset, mine([[index] for index in range(len(samples))]), workers)
+    return _open_loader(dataset, mine([[index] for index in range(len(samples))]), workers)
 
 
 def _batches_of_one_size(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
     """Return positions in the list; batches come in the order of their first images."""
-    if batch_size == 1:
+    if batch_size == 1:  # sizes need not be read
         return [[index] for index in range(len(samples))]
     alike: dict[tuple[int, int], list[int]] = {}
     for index, sample in enumerate(samples):

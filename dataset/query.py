@@ -34,11 +34,9 @@ class QueryRule(NamedTuple):
     @classmethod
     def of(cls, section: QuerySection, kind: Kind) -> "QueryRule":
         """Read the rule off a config; a ``UserError`` if ``query.exclude`` names no class."""
-        for name in section.exclude:
-            if name not in kind.classes:
-                raise UserError(
-                    f"query.exclude: '{name}' is no class; there are {', '.join(kind.classes)}"
-                )
+        for name in {*section.exclude} - {*kind.classes}:
+            known = ", ".join(kind.classes)
+            raise UserError(f"query.exclude: '{name}' is no class; there are {known}")
         excluded = frozenset(kind.classes.index(name) for name in section.exclude)
         return cls(len(kind.classes), section.min_area, excluded)
 
@@ -121,18 +119,14 @@ class Querier:
         """
         shared, position = self.choose(name, mask, rng)
         image, mask = self.read(self.labeled[position])
-        target = _pixel_of(shared, mask, rng) if shared != IGNORE else None
+        target = None
+        if shared != IGNORE:  # aim at a pixel of the class
+            places = np.flatnonzero(np.asarray(mask) == shared)
+            target = divmod(int(places[rng.integers(len(places))]), mask.width)
         view = random_view((image.height, image.width), self.augment, rng, target)
         image, label = view.image(image, preprocessing.interpolation), to_label(view.mask(mask))
         shared = shared if (label == shared).any() else IGNORE
         return QueriedImage(shared, to_input(image, preprocessing), label)
-
-
-def _pixel_of(label: int, mask: Image.Image, rng: np.random.Generator) -> tuple[int, int]:
-    """Draw a pixel (row, column) of a class that the mask shows."""
-    places = np.flatnonzero(np.asarray(mask) == label)
-    row, column = divmod(int(places[rng.integers(len(places))]), mask.width)
-    return row, column
 
 
 class Selection(NamedTuple):
@@ -163,19 +157,18 @@ def count_kept(count: int, keep: float) -> int:
 def keep_reliable_partners(
     index: QueryIndex, scores: Mapping[tuple[int, str], float], keep: float
 ) -> QueryIndex:
-    """Keep the more reliable share of each class's partners, rounded up.
+    """Keep the more reliable share of each class's partners, rounded up, the only one at least.
 
     Args:
         index: class id to image names.
         scores: by (class id, image name), higher is more reliable; without a score, last.
-        keep: the share. Rounding up keeps the only partner of a class.
+        keep: the share.
     """
-    return {
-        label: split_by_reliability(
-            {name: scores.get((label, name), -math.inf) for name in names}, keep
-        )[0]
-        for label, names in index.items()
-    }
+    kept = {}
+    for label, names in index.items():
+        found = {name: scores.get((label, name), -math.inf) for name in names}
+        kept[label], _ = split_by_reliability(found, keep)
+    return kept
 
 
 def write_selection(
@@ -203,8 +196,7 @@ def write_selection(
     for name, half in zip(("reliable", "unreliable"), halves, strict=True):
         write_text(folder / f"{name}.txt", "".join(f"{image}\n" for image in half))
     kept = keep_reliable_partners(index, partners, keep)
-    named = {classes[label]: names for label, names in kept.items()}
-    write_json(folder / "query_index.json", named)
+    write_json(folder / "query_index.json", {classes[label]: kept[label] for label in kept})
     write_csv(folder / "unlabeled_scores.csv", ("image", "reliability"), images.items())
     rows = [(classes[label], name, score) for (label, name), score in partners.items()]
     write_csv(folder / "labeled_scores.csv", ("class", "image", "reliability"), rows)
@@ -218,9 +210,8 @@ def read_selection(folder: Path, unlabeled: Sequence[Sample], classes: Sequence[
         for name in ("reliable", "unreliable")
     )
     named = read_json(folder / "query_index.json")
-    return Selection(
-        reliable, unreliable, {classes.index(name): images for name, images in named.items()}
-    )
+    index = {classes.index(name): images for name, images in named.items()}
+    return Selection(reliable, unreliable, index)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -1,6 +1,6 @@
 """Images and masks from files, by Pillow."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,8 +12,6 @@ from torchvision.transforms.v2 import functional as tf
 
 from utils import IGNORE, Preprocessing
 from utils.errors import UserError
-
-_SCALED = ("L;2", "L;4")  # raw modes whose values Pillow spreads over 0 to 255
 
 
 def read_image(path: Path) -> Image.Image:
@@ -35,7 +33,7 @@ def read_ids(path: Path) -> np.ndarray:
     Raises:
         UserError: as ``read_image``, or more than one channel, or ids that 16 bits do not hold.
     """
-    mask = _decoded(path, refused=_SCALED)
+    mask = _decoded(path)
     if mask.mode not in ("1", "L", "P") and not mask.mode.startswith("I"):
         raise UserError(
             f"{path}: a mask has one channel of class ids, this one is {mask.mode}; "
@@ -43,11 +41,9 @@ def read_ids(path: Path) -> np.ndarray:
         )
     # convert() would turn palette entries into grey; the entries' numbers are the ids.
     ids = np.asarray(mask)
-    if ids.itemsize == 1:
-        return ids.astype(np.uint8, copy=False)
     if ids.min() < 0 or ids.max() > 65535:
         raise UserError(f"{path}: ids go from {ids.min()} to {ids.max()}, not from 0 to 65535")
-    return ids.astype(np.uint16, copy=False)
+    return ids.astype(np.uint8 if ids.itemsize == 1 else np.uint16, copy=False)
 
 
 def read_mask(path: Path, table: bytes | None = None) -> Image.Image:
@@ -62,10 +58,7 @@ def read_mask(path: Path, table: bytes | None = None) -> Image.Image:
         UserError: as ``read_ids``.
     """
     ids = read_ids(path)
-    if table is not None:
-        ids = np.frombuffer(table, np.int16)[ids]
-    elif ids.dtype != np.uint8:
-        ids = np.minimum(ids, IGNORE)
+    ids = np.minimum(ids, IGNORE) if table is None else np.frombuffer(table, np.int16)[ids]
     return Image.fromarray(ids.astype(np.uint8, copy=False))
 
 
@@ -78,9 +71,8 @@ def picture_size(path: Path) -> tuple[int, int]:
 def to_input(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     """Return an RGB picture as the network takes it: (3, H, W) float32, normalised."""
     pixels = tf.pil_to_tensor(image).contiguous()  # planes now, as bytes, not later as floats
-    return tf.normalize(
-        tf.to_dtype(pixels, scale=True), list(preprocessing.mean), list(preprocessing.std)
-    )
+    mean, std = list(preprocessing.mean), list(preprocessing.std)
+    return tf.normalize(tf.to_dtype(pixels, scale=True), mean, std)
 
 
 def to_label(mask: Image.Image) -> Tensor:
@@ -101,11 +93,9 @@ def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def _decoded(path: Path, refused: Sequence[str] = ()) -> Image.Image:
-    """Open and decode completely, so that a truncated file fails here; refuse some raw modes."""
+def _decoded(path: Path) -> Image.Image:
+    """Open and decode completely, so that a truncated file fails here."""
     with _readable(path), Image.open(path) as image:
-        if any(tile[3] in refused for tile in image.tile):
-            raise UserError(f"{path}: a mask of 2 or 4 grey bits; save it with 8, or as a palette")
         image.load()
         return image
 
@@ -114,11 +104,9 @@ def _decoded(path: Path, refused: Sequence[str] = ()) -> Image.Image:
 def _readable(path: Path) -> Iterator[None]:
     """Turn any error of Pillow into a ``UserError``."""
     try:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; correct the list or dataset.root")
         yield
-    except UserError:
-        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; correct the list or dataset.root") from None
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and their own
         reason = str(error).replace(repr(str(path)), "the file")
         raise UserError(

@@ -77,14 +77,8 @@ class LabeledPairs(Dataset[QueryPair]):
         rng, preprocessing = self.chance.of(*key), self.preprocessing
         sample = self.labeled[key.index % len(self.labeled)]
         image, mask = _weak_view(self.read(sample), self.augment, rng, preprocessing)
-        query = self.querier.draw(sample.name, mask, rng, preprocessing)
-        return QueryPair(
-            to_input(image, preprocessing),
-            to_label(mask),
-            query.image,
-            query.label,
-            query.shared_class,
-        )
+        shared, *query = self.querier.draw(sample.name, mask, rng, preprocessing)
+        return QueryPair(to_input(image, preprocessing), to_label(mask), *query, shared)
 
 
 @dataclass(eq=False)
@@ -115,11 +109,8 @@ class RetrainSamples(Dataset[RetrainSample]):
 
     def names(self, keys: Iterable[SampleKey]) -> list[str]:
         """Return the names of the images that keys stand for, without partners."""
-        return [
-            sample.name
-            for key in keys
-            for sample in (self.unlabeled[key.index], self._labeled_at(key))
-        ]
+        pairs = ((self.unlabeled[key.index], self._labeled_at(key)) for key in keys)
+        return [sample.name for pair in pairs for sample in pair]
 
     def _labeled_at(self, key: SampleKey) -> Sample:
         count = len(self.labeled)
@@ -134,16 +125,12 @@ class RetrainSamples(Dataset[RetrainSample]):
         sample, labeled = self.unlabeled[key.index], self._labeled_at(key)
         weak, mask = _weak_view(self.read(sample), self.augment, rng, preprocessing)
         strong = to_input(StrongColours(self.augment.strong)(weak, rng), preprocessing)
-        labeled_image, labeled_mask = _weak_view(
-            self.read(labeled), self.augment, rng, preprocessing
-        )
+        image, label = _weak_view(self.read(labeled), self.augment, rng, preprocessing)
+        teacher = strong if self.strong_teacher else to_input(weak, preprocessing)
+        queried = self.query(sample.name, mask, rng)  # last: the views must not depend on it
+        labeled_image = to_input(image, preprocessing)
         return RetrainSample(
-            strong if self.strong_teacher else to_input(weak, preprocessing),
-            to_label(mask),
-            strong,
-            to_input(labeled_image, preprocessing),
-            to_label(labeled_mask),
-            self.query(sample.name, mask, rng),  # last: the views must not depend on it
+            teacher, to_label(mask), strong, labeled_image, to_label(label), queried
         )
 
 
@@ -172,18 +159,13 @@ def refuse_batch_sizes(config: Config, splits: Splits) -> None:
     """Raise a ``UserError`` if a batch exceeds an epoch or is no equal share for each process."""
     labeled = len(splits.labeled) * repeats(config.supervised, splits.labeled)
     reliable = count_kept(len(splits.unlabeled), config.select.keep)
-    for key, settings, samples in (
-        ("supervised", config.supervised, labeled),
-        ("retrain", config.retrain, reliable),
-    ):
-        size, cuts = settings.batch_size, settings.accumulate
+    for key, samples in (("supervised", labeled), ("retrain", reliable)):
+        size, cuts = getattr(config, key).batch_size, getattr(config, key).accumulate
+        name = f"{key}.batch_size: {size}"
         if size > samples:
-            raise UserError(
-                f"{key}.batch_size: {size} is larger than the {samples} samples of an epoch; "
-                "lower it"
-            )
+            raise UserError(f"{name} is larger than the {samples} samples of an epoch; lower it")
         if size < world():
-            raise UserError(f"{key}.batch_size: {size} is less than {world()} processes; raise it")
+            raise UserError(f"{name} is less than {world()} processes; raise it")
         if cuts > 1 and size % (cuts * world()):
             raise UserError(
                 f"{key}.accumulate: {cuts} does not cut the {size} images of a batch evenly for "

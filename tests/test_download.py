@@ -38,20 +38,11 @@ def test_file_of_the_digest_is_fetched_once(url, path, digest):
 
 
 @pytest.mark.parametrize("digest", [("0" * 8,), ("0" * 32, "md5")])
-def test_other_content_is_removed(url, path, digest):
+def test_other_content_is_named(url, path, digest):
     line = refusal(url, path, *digest)
-    assert line.startswith(f"{url}: the file that came is damaged or another: its ")
-    assert f"not {digest[0]}; it is removed" in line
-    assert not any(path.parent.iterdir())
-
-
-def test_other_file_under_the_name_is_kept_and_named(url, path):
-    path.parent.mkdir()
-    path.write_bytes(b"mine")
-    line = refusal(url, path, SHA256[:8])
-    assert line.startswith(f"{path}: another file is there: its sha256 begins with ")
-    assert line.endswith(f"not {SHA256[:8]}; delete it and run the same command again")
-    assert path.read_bytes() == b"mine"
+    assert line.startswith(f"{path}: a damaged or another file: its ")
+    assert line.endswith(f"not {digest[0]}; delete it and run the same command again")
+    assert refusal("http://unreachable.invalid", path, *digest) == line
 
 
 def test_missing_file_names_address_and_place(url, path):

@@ -12,8 +12,8 @@ from dataset.catalog import KINDS
 from dataset.lists import read_splits
 from dataset.loader import (
     Chance,
-    EpochBatches,
     SampleKey,
+    epoch_batches,
     photographs,
     training_batches,
     whole_images,
@@ -81,7 +81,7 @@ def test_seeds_and_stages_have_their_own_chance():
 
 @pytest.mark.parametrize(("length", "batch_size"), [(7, 3), (6, 3), (5, 5)])
 def test_epoch_passes_every_sample_at_most_once(length, batch_size):
-    batches = list(EpochBatches(length, batch_size, range(3), CHANCE))
+    batches = list(epoch_batches(length, batch_size, range(3), CHANCE))
     steps = length // batch_size
     assert [len(batch) for batch in batches] == [batch_size] * (3 * steps)
     epochs = [

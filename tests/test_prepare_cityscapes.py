@@ -6,10 +6,11 @@ from PIL import Image
 
 from dataset.catalog import KINDS
 from dataset.prepare import __main__ as program
-from dataset.prepare.cityscapes import TRAIN_IDS, prepare_cityscapes
+from dataset.prepare.cityscapes import CITYSCAPES, TRAIN_IDS
+from dataset.prepare.work import prepare
 from dataset.reading import read_mask
 
-COUNTS = {"train": 3, "val": 1}
+SMALL = CITYSCAPES._replace(counts={"train": 3, "val": 1})
 FRAMES = {
     "train": [
         "aachen/aachen_000000_000019",
@@ -37,28 +38,16 @@ def root(tmp_path):
     return tmp_path
 
 
-def train_ids(root, frame):
-    return root / f"gtFine/{frame}_gtFine_labelTrainIds.png"
-
-
-def test_table_has_the_nineteen_evaluated_classes():
-    assert TRAIN_IDS.dtype == np.uint8
-    assert {label: train for label, train in enumerate(TRAIN_IDS.tolist()) if train != 255} == TABLE
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-def test_masks_hold_train_ids_in_the_catalogs_colours(root, workers):
-    prepare_cityscapes(root, download=False, workers=workers, counts=COUNTS)
-    path = train_ids(root, "val/lindau/lindau_000000_000019")
+def test_set_is_what_training_reads(root, read_back, workers):
+    prepare(SMALL, root, False, workers)
+    path = root / "gtFine/val/lindau/lindau_000000_000019_gtFine_labelTrainIds.png"
     expected = [TABLE.get(label, 255) for label in range(34)]
     assert np.asarray(read_mask(path)).tolist() == [expected, expected]
+    assert {label: train for label, train in enumerate(TRAIN_IDS.tolist()) if train != 255} == TABLE
     with Image.open(path) as mask:
         assert (mask.mode, bytes(mask.getpalette())) == ("P", KINDS["cityscapes"].palette())
     assert len(list(root.rglob("*_labelTrainIds.png"))) == 4  # none for test
-
-
-def test_lists_are_those_that_training_reads(root, read_back):
-    prepare_cityscapes(root, download=False, workers=0, counts=COUNTS)
     assert (root / "val.txt").read_text() == (
         "leftImg8bit/val/lindau/lindau_000000_000019_leftImg8bit.png "
         "gtFine/val/lindau/lindau_000000_000019_gtFine_labelTrainIds.png\n"
@@ -71,7 +60,7 @@ def test_archives_fetched_by_hand_are_unpacked(root):
         archive = str(root / f"{folder}_trainvaltest")
         shutil.make_archive(archive, "zip", root, folder)
         shutil.rmtree(root / folder)
-    prepare_cityscapes(root, download=False, workers=0, counts=COUNTS)
+    prepare(SMALL, root, False, 0)
     assert len(list(root.rglob("*_labelTrainIds.png"))) == 4
 
 

@@ -8,14 +8,14 @@ from PIL import Image
 
 from dataset.catalog import KINDS
 from dataset.prepare import __main__ as program
-from dataset.prepare import pascal
-from dataset.prepare.pascal import prepare_pascal
+from dataset.prepare.pascal import PASCAL
+from dataset.prepare.work import prepare
 from dataset.reading import read_mask
 from utils.errors import UserError
 
 scipy_io = pytest.importorskip("scipy.io", reason="scipy reads and writes SBD's .mat files")
 
-COUNTS = {"train": 4, "val": 1}
+SMALL = PASCAL._replace(counts={"train": 4, "val": 1})
 VOC, SBD = "VOCdevkit/VOC2012", "benchmark_RELEASE/dataset"
 LISTS = {
     f"{VOC}/ImageSets/Segmentation/train.txt": "2007_1\n2007_2\n",
@@ -59,7 +59,7 @@ def ids_of(root, name):
 
 
 def test_trainaug_is_the_union_without_val(root, read_back):
-    prepare_pascal(root, download=False, workers=0, counts=COUNTS)
+    prepare(SMALL, root, False, 0)
     line = "JPEGImages/{0}.jpg SegmentationClass/{0}.png\n".format
     assert (root / "train.txt").read_text() == "".join(
         map(line, ["2007_1", "2007_2", "2008_3", "2008_4"])
@@ -67,10 +67,6 @@ def test_trainaug_is_the_union_without_val(root, read_back):
     assert (root / "val.txt").read_text() == line("2007_9")
     assert len(list((root / "JPEGImages").iterdir())) == 5
     assert [len(split) for split in read_back("pascal", root)] == [1, 3, 1]
-
-
-def test_vocs_masks_go_before_those_of_sbd(root):
-    prepare_pascal(root, download=False, workers=2, counts=COUNTS)
     for name in ("2007_1", "2007_2", "2007_9"):
         assert ids_of(root, name) == VOC_IDS.tolist()
     for name in ("2008_3", "2008_4"):
@@ -84,25 +80,24 @@ def test_damaged_mat_is_named(root, content):
     damaged = root / SBD / "cls/2008_3.mat"
     damaged.write_bytes(content)
     with pytest.raises(UserError) as refused:
-        prepare_pascal(root, download=False, workers=0, counts=COUNTS)
+        prepare(SMALL, root, False, 0)
     assert str(refused.value).startswith(f"{damaged}: cannot read SBD's mask in it (")
 
 
-def test_archives_in_the_root_are_unpacked_if_their_digest_is_right(root, monkeypatch):
+def test_archives_in_the_root_are_unpacked_if_their_digest_is_right(root):
     path = root / "benchmark.tgz"
     with tarfile.open(path, "w:gz") as archive:
         archive.add(root / "benchmark_RELEASE", "benchmark_RELEASE")
         archive.addfile(tarfile.TarInfo("._benchmark_RELEASE"), io.BytesIO())
     (root / "benchmark_RELEASE").rename(root.parent / "gone")
-    with pytest.raises(UserError, match=f"{path}: another file is there: its md5 begins with"):
-        prepare_pascal(root, download=False, workers=0, counts=COUNTS)
-    unchecked = [archive._replace(digest="") for archive in pascal.ARCHIVES]
-    monkeypatch.setattr(pascal, "ARCHIVES", unchecked)
-    prepare_pascal(root, download=False, workers=0, counts=COUNTS)
+    with pytest.raises(UserError, match=f"{path}: a damaged or another file: its md5 begins with"):
+        prepare(SMALL, root, False, 0)
+    unchecked = [archive._replace(digest="") for archive in PASCAL.archives]
+    prepare(SMALL._replace(archives=unchecked), root, False, 0)
     assert ids_of(root, "2008_3") == SBD_IDS.tolist()
 
 
 def test_scipy_is_asked_for_before_anything_is_fetched(root, complaint, monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    monkeypatch.setitem(sys.modules, "scipy", None)
     line = complaint(program, "pascal", "--root", root, "--download")
-    assert line == "error: scipy: not installed; it reads SBD's .mat files: pip install scipy"
+    assert line == "error: scipy: not installed; run: pip install scipy"

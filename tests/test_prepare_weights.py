@@ -3,6 +3,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from dataset.prepare import __main__ as program
 from dataset.prepare import weights as prepare
 
@@ -14,13 +16,6 @@ HASHES = {
     "resnet101": "63fe2227",
     "resnet152": "394f9c45",
 }
-
-
-def test_addresses_are_torchvisions():
-    assert tuple(HASHES) == prepare.WEIGHTS
-    for name, prefix in HASHES.items():
-        url = f"https://download.pytorch.org/models/{name}-{prefix}.pth"
-        assert prepare._address(name) == (url, prefix)
 
 
 def test_table_of_the_readme_agrees():
@@ -56,13 +51,14 @@ def test_writes_each_name_from_the_mirror(mirror, tmp_path, monkeypatch, capsys)
     ]
 
 
-def test_goes_to_the_projects_folder(monkeypatch):
+@pytest.mark.parametrize("name", prepare.WEIGHTS)
+def test_goes_from_torchvision_to_the_projects_folder(monkeypatch, name):
     calls = []
     monkeypatch.setattr(prepare, "download", lambda *call: calls.append(call))
-    monkeypatch.setattr(sys, "argv", ["prepare", "weights", "resnet101"])
+    monkeypatch.setattr(sys, "argv", ["prepare", "weights", name])
     program.main()
-    url = "https://download.pytorch.org/models/resnet101-63fe2227.pth"
-    assert calls == [(url, ROOT / "pretrained/resnet101.pth", "63fe2227")]
+    url = f"https://download.pytorch.org/models/{name}-{HASHES[name]}.pth"
+    assert calls == [(url, ROOT / f"pretrained/{name}.pth", HASHES[name])]
 
 
 def test_missing_on_the_mirror(mirror, complaint, tmp_path):

@@ -10,9 +10,9 @@ from dataset.demo.objects import CLASSES
 from dataset.demo.scene import draw_scene
 from utils.errors import UserError
 from utils.files import writing
+from utils.panels import in_colour
 
 VERSION = 1  # of the drawing: raise it when a seed draws something else
-SPLIT_IDS = {"train": 0, "val": 1}
 
 
 def write_demo(
@@ -31,59 +31,39 @@ def write_demo(
     drawn, so that a killed run is drawn again.
 
     Args:
-        root: the folder.
-        palette: of the masks.
+        root: the folder; a ``UserError`` if it holds something else or is not to be written to.
+        palette: 768 bytes, of the masks.
         train: number of training images, labeled and unlabeled.
         labeled: number of training images with a mask.
         val: number of validation images.
         seed: of all scenes.
         size: (height, width) in pixels.
-
-    Raises:
-        UserError: ``root`` holds another data set, or is not to be written to.
     """
     settings = {"train": train, "labeled": labeled, "val": val, "seed": seed, "size": list(size)}
     ours, text = root / "demo.json", json.dumps({"version": VERSION, **settings}) + "\n"
     if ours.is_file() and ours.read_text() == text:
         return
-    lists = [root / f"{name}.txt" for name in ("train", "val", "labeled", "unlabeled")]
-    others = [path for path in (*lists, root / "JPEGImages") if path.exists()]
-    if others and not ours.is_file():
-        raise UserError(f"{others[0]}: another data set is in this folder; name an empty one")
+    if not ours.is_file() and root.is_dir() and any(root.iterdir()):
+        raise UserError(f"{root}: another data set is in this folder; name an empty one")
+    lists: dict[str, list[str]] = {}
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
         ours.write_text("{}\n")
-        for name in ("JPEGImages", "SegmentationClass"):
-            (root / name).mkdir(exist_ok=True)
-        for path in lists:
-            path.unlink(missing_ok=True)
-        for split, count, masks in (("train", train, labeled), ("val", val, val)):
-            lines = [
-                _write_scene(root, split, number, seed, size, palette if number < masks else None)
-                for number in range(count)
-            ]
-            named = {split: lines}
-            if split == "train":
-                named |= {"labeled": lines[:labeled], "unlabeled": lines[labeled:]}
-            for name, chosen in named.items():
-                (root / f"{name}.txt").write_text("".join(f"{line}\n" for line in chosen))
+        for folder in ("JPEGImages", "SegmentationClass"):
+            (root / folder).mkdir(exist_ok=True)
+        for part, split, count, masks in ((0, "train", train, labeled), (1, "val", val, val)):
+            lists[split] = []
+            for number in range(count):
+                rng = np.random.default_rng([seed, part, number])
+                image, ids = draw_scene(rng, size, first=1 + number % (len(CLASSES) - 1))
+                line = f"JPEGImages/{part}{number:03d}.jpg"
+                Image.fromarray(image).save(root / line, quality=92)
+                if number < masks:
+                    mask = f"SegmentationClass/{part}{number:03d}.png"
+                    in_colour(ids, palette).save(root / mask)
+                    line = f"{line} {mask}"
+                lists[split].append(line)
+        lists |= {"labeled": lists["train"][:labeled], "unlabeled": lists["train"][labeled:]}
+        for name, lines in lists.items():
+            (root / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
         ours.write_text(text)
-
-
-def _write_scene(
-    root: Path, split: str, number: int, seed: int, size: tuple[int, int], palette: bytes | None
-) -> str:
-    """Write an image and, given a palette, its mask; return their line of a list."""
-    split_id = SPLIT_IDS[split]
-    rng = np.random.default_rng([seed, split_id, number])
-    image, ids = draw_scene(rng, size, first=1 + number % (len(CLASSES) - 1))
-    image_name = f"JPEGImages/{split_id}{number:03d}.jpg"
-    mask_name = f"SegmentationClass/{split_id}{number:03d}.png"
-    Image.fromarray(image).save(root / image_name, quality=92)
-    if palette is None:
-        (root / mask_name).unlink(missing_ok=True)
-        return image_name
-    mask = Image.fromarray(ids)
-    mask.putpalette(palette)
-    mask.save(root / mask_name)
-    return f"{image_name} {mask_name}"

@@ -4,23 +4,19 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple, TypeVar
-
-from tqdm import tqdm
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from dataset.prepare.download import download
 from utils.errors import UserError
-
-T = TypeVar("T")
 
 
 class Archive(NamedTuple):
     """A tar or zip file on the web, and the folder in it that is needed."""
 
     name: str  # of the file below the root
-    inside: str  # the folder in the archive; nothing else is unpacked
+    inside: str  # the folder in the archive
     folder: str  # where that folder goes, relative to the root
     address: str  # of the file, or of the page that offers it after a login
     digest: str = ""  # as ``download`` takes it
@@ -45,6 +41,7 @@ def provide(root: Path, archives: Sequence[Archive], fetch: bool) -> None:
     for archive in wanted:
         path = root / archive.name
         download(archive.address, path, archive.digest, archive.algorithm)
+        print(f"{path}: unpacking")
         unpack(path, archive.inside, root / archive.folder)
 
 
@@ -53,37 +50,17 @@ def unpack(path: Path, inside: str, folder: Path) -> None:
 
     Raises:
         UserError: a damaged archive, one without that folder, or a tar file with a member that
-            would be written or linked outside (zipfile itself cuts such names).
+            would be written or linked outside (``shutil`` leaves out such members of a zip file).
     """
-    gathered = path.with_name(f".{path.name}.unpacked")  # renamed when complete
-    shutil.rmtree(gathered, ignore_errors=True)
-
-    def chosen(members: Iterable[T], name: Callable[[T], str]) -> Iterator[T]:
-        for member in tqdm(members, path.name, disable=None, leave=False):
-            if PurePosixPath(name(member)).is_relative_to(inside):
-                yield member
-
+    unpacked = path.with_name(f".{path.name}.unpacked")  # ``inside`` is moved when complete
+    safe = {} if path.suffix == ".zip" else {"filter": "data"}
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                archive.extractall(gathered, chosen(archive.namelist(), str))
-        else:
-            with tarfile.open(path) as archive:
-                members = chosen(archive, lambda member: member.name)
-                archive.extractall(gathered, members, filter="data")
-        if not (gathered / inside).is_dir():
-            raise KeyError(f"it holds no {inside}")
+        shutil.unpack_archive(path, unpacked, **safe)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        (gathered / inside).replace(folder)
-    except _DAMAGE as error:
+        (unpacked / inside).replace(folder)
+    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f"{path}: cannot unpack this archive ({error}); delete it and fetch it again"
         ) from error
     finally:
-        shutil.rmtree(gathered, ignore_errors=True)
-
-
-_DAMAGE = (
-    *(tarfile.TarError, zipfile.BadZipFile, zlib.error),
-    *(EOFError, OSError, KeyError, RuntimeError),
-)
+        shutil.rmtree(unpacked, ignore_errors=True)

@@ -24,9 +24,6 @@ def download(url: str, path: Path, digest: str, algorithm: str = "sha256") -> No
             already; a place that cannot be written.
     """
 
-    def found(file: Path) -> str:
-        return file_digest(file, algorithm)[: len(digest)] if digest else ""
-
     def fetch(partial: Path) -> None:
         try:
             download_url_to_file(url, str(partial), progress=sys.stderr.isatty())
@@ -34,17 +31,12 @@ def download(url: str, path: Path, digest: str, algorithm: str = "sha256") -> No
             raise UserError(
                 f"{url}: cannot be fetched ({error}); fetch it by hand and save it as {path}"
             ) from error
-        if (other := found(partial)) != digest:
-            partial.unlink()
-            raise UserError(
-                f"{url}: the file that came is damaged or another: its {algorithm} begins with "
-                f"{other}, not {digest}; it is removed, so run the same command again"
-            )
 
     if not path.exists():
         write_atomically(path, fetch)
-    elif (other := found(path)) != digest:
+    found = file_digest(path, algorithm)[: len(digest)]
+    if found != digest:
         raise UserError(
-            f"{path}: another file is there: its {algorithm} begins with {other}, not {digest}; "
-            "delete it and run the same command again"
+            f"{path}: a damaged or another file: its {algorithm} begins with {found}, not "
+            f"{digest}; delete it and run the same command again"
         )

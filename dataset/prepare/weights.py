@@ -29,29 +29,18 @@ def fetch_weights(names: Sequence[str], folder: Path, mirror: str | None = None)
         UserError: as ``download``; a name without a public address, before anything is fetched.
     """
     for name in names:
-        _refuse_unfetchable(name, folder)
+        if name in BY_HAND:
+            entry, file = BY_HAND[name]
+            raise UserError(
+                f"{name}: there is no public address with a checksum; fetch {file} by hand from "
+                f"the link '{entry}' in UniMatch's README (https://github.com/LiheYoung/UniMatch) "
+                f"and save it as {folder / name}.pth"
+            )
+        if name not in WEIGHTS:
+            raise UserError(f"{name}: no such weights; known are {', '.join((*WEIGHTS, *BY_HAND))}")
     for name in names:
-        url, sha256_prefix = _address(name)
-        if mirror is not None:
-            url = f"{mirror.rstrip('/')}/{url.rsplit('/', 1)[-1]}"
-        path = folder / f"{name}.pth"
-        download(url, path, sha256_prefix)
-        print(f"{path}: ready, its sha256 begins with {sha256_prefix}")
-
-
-def _refuse_unfetchable(name: str, folder: Path) -> None:
-    if name in BY_HAND:
-        entry, file = BY_HAND[name]
-        raise UserError(
-            f"{name}: there is no public address with a checksum; fetch {file} by hand from the "
-            f"link '{entry}' in UniMatch's README (https://github.com/LiheYoung/UniMatch) and "
-            f"save it as {folder / name}.pth"
-        )
-    if name not in WEIGHTS:
-        raise UserError(f"{name}: no such weights; known are {', '.join((*WEIGHTS, *BY_HAND))}")
-
-
-def _address(name: str) -> tuple[str, str]:
-    """Return torchvision's URL, and the first digits of the sha256 that end its name."""
-    url = get_model_weights(name).IMAGENET1K_V1.url
-    return url, url.removesuffix(".pth").rsplit("-", 1)[-1]
+        url, path = get_model_weights(name).IMAGENET1K_V1.url, folder / f"{name}.pth"
+        base, file = url.rsplit("/", 1)
+        digest = file.removesuffix(".pth").rsplit("-", 1)[-1]  # the first digits of the sha256
+        download(f"{(mirror or base).rstrip('/')}/{file}", path, digest)
+        print(f"{path}: ready, its sha256 begins with {digest}")

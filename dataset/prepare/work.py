@@ -1,17 +1,16 @@
-"""What all data sets need: files written on all cores, then the lists that name them."""
+"""Preparing a data set: archives, then files written on all cores, then lists that name them."""
 
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from dataset.lists import write_lists
+from dataset.prepare.archives import Archive, provide
 from utils.errors import UserError
-from utils.files import write_atomically, write_text
 
 
 class Step(NamedTuple):
@@ -19,42 +18,49 @@ class Step(NamedTuple):
 
     title: str  # of the progress bar
     write: Callable[[Any, Path], None]  # (source, path), writes atomically
-    sources: Mapping[Path, Any]  # by path
+    sources: Mapping[Path, Any]  # path or record, by the path of the file to write
 
 
-def complete(
-    root: Path,
-    lists: Mapping[str, Sequence[str]],
-    counts: Mapping[str, int],
-    steps: Sequence[Step],
-    workers: int,
-) -> None:
-    """Write the missing files of a data set, then its lists.
+class DataSet(NamedTuple):
+    """A public data set, and how it gets the layout that configs read."""
+
+    about: str  # for --help
+    archives: Sequence[Archive]
+    counts: Mapping[str, int]  # images of each list
+    # The lines of each list, and the files to write, of the unpacked archives below a root.
+    plan: Callable[[Path], tuple[Mapping[str, Sequence[str]], Sequence[Step]]]
+    requires: str = ""  # a package that no other command needs
+
+
+def prepare(data: DataSet, root: Path, fetch: bool, workers: int) -> None:
+    """Unpack the archives, write the missing files of a data set by threads, then its lists.
 
     Files that exist are complete and are left alone, so a killed run continues where it stopped.
 
-    Args:
-        root: folder of the data set.
-        lists: the lines of ``<name>.txt``, by name.
-        counts: how many lines each must have.
-        steps: the files to write; their sources are paths or records.
-        workers: threads.
-
     Raises:
-        UserError: before anything is written: a source is missing, another number of images, or a
-            list with other lines is there; later what a step raises.
+        UserError: a package, an archive, a source or an image is missing, before anything is
+            written; later what a step raises, or a list with other lines is there.
     """
+    if data.requires and find_spec(data.requires) is None:
+        raise UserError(f"{data.requires}: not installed; run: pip install {data.requires}")
+    provide(root, data.archives, fetch)
+    lists, steps = data.plan(root)
     for step in steps:
         refuse_missing(source for source in step.sources.values() if isinstance(source, Path))
-    for name, lines in lists.items():
-        _refuse_other_list(root / f"{name}.txt", lines, counts[name])
+    for name, count in data.counts.items():
+        if len(lists[name]) != count:
+            raise UserError(
+                f"{root}: {len(lists[name])} images for {name}.txt where the data set has {count}; "
+                "nothing is written: complete the files and run it again"
+            )
     for step in steps:
-        _write_missing(step, workers)
-    for name, lines in lists.items():
-        if not (root / f"{name}.txt").exists():
-            write_text(root / f"{name}.txt", "".join(f"{line}\n" for line in lines))
-    ready = ", ".join(f"{name}.txt ({len(lines)} images)" for name, lines in lists.items())
-    print(f"{root}: ready, with {ready}")
+        jobs = [(source, path) for path, source in step.sources.items() if not path.exists()]
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            written = pool.map(step.write, *zip(*jobs, strict=True))
+            list(tqdm(written, step.title, len(jobs), disable=None, leave=False))
+    write_lists(root, lists)
+    counts = ", ".join(f"{name}.txt ({count} images)" for name, count in data.counts.items())
+    print(f"{root}: ready, with {counts}")
 
 
 def refuse_missing(files: Iterable[Path]) -> None:
@@ -68,39 +74,6 @@ def refuse_missing(files: Iterable[Path]) -> None:
 
 
 def read_words(path: Path) -> list[str]:
-    """Read the names in a published list; a ``UserError`` if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read this list ({error}); unpack it again") from error
-
-
-def import_extra(name: str, package: str, use: str) -> ModuleType:
-    """Import what one data set alone needs; a ``UserError`` if it is not installed."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise UserError(f"{package}: not installed; {use}: pip install {package}") from error
-
-
-def copy_file(source: Path, path: Path) -> None:
-    """Copy a file, atomically."""
-    write_atomically(path, lambda beside: shutil.copyfile(source, beside))
-
-
-def _refuse_other_list(path: Path, lines: Sequence[str], count: int) -> None:
-    if len(lines) != count:
-        raise UserError(
-            f"{path.parent}: {len(lines)} images for {path.name} where the data set has {count}; "
-            "nothing is written: complete the files and run it again"
-        )
-    if path.exists() and sorted(read_words(path)) != sorted(" ".join(lines).split()):
-        raise UserError(f"{path}: another list is there; rename it, ours has this name")
-
-
-def _write_missing(step: Step, workers: int) -> None:
-    jobs = [(source, path) for path, source in step.sources.items() if not path.exists()]
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        written = pool.map(step.write, *zip(*jobs, strict=True))
-        for _ in tqdm(written, step.title, len(jobs), disable=None, leave=False):
-            pass
+    """Read the names in a published list; a ``UserError`` if it is missing."""
+    refuse_missing([path])
+    return path.read_text(encoding="utf-8").split()

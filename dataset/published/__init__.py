@@ -1,6 +1,5 @@
 """Labeled lists of the literature; README.md tells where they come from."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from utils.errors import UserError
@@ -29,38 +28,28 @@ def published_list(kind: str, split: str, field: str, root: Path) -> tuple[Path,
         UserError: no such split, or training images are missing below the root.
     """
     names = {path.stem for path in (FOLDER / kind).glob("*.txt")} - {"val", "trainaug"}
-    if not names:
-        raise UserError(
-            f"dataset.split: kind '{kind}' has no published lists; set split: null and name "
-            "labeled, unlabeled and val"
-        )
     if split not in names:
         raise UserError(
             f"dataset.split: '{split}' is no published list of {kind}; there are "
-            f"{', '.join(sorted(names))}"
+            f"{', '.join(sorted(names)) or 'none: set split: null'}"
         )
+    part = "val" if field == "val" else "train"
     path = FOLDER / kind / f"{'val' if field == 'val' else split}.txt"
     ids = path.read_text().split()
     if field == "unlabeled":
-        labeled = set(ids)
-        ids = [each for each in _training_ids(kind, root) if each not in labeled]
-    return path, [_line(kind, "val" if field == "val" else "train", each) for each in ids]
+        ids = sorted(_training_ids(kind, root).difference(ids))
+    pattern = {"cityscapes": part + "/{1}/{0}", "coco": part + "2017/{0}.jpg masks/{0}.png"}
+    return path, [pattern.get(kind, "{0}").format(id_, id_.split("_")[0]) for id_ in ids]
 
 
-def _training_ids(kind: str, root: Path) -> Sequence[str]:
+def _training_ids(kind: str, root: Path) -> set[str]:
     if kind == "pascal":
-        return (FOLDER / "pascal/trainaug.txt").read_text().split()
+        return set((FOLDER / "pascal/trainaug.txt").read_text().split())
     pattern, count = TRAINING[kind]
-    ids = sorted(path.stem.removesuffix("_leftImg8bit") for path in root.glob(pattern))
+    ids = {path.stem.removesuffix("_leftImg8bit") for path in root.glob(pattern)}
     if len(ids) != count:
         raise UserError(
             f"dataset.split: {root} has {len(ids)} training images ({pattern}), {kind} has "
             f"{count}; complete the data, or name labeled, unlabeled and val"
         )
     return ids
-
-
-def _line(kind: str, part: str, id_: str) -> str:
-    if kind == "cityscapes":
-        return f"{part}/{id_.split('_')[0]}/{id_}"
-    return f"{part}2017/{id_}.jpg masks/{id_}.png" if kind == "coco" else id_

@@ -21,22 +21,18 @@ from utils.files import write_json
 
 def make(words: Sequence[str]) -> None:
     """Draw a labeled list from a training list; the rest is unlabeled."""
-    parser = _parser(make, "make")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="such as dataset.root=DIR")
-    parser.add_argument(
-        "--train", type=Path, required=True, metavar="LIST", help="image mask lines"
-    )
+    parser = _parser(make)
+    add = parser.add_argument
+    add("--train", type=Path, required=True, metavar="LIST", help="image mask lines")
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument(
-        "--fraction", type=_fraction, metavar="SHARE", help="such as 1/8 or 0.125, rounded up"
-    )
+    size.add_argument("--fraction", metavar="SHARE", help="such as 1/8 or 0.125, rounded up")
     size.add_argument("--count", type=int, help="of labeled images, instead")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed nests the lists (0)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets both lists")
-    parser.add_argument("--config", help="data, for --stratify and bare ids")
-    parser.add_argument("--stratify", action="store_true", help="keep every class; reads the masks")
+    add("--seed", type=int, default=0, help="the same seed nests the lists (0)")
+    add("--out", type=Path, required=True, metavar="DIR", help="gets both lists")
+    add("--config", help="data, for --stratify and bare ids")
+    add("--stratify", action="store_true", help="keep every class; reads the masks")
     typed = parser.parse_intermixed_args(words)
-    share = typed.count if typed.fraction is None else typed.fraction
+    share = typed.count if typed.fraction is None else _fraction(typed.fraction)
     root, kind, rule = Path(), None, None
     if typed.config is not None:
         config = read_config(typed.config, typed.settings)
@@ -51,8 +47,7 @@ def make(words: Sequence[str]) -> None:
 
 def check(words: Sequence[str]) -> None:
     """Look for what would invalidate a result; exit with 2 if training would refuse it."""
-    parser = _parser(check, "check")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="such as dataset.root=DIR")
+    parser = _parser(check)
     parser.add_argument("--config", required=True, help="names lists, root and query rule")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found here")
     typed = parser.parse_intermixed_args(words)
@@ -80,8 +75,11 @@ def main() -> None:
     commands[typed.command](typed.words)
 
 
-def _parser(command: Callable[[Sequence[str]], None], name: str) -> Parser:
-    return Parser(prog=f"python -m dataset.splits {name}", description=command.__doc__)
+def _parser(command: Callable[[Sequence[str]], None]) -> Parser:
+    prog = f"python -m dataset.splits {command.__name__}"
+    parser = Parser(prog=prog, description=command.__doc__)
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="such as dataset.root=DIR")
+    return parser
 
 
 def _fraction(text: str) -> Fraction:

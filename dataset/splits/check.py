@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,11 +23,11 @@ def audit(config: Config) -> dict[str, Any]:
         which fewer than half of their images are partners; ``problems`` that training refuses.
 
     Raises:
-        UserError: what leaves nothing to look at: no root, an unknown kind or class name.
+        UserError: as ``read_lists``; a query rule that names an unknown class.
     """
     kind = describe(config.dataset)
     rule = QueryRule.of(config.query, kind)
-    splits, unread = read_lists(config.dataset, kind)
+    splits = read_lists(config.dataset)
     areas, images, partners = np.zeros((3, rule.num_classes), dtype=np.int64)
 
     def count(where: str, label: np.ndarray) -> None:
@@ -39,7 +38,7 @@ def audit(config: Config) -> dict[str, Any]:
             partners[rule.classes_in(label)] += 1
 
     lines = defaultdict(list)
-    for fault in chain(unread, find_faults(splits, kind, decode=True, visit=count)):
+    for fault in find_faults(splits, kind, decode=True, visit=count):
         lines[fault.where, fault.what].append(fault.line)
     shares = (areas / max(1, areas.sum())).tolist()
     queried = [None if number in rule.excluded else int(n) for number, n in enumerate(partners)]

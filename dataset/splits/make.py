@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from dataset.catalog import Kind
-from dataset.lists import Sample, Splits, find_faults, line_of, read_list
+from dataset.lists import Sample, Splits, find_faults, line_of, read_list, write_lists
 from dataset.query import QueryRule
 from utils.errors import UserError
-from utils.files import write_text
 
 Shown = frozenset[tuple[int, bool]]  # (class id, whether a query can find it) of a label
 
@@ -28,9 +27,8 @@ def make_lists(
     kind: Kind | None = None,
     keep_classes: QueryRule | None = None,
 ) -> list[str]:
-    """Write ``labeled.txt`` and ``unlabeled.txt``.
+    """Write ``labeled.txt`` and ``unlabeled.txt``; what is labeled does not depend on list order.
 
-    What is labeled is a function of the seed and the set of images, not of the list's order.
     With the same seed (and rule) a smaller labeled list is part of a larger one: both begin one
     sequence, random but for the images of ``cover`` at its start if classes are to be kept.
 
@@ -48,20 +46,22 @@ def make_lists(
         What was done, in lines; also the classes that no labeled image shows.
 
     Raises:
-        UserError: a list that cannot be read or written, a line without mask, or a mask that
-            training refuses.
+        UserError: a list that cannot be read or written, a mask that is missing or bad.
     """
-    samples = shuffled(read_list(train, root, kind), seed)
+
+    def order(sample: Sample) -> bytes:  # at random: a hash of the seed and the name
+        return hashlib.sha256(f"{seed} {sample.name}".encode()).digest()
+
+    samples = sorted(read_list(train, root, kind), key=order)
     for sample in samples:
         if sample.mask is None:
             raise UserError(f"{train}: {sample.name} has no mask; name it beside it")
     count, lost = count_labeled(len(samples), share), []
     if keep_classes is not None:
         shown = _shown(samples, keep_classes, kind)
-        first = cover(shown)
-        order = first + sorted(set(range(len(samples))) - set(first))
-        samples, shown = [samples[row] for row in order], [shown[row] for row in order]
-        lost = list(_lost(shown, count, keep_classes, kind))
+        rows = list(dict.fromkeys([*cover(shown), *range(len(samples))]))
+        samples = [samples[row] for row in rows]
+        lost = _lost([shown[row] for row in rows[:count]], keep_classes, kind)
     labeled = sorted(line_of(sample, root) for sample in samples[:count])
     unlabeled = sorted(sample.name for sample in samples[count:])
     write_lists(folder, {"labeled": labeled, "unlabeled": unlabeled})
@@ -70,22 +70,6 @@ def make_lists(
         f"{folder / 'unlabeled.txt'}: the other {len(unlabeled)}, without masks",
         *lost,
     ]
-
-
-def write_lists(folder: Path, lists: Mapping[str, Sequence[str]]) -> None:
-    """Write ``<name>.txt`` for every name; nothing if a list is there with other lines."""
-    texts = {
-        folder / f"{name}.txt": "".join(f"{line}\n" for line in lines)
-        for name, lines in lists.items()
-    }
-    for path, text in texts.items():
-        if path.is_file() and path.read_bytes() != text.encode():
-            raise UserError(
-                f"{path}: is there with other lines, and a run may depend on them; name another "
-                "--out, or remove it"
-            )
-    for path, text in texts.items():
-        write_text(path, text)
 
 
 def count_labeled(total: int, share: Fraction | int) -> int:
@@ -100,11 +84,6 @@ def count_labeled(total: int, share: Fraction | int) -> int:
             f"{share}: that labels {count} of {total} images; label one at least, and not all"
         )
     return count
-
-
-def shuffled(samples: Sequence[Sample], seed: int) -> list[Sample]:
-    """Order samples at random: by a hash of the seed and the name, nothing else."""
-    return sorted(samples, key=lambda s: hashlib.sha256(f"{seed} {s.name}".encode()).digest())
 
 
 def cover(shown: Sequence[Shown]) -> list[int]:
@@ -136,16 +115,11 @@ def _shown(samples: Sequence[Sample], rule: QueryRule, kind: Kind) -> list[Shown
     return shown
 
 
-def _lost(shown: Sequence[Shown], count: int, rule: QueryRule, kind: Kind) -> Iterator[str]:
-    """Say what no image of the list shows, and what none of the first ``count`` does."""
-    anywhere, labeled = frozenset().union(*shown), frozenset().union(*shown[:count])
-    wanted = {(number, False) for number in range(rule.num_classes)}
-    wanted |= {(number, True) for number in set(range(rule.num_classes)) - rule.excluded}
-    for who, lost in (
-        ("no image of the list", wanted - anywhere),
-        ("no labeled image", anywhere - labeled),
-    ):
-        for enough, how in ((False, ""), (True, f" on {rule.min_area:g} of its pixels")):
-            names = [kind.classes[number] for number, found in sorted(lost) if found == enough]
-            if names:
-                yield f"{who} shows {', '.join(names)}{how}"
+def _lost(shown: Sequence[Shown], rule: QueryRule, kind: Kind) -> Iterator[str]:
+    """Say which classes none of these labels shows, or none shows enough of for a query."""
+    seen = frozenset().union(*shown)
+    for enough, how in ((False, ""), (True, f" on {rule.min_area:g} of its pixels")):
+        wanted = set(range(rule.num_classes)) - (rule.excluded if enough else set())
+        names = [kind.classes[label] for label in sorted(wanted) if (label, enough) not in seen]
+        if names:
+            yield f"no labeled image shows {', '.join(names)}{how}"

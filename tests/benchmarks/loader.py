@@ -31,7 +31,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset import segmentation
+from dataset import training
 from dataset.cache import Memory
 from dataset.lists import Sample, SampleReader, read_sample
 from dataset.loader import Chance, SampleKey, training_batches
@@ -180,8 +180,8 @@ def shares(samples: list[Sample], case: Case) -> dict[str, float]:
         (View, "mask", "resample"),
         (StrongColours, "__call__", "colour jitter"),
         (Image.Image, "filter", "blur"),
-        (segmentation, "to_input", "to tensor"),
-        (segmentation, "to_label", "to tensor"),
+        (training, "to_input", "to tensor"),
+        (training, "to_label", "to tensor"),
     )
     with ExitStack() as stack:
         for place, name, title in watched:
