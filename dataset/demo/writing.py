@@ -10,7 +10,7 @@ from dataset.demo.objects import CLASSES
 from dataset.demo.scene import draw_scene
 from utils.errors import UserError
 from utils.files import writing
-from utils.panels import in_colour
+from utils.panels import save_mask
 
 VERSION = 1  # of the drawing: raise it when a seed draws something else
 
@@ -60,7 +60,7 @@ def write_demo(
                 Image.fromarray(image).save(root / line, quality=92)
                 if number < masks:
                     mask = f"SegmentationClass/{part}{number:03d}.png"
-                    in_colour(ids, palette).save(root / mask)
+                    save_mask(root / mask, ids, palette)
                     line = f"{line} {mask}"
                 lists[split].append(line)
         lists |= {"labeled": lists["train"][:labeled], "unlabeled": lists["train"][labeled:]}
