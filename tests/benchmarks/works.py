@@ -180,15 +180,12 @@ class Bench:
         return Row({"plain": naive, "ours": lambda: ours}, len(samples), flop)
 
     def select(self) -> Row:
-        # Two labeled and two unlabeled images; the masks of val stand for pseudo labels.
+        # The true masks of val stand for pseudo labels.
         labeled, unlabeled = self.splits.labeled[: self.batch], self.splits.val[: self.batch]
         splits = self.splits._replace(labeled=labeled, unlabeled=unlabeled)
-        masks = self.folder / "masks"
-        for sample in unlabeled:
-            there = (masks / "masks" / sample.name).with_suffix(".png")
-            there.parent.mkdir(parents=True, exist_ok=True)
-            there.write_bytes(sample.mask.read_bytes())
-        ours = partial(train.select, self.stage("select"), self.teacher, splits, masks, self.index)
+        ours = partial(
+            train.select, self.stage("select"), self.teacher, splits, unlabeled, self.index
+        )
 
         def naive() -> Callable:
             net = self.plain().eval()
