@@ -45,12 +45,6 @@ def read_sample(sample: Sample) -> tuple[Image.Image, Image.Image]:
 SampleReader = Callable[[Sample], tuple[Image.Image, Image.Image]]  # ``read_sample``, or its like
 
 
-def pick(samples: Sequence[Sample], names: Iterable[str]) -> list[Sample]:
-    """Return the samples of these names, in the names' order."""
-    by_name = {sample.name: sample for sample in samples}
-    return [by_name[name] for name in names]
-
-
 def find_pictures(folder: Path) -> list[Sample]:
     """List the pictures below a folder, by name; other files do not count.
 
@@ -86,12 +80,7 @@ def read_list(path: Path, root: Path, kind: Kind | None) -> list[Sample]:
     """Read ``image [mask]`` lines, or bare ids as U2PL has them; blank lines do not count.
 
     Paths are relative to the root, with or without a leading slash; one that holds spaces stands
-    in double quotes.
-
-    Args:
-        path: the list; a missing final newline is fine.
-        root: folder that the paths in it are relative to.
-        kind: tells where the files of bare ids are; without it these are refused.
+    in double quotes. ``kind`` tells where the files of bare ids are; without it these are refused.
 
     Raises:
         UserError: no list, no lines, a malformed or repeated line, a path that leaves the root.
@@ -156,7 +145,8 @@ def _inside(word: str, place: str, root: Path) -> str:
 
 def line_of(sample: Sample, root: Path) -> str:
     """Return the line that reads as this sample."""
-    files = [sample.name] + [x.relative_to(root).as_posix() for x in (sample.mask,) if x]
+    files = [sample.name]
+    files += [sample.mask.relative_to(root).as_posix()] if sample.mask else []
     return " ".join(f'"{file}"' if file.split() != [file] else file for file in files)
 
 
@@ -200,11 +190,7 @@ class Fault(NamedTuple):
 
 
 def read_splits(section: DatasetSection, fields: Sequence[str] = Splits._fields) -> Splits:
-    """Read and check the lists of a config, before anything trains.
-
-    Args:
-        section: names the root and the lists.
-        fields: the lists to read; the others are empty.
+    """Read the lists of a config, as ``read_lists``, and check them before anything trains.
 
     Raises:
         UserError: as ``read_lists``, or the first fault of ``find_faults``.
@@ -251,8 +237,6 @@ def find_faults(
     visit: Callable[[str, np.ndarray], None] | None = None,
 ) -> Iterator[Fault]:
     """Find what training must not start with: images in two lists, bad images, bad masks.
-
-    Masks are class ids or ignored, in one channel, of their image's size.
 
     Args:
         splits: the lists.

@@ -141,15 +141,9 @@ def whole_images(
 ) -> DataLoader[WholeImage]:
     """Iterate over whole images; those of one size share batches.
 
-    Of several processes each gets every ``world()``-th batch, composed as in one process.
-
-    Args:
-        samples: the list.
-        settings: the size of batches.
-        workers: processes that read.
-        done: names to leave out, by whole batches: the last digits of an image's results can
-            depend on its batch.
-        preprocessing: of the network's encoder.
+    Of several processes each gets every ``world()``-th batch, composed as in one process. Batches
+    whose names are all ``done`` are left out: whole ones, since the last digits of an image's
+    results can depend on its batch. ``workers`` are the processes that read.
     """
     batches = [
         batch
@@ -165,10 +159,7 @@ def photographs(
     workers: int,
     preprocessing: Preprocessing = IMAGENET,
 ) -> DataLoader[WholeImage]:
-    """Iterate over photographs, turned upright, one by one, in the parts of ``whole_images``.
-
-    ``settings`` is not used: photographs have no masks, and their sizes differ.
-    """
+    """Iterate over photographs, turned upright, one by one; ``settings`` is not used."""
     dataset = WholeImages(samples, read_photograph, preprocessing)
     return _open_loader(dataset, mine([[index] for index in range(len(samples))]), workers)
 

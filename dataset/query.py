@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dataset.catalog import Kind
-from dataset.lists import Sample, SampleReader, pick, read_label, read_sample
+from dataset.lists import Sample, SampleReader, read_label, read_sample
 from dataset.reading import to_input, to_label
 from dataset.transforms import random_view
 from utils import IGNORE, IMAGENET, Preprocessing
@@ -138,11 +138,9 @@ class Selection(NamedTuple):
 
 
 def split_by_reliability(scores: Mapping[str, float], keep: float) -> tuple[list[str], list[str]]:
-    """Return (reliable, unreliable) image names; higher is more reliable, ties go by name.
+    """Return (reliable, unreliable) image names; ``keep`` is the share that is, rounded up.
 
-    Args:
-        scores: by image name.
-        keep: share that is reliable, rounded up.
+    A higher score is more reliable; ties go by name.
     """
     ranked = sorted(scores, key=lambda name: (-scores[name], name))
     cut = count_kept(len(ranked), keep)
@@ -159,10 +157,7 @@ def keep_reliable_partners(
 ) -> QueryIndex:
     """Keep the more reliable share of each class's partners, rounded up, the only one at least.
 
-    Args:
-        index: class id to image names.
-        scores: by (class id, image name), higher is more reliable; without a score, last.
-        keep: the share.
+    Scores are by (class id, image name), higher is more reliable; who has none is last.
     """
     kept = {}
     for label, names in index.items():
@@ -205,9 +200,10 @@ def write_selection(
 
 def read_selection(folder: Path, unlabeled: Sequence[Sample], classes: Sequence[str]) -> Selection:
     """Read what ``write_selection`` wrote."""
+    by_name = {sample.name: sample for sample in unlabeled}
     reliable, unreliable = (
-        pick(unlabeled, (folder / f"{name}.txt").read_text(encoding="utf-8").splitlines())
-        for name in ("reliable", "unreliable")
+        [by_name[name] for name in (folder / f"{half}.txt").read_text("utf-8").splitlines()]
+        for half in ("reliable", "unreliable")
     )
     named = read_json(folder / "query_index.json")
     index = {classes.index(name): images for name, images in named.items()}

@@ -13,7 +13,7 @@ from dataset.lists import Sample, SampleReader, Splits, read_sample
 from dataset.loader import Chance, SampleKey
 from dataset.query import QueriedImage, QueriedPrototype, Querier, count_kept
 from dataset.reading import to_input, to_label
-from dataset.transforms import StrongColours, random_view
+from dataset.transforms import random_view, recolour
 from utils import IMAGENET, Preprocessing
 from utils.config.schema import AugmentSection, Config, SupervisedSection
 from utils.distributed import world
@@ -124,7 +124,7 @@ class RetrainSamples(Dataset[RetrainSample]):
         rng, preprocessing = self.chance.of(*key), self.preprocessing
         sample, labeled = self.unlabeled[key.index], self._labeled_at(key)
         weak, mask = _weak_view(self.read(sample), self.augment, rng, preprocessing)
-        strong = to_input(StrongColours(self.augment.strong)(weak, rng), preprocessing)
+        strong = to_input(recolour(weak, self.augment.strong, rng), preprocessing)
         image, label = _weak_view(self.read(labeled), self.augment, rng, preprocessing)
         teacher = strong if self.strong_teacher else to_input(weak, preprocessing)
         queried = self.query(sample.name, mask, rng)  # last: the views must not depend on it

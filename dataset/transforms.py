@@ -21,11 +21,9 @@ class View(NamedTuple):
     flip: bool  # mirror left and right
 
     def image(self, image: Image.Image, interpolation: str = "bilinear") -> Image.Image:
-        """Cut an RGB picture, antialiased: resize, then crop, within rounding; padding is 0.
+        """Cut an RGB picture: resize ('bilinear' or 'bicubic', antialiased), crop, pad by 0.
 
-        Args:
-            image: the whole picture.
-            interpolation: 'bilinear' or 'bicubic'.
+        The kept window alone is resampled: equal within rounding.
         """
         height, width = self._window
         rows, columns = image.height / self.scaled[0], image.width / self.scaled[1]
@@ -75,13 +73,8 @@ def random_view(
 ) -> View:
     """Draw a weak augmentation: long side to U(scale) x base_size, random crop, mirror.
 
-    Args:
-        size: (height, width) of the image.
-        augment: base size, range of scales, crop size.
-        rng: the sample's generator.
-        target: (row, column) of a pixel of the image that the window must show.
-
-    Source: docs/method.md, sections 5 and 10; aiming at a pixel replaces unbounded retries.
+    ``size`` is the image's (height, width), ``target`` the (row, column) of a pixel of it that the
+    window must show. Source: docs/method.md, sections 5 and 10; aiming replaces unbounded retries.
     """
     long_side = rng.uniform(*augment.scale) * augment.base_size
     scaled = tuple(max(1, round(side * long_side / max(size))) for side in size)
@@ -96,25 +89,19 @@ def random_view(
     return View(scaled, corner[0], corner[1], augment.crop_size, bool(rng.random() < 0.5))
 
 
-class StrongColours:
-    """Colour jitter, grey, blur: the strong augmentation of unlabeled images.
+def recolour(image: Image.Image, settings: StrongSection, rng: np.random.Generator) -> Image.Image:
+    """Jitter colours, grey, blur: the strong augmentation; torch's generators keep their state.
 
     Source: docs/method.md, section 10; the defaults are those of ST++.
     """
-
-    def __init__(self, settings: StrongSection) -> None:
-        self._blur, self._blur_chance = settings.blur, settings.blur_chance
-        self._colours = v2.Compose(
-            [
-                v2.RandomApply([v2.ColorJitter(*settings.jitter)], p=settings.jitter_chance),
-                v2.RandomGrayscale(p=settings.grey_chance),
-            ]
-        )
-
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """Recolour an RGB picture; torch's global generator keeps its state."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(rng.integers(2**63)))  # not an accelerator's
-            image = self._colours(image)
-        sigma, blurs = rng.uniform(*self._blur), rng.random() < self._blur_chance
-        return image.filter(ImageFilter.GaussianBlur(sigma)) if blurs else image
+    colours = v2.Compose(
+        [
+            v2.RandomApply([v2.ColorJitter(*settings.jitter)], p=settings.jitter_chance),
+            v2.RandomGrayscale(p=settings.grey_chance),
+        ]
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(rng.integers(2**63)))  # not an accelerator's
+        image = colours(image)
+    sigma, blurs = rng.uniform(*settings.blur), rng.random() < settings.blur_chance
+    return image.filter(ImageFilter.GaussianBlur(sigma)) if blurs else image

@@ -48,17 +48,6 @@ def test_memory_holds_what_the_files_hold(splits):
     assert sample_reader(None, splits.labeled, threads=3) is read_sample
 
 
-def test_memory_holds_merged_classes(demo_root):
-    section = DatasetSection(
-        kind="custom", root=str(demo_root), classes=["a", "b"], class_map={0: "b", "other": "a"}
-    )
-    sample = read_splits(section).labeled[0]
-    image, label = Memory([sample], 0)(sample)
-    assert image.size == label.size
-    assert np.array_equal(label, read_sample(sample)[1])
-    assert set(np.unique(label)) == {0, 1, 255}
-
-
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_share_the_memory_and_give_the_same_batches(sets, start, splits, monkeypatch):
     if start not in torch.multiprocessing.get_all_start_methods():
@@ -74,12 +63,6 @@ def test_workers_share_the_memory_and_give_the_same_batches(sets, start, splits,
         assert torch.equal(ours.labeled_label, theirs.labeled_label)
         assert torch.equal(ours.pseudo_label, theirs.pseudo_label)
         assert all(map(torch.equal, ours.queried, theirs.queried))
-
-
-def test_block_is_one_and_shared(splits):
-    memory = Memory(splits.labeled, 1)
-    assert memory._block.is_shared()
-    assert memory._block.shape == (4 * 48 * 64 * len(splits.labeled),)
 
 
 def test_block_that_the_system_refuses_is_told_in_one_line(splits, monkeypatch):

@@ -52,19 +52,17 @@ def test_custom_classes_come_from_the_config():
     assert kind.colours == ((0, 0, 0), (128, 0, 0))
 
 
-def test_unknown_kind_names_the_known_ones():
-    with pytest.raises(UserError, match=r"dataset\.kind: 'pascall' is not one of pascal, .*custom"):
-        describe(section(kind="pascall"))
-
-
-def test_custom_kind_needs_classes():
-    with pytest.raises(UserError, match=r"dataset\.classes: missing; a custom kind needs"):
-        describe(section(kind="custom"))
-
-
-def test_known_kind_takes_no_classes():
-    with pytest.raises(UserError, match=r"dataset\.classes: kind 'demo' has its own; remove it"):
-        describe(section(kind="demo", classes=["cat", "dog"]))
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"kind": "pascall"}, r"kind: 'pascall' is not one of pascal, .*custom"),
+        ({"kind": "custom"}, "classes: missing; a custom kind needs"),
+        ({"kind": "demo", "classes": ["a", "b"]}, "classes: kind 'demo' has its own; remove it"),
+    ],
+)
+def test_kind_and_classes_must_fit(keys, told):
+    with pytest.raises(UserError, match=rf"^dataset\.{told}"):
+        describe(section(**keys))
 
 
 def test_two_classes_of_one_name_are_refused():

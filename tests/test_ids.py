@@ -76,11 +76,6 @@ def test_contradiction_is_told_before_a_file_is_opened(keys, message):
         describe(custom("nowhere", **keys))
 
 
-def test_kind_without_a_map_has_no_table():
-    assert describe(custom("x")).ids is None
-    assert describe(DatasetSection(kind="pascal", root="x")).ids is None
-
-
 def test_ids_are_merged_and_dropped(own):
     root = own([[3, 4, 5], [0, 9, 255]])
     section = custom(root, class_map={0: "ground", 3: "thing", 4: 1, 5: None, 9: None})
@@ -92,13 +87,6 @@ def test_ids_of_sixteen_bits(own, mask):
     root = own([[0, 1000, 65535], [256, 1000, 7]], np.uint16, mask=mask)
     section = custom(root, class_map={0: "ground", 1000: "thing", "other": None}, ignore=65535)
     assert label_of(section) == [[0, 1, 255], [255, 1, 255]]
-
-
-def test_small_ids_of_sixteen_bits_need_no_map(own):
-    root = own([[0, 1, 65535]], np.uint16)
-    assert label_of(custom(root, ignore=65535)) == [[0, 1, 255]]
-    own([[0, 1, 255]], np.uint16)
-    assert label_of(custom(root)) == [[0, 1, 255]]
 
 
 def test_palette_and_two_colours(own):
@@ -139,15 +127,6 @@ def test_set_that_a_map_leaves_empty_is_refused(own):
     root = own([[0, 1]])
     with pytest.raises(UserError, match=r"dataset\.labeled: every pixel of its masks is ignored"):
         read_splits(custom(root, class_map={"other": None}))
-
-
-@pytest.mark.parametrize("picture", ["webp", "bmp", "tiff", "gif"])
-def test_images_may_have_any_format(own, picture):
-    splits = read_splits(custom(own([[0, 1]], picture=picture)))
-    for samples in splits:
-        (item,) = whole_images(samples, InferenceSection(), workers=0)
-        assert item.image.shape == (1, 3, 1, 2)
-    assert splits.unlabeled[0].mask is None
 
 
 def test_pseudo_masks_hold_class_ids_whatever_the_files_hold(own, tmp_path):

@@ -20,12 +20,7 @@ from dataset.loader import (
 )
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.reading import read_mask
-from dataset.training import (
-    LabeledPairs,
-    RetrainSamples,
-    queried_image,
-    queried_prototype,
-)
+from dataset.training import LabeledPairs, RetrainSamples, queried_image, queried_prototype
 from utils import IMAGENET, Preprocessing
 from utils.config.schema import AugmentSection, DatasetSection, InferenceSection, QuerySection
 from utils.errors import UserError

@@ -106,20 +106,11 @@ def test_polygon_and_both_run_length_codes_draw_the_same():
     assert drawn((PACKED, 5)) == expected
 
 
-def test_parts_of_an_instance_are_one_region():
-    assert drawn((box(0, 0, 1, 4) + box(5, 0, 6, 4), 7)) == [[7, 0, 0, 0, 0, 7]] * 4
-
-
 def test_overlap_of_two_classes_is_ignored_in_any_order():
     first, second = (code([[1, 1, 1, 1, 0, 0]] * 4), 3), (code([[0, 0, 1, 1, 1, 1]] * 4), 4)
     expected = [[3, 3, 255, 255, 4, 4]] * 4
     assert drawn(first, second) == drawn(second, first) == expected
     assert drawn(first, second, first) == expected
-
-
-def test_overlap_of_one_class_keeps_the_class():
-    first, second = (code([[1, 1, 1, 1, 0, 0]] * 4), 3), (code([[0, 0, 1, 1, 1, 1]] * 4), 3)
-    assert drawn(first, second) == [[3] * 6] * 4
 
 
 def test_crowd_is_ignored_over_instances_too():

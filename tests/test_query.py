@@ -120,12 +120,6 @@ def test_class_that_no_other_image_shows_is_not_queried(folder):
     assert {red(query) for query in alone} == {10, 20}  # never a itself
 
 
-def test_only_labeled_image_meets_itself_and_shares_nothing(folder):
-    query = querier_of(folder(a=stripes(1))).draw("a", stripes(1), np.random.default_rng(0))
-    assert query.shared_class == 255
-    assert query.image.shape == (3, 60, 60)
-
-
 def test_class_that_scaling_drops_from_the_crop_is_not_called_shared(folder):
     # At a third of the size nearest neighbour reads columns 1, 4, 7, ...: never the class's.
     querier = querier_of(folder(a=stripes(*[3, 0, 0] * 20)), augment=WIDE)

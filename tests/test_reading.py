@@ -5,14 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.reading import (
-    picture_size,
-    read_image,
-    read_mask,
-    read_photograph,
-    to_input,
-    to_label,
-)
+from dataset.reading import picture_size, read_image, read_mask, read_photograph, to_input, to_label
 from utils import IMAGENET, Preprocessing
 from utils.errors import UserError
 

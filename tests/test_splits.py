@@ -11,7 +11,6 @@ from dataset.lists import (
     Sample,
     Splits,
     line_of,
-    pick,
     read_list,
     read_splits,
     read_val,
@@ -102,10 +101,7 @@ def test_digests_tell_lists_apart_by_their_files_and_order(tmp_path):
     [
         ("", r"list\.txt: this list is empty; .*12 lists of ST\+\+ and CISC-R are published empty"),
         ("a.jpg\n\na.jpg", r"list\.txt:3: a\.jpg is listed twice, as a\.jpg before; remove"),
-        (
-            "a.jpg\n./a.png",
-            r"list\.txt:2: a\.png is listed twice, as a\.jpg before",
-        ),
+        ("a.jpg\n./a.png", r"list\.txt:2: a\.png is listed twice, as a\.jpg before"),
         ("a.jpg a.png 3", r"list\.txt:1: a line reads 'image \[mask\]', not 'a\.jpg a\.png 3'"),
         ('a.jpg "a b.png', r"list\.txt:1: a double quote is not closed in"),
         ("my cat.jpg", r"list\.txt:1: a line reads .* paths with spaces stand in double quotes"),
@@ -186,8 +182,6 @@ def test_val_alone_suffices_for_evaluation(demo_copy):
     assert len(read_val(section(demo_copy))) == 4
 
 
-def test_pick_keeps_the_names_order_and_pseudo_masks_lie_by_name(tmp_path):
-    samples = read(tmp_path, "x/a.jpg\nx/b.jpg\nx/c.jpg")
-    chosen = pick(samples, ["x/c.jpg", "x/a.jpg"])
-    assert [sample.name for sample in chosen] == ["x/c.jpg", "x/a.jpg"]
-    assert with_pseudo_masks(chosen, Path("m"))[0].mask == Path("m/x/c.png")
+def test_pseudo_masks_lie_by_name(tmp_path):
+    (sample,) = read(tmp_path, "x/c.jpg")
+    assert with_pseudo_masks([sample], Path("m"))[0].mask == Path("m/x/c.png")

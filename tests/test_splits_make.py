@@ -66,13 +66,6 @@ def test_writes_every_image_once_and_no_mask_of_unlabeled_ones(train, answer, tm
     assert set((out / "labeled.txt").open()) < set(train.open())
 
 
-@pytest.mark.parametrize("words", [["--fraction", "0.125"], ["--count", "13"]])
-def test_a_decimal_or_a_count_say_the_same(train, answer, tmp_path, words):
-    answer(program, "make", "--train", train, "--fraction", "1/8", "--out", tmp_path / "one")
-    answer(program, "make", *words, "--train", train, "--out", tmp_path / "other")
-    assert texts(tmp_path / "one") == texts(tmp_path / "other")
-
-
 def test_seed_decides_and_the_order_of_the_list_does_not(train, tmp_path):
     make_lists(train, 3, 0, tmp_path / "a")
     lines = train.read_text().splitlines()
@@ -167,16 +160,6 @@ def test_stratified_lists_are_nested_and_the_rest_is_chance(rare, tmp_path):
     make_lists(rare, 30, 0, tmp_path / "plain")
     assert labeled(tmp_path / "s2") < labeled(tmp_path / "s10") < labeled(tmp_path / "s30")
     assert len(labeled(tmp_path / "s30") & labeled(tmp_path / "plain")) >= 27
-
-
-def test_mask_that_training_would_refuse_ends_stratifying(rare, complaint):
-    (rare.parent / "SegmentationClass/0050.png").write_text("no picture")
-    line = complaint(
-        *[program, "make", "--train", rare, *STRATIFY, "--count", 2, "--out", rare.parent / "out"],
-        *[f"dataset.root={rare.parent}", *CLASSES],
-    )
-    assert "0050.png: cannot read this picture" in line
-    assert not (rare.parent / "out").exists()
 
 
 def test_lists_of_a_run_are_never_replaced_by_others(train, complaint, tmp_path):

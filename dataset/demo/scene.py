@@ -6,7 +6,6 @@ Crate and bricks are boxes, leaf and fish pointed ovals: the likely mistakes.
 
 import colorsys
 import math
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -58,13 +57,7 @@ def _background(rng: np.random.Generator, x: Array, y: Array) -> Array:
     return canvas
 
 
-class Placed(NamedTuple):
-    """An object in the scene."""
-
-    class_id: int
-    x: float  # centre and radius in image heights, from the middle of the image
-    y: float
-    radius: float
+Placed = tuple[int, float, float, float]  # class id; x, y and radius in image heights
 
 
 def _arrange(rng: np.random.Generator, aspect: float, first: int) -> list[Placed]:
@@ -78,9 +71,9 @@ def _arrange(rng: np.random.Generator, aspect: float, first: int) -> list[Placed
     for class_id in classes:
         radius = min(math.sqrt(share * rng.uniform(0.7, 1.3) / math.pi), 0.25)
         spots = rng.uniform(-0.5, 0.5, (12, 2)) * (aspect - radius, 1 - radius)
-        room = [min([math.dist(s, (p.x, p.y)) for p in placed], default=0) for s in spots]
+        room = [min([math.dist(s, p[1:3]) for p in placed], default=0) for s in spots]
         x, y = spots[int(np.argmax(room))].tolist()
-        placed.append(Placed(class_id, x, y, radius))
+        placed.append((class_id, x, y, radius))
     return [placed[i] for i in rng.permutation(count)]
 
 
@@ -88,14 +81,15 @@ def _paint(
     canvas: Array, x: Array, y: Array, placed: Placed, light: Light, rng: np.random.Generator
 ) -> Array:
     """Paint an object and the shadow it casts onto ``canvas``; return its (H, W) mask."""
-    kind = OBJECTS[CLASSES[placed.class_id]]
+    class_id, middle_x, middle_y, radius = placed
+    kind = OBJECTS[CLASSES[class_id]]
     angle, mirror = rng.uniform(-kind.tilt, kind.tilt), rng.choice((-1.0, 1.0)).item()
-    cos, sin, scale = math.cos(angle), math.sin(angle), placed.radius * kind.stretch
+    cos, sin, scale = math.cos(angle), math.sin(angle), radius * kind.stretch
 
     def own_frame(a: Array | float, b: Array | float) -> tuple[Array | float, Array | float]:
         return mirror * (cos * a + sin * b), cos * b - sin * a
 
-    u, v = own_frame((x - placed.x) / scale, (y - placed.y) / scale)
+    u, v = own_frame((x - middle_x) / scale, (y - middle_y) / scale)
     mask, tone, shade = kind.draw(u, v, own_frame(*light), rng)
     first, other = (_colour(rng, kind.hue, HUE_SPREAD, (0.3, 0.85)) for _ in range(2))
     second = np.clip(0.6 * first * rng.uniform(0.4, 1.5) + 0.4 * other, 0, 1)
@@ -114,10 +108,8 @@ def draw_scene(
 ) -> tuple[Array, Array]:
     """Draw one scene: 3 to 6 objects of 2 to 4 classes before a cluttered background.
 
-    Args:
-        rng: Decides everything in the scene.
-        size: (height, width) in pixels.
-        first: A class id in [1, 6] that must be among the objects; None draws one.
+    ``rng`` decides everything; ``size`` is (height, width) in pixels, ``first`` a class id
+    in [1, 6] that must be among the objects (None draws one).
 
     Returns:
         The image, (H, W, 3) uint8, and its class ids, (H, W) uint8: an index into ``CLASSES``, or
@@ -137,7 +129,7 @@ def draw_scene(
     canvas *= rng.uniform(0.75, 1.1) * rng.uniform(0.85, 1.15, (3, 1, 1)).astype(np.float32)
 
     owner = owner[::SUPERSAMPLE, ::SUPERSAMPLE]
-    ids = np.array([0, *(placed.class_id for placed in objects)], np.uint8)[owner]
+    ids = np.array([0, *(class_id for class_id, *_ in objects)], np.uint8)[owner]
     lined = np.array([False, *(rng.random(len(objects)) < 0.5)])[owner]
     ids[_outline(owner) & lined] = IGNORE
     return _photograph(canvas, rng), ids

@@ -33,7 +33,7 @@ def write_demo(
     Args:
         root: the folder; a ``UserError`` if it holds something else or is not to be written to.
         palette: 768 bytes, of the masks.
-        train: number of training images, labeled and unlabeled.
+        train: number of training images, of which ``labeled`` have a mask.
         labeled: number of training images with a mask.
         val: number of validation images.
         seed: of all scenes.

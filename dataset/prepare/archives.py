@@ -49,8 +49,8 @@ def unpack(path: Path, inside: str, folder: Path) -> None:
     """Unpack one folder of a tar or zip file as ``folder``, which must not exist.
 
     Raises:
-        UserError: a damaged archive, one without that folder, or a tar file with a member that
-            would be written or linked outside (``shutil`` leaves out such members of a zip file).
+        UserError: a damaged archive, one without that folder, or a tar file with a member outside
+            (``shutil`` leaves out such members of a zip file).
     """
     unpacked = path.with_name(f".{path.name}.unpacked")  # ``inside`` is moved when complete
     safe = {} if path.suffix == ".zip" else {"filter": "data"}

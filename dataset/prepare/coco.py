@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +12,6 @@ from dataset.prepare.work import DataSet, Step, refuse_missing
 from utils import IGNORE
 from utils.errors import UserError
 from utils.panels import save_mask
-
-if TYPE_CHECKING:
-    from pycocotools.coco import COCO
 
 KIND = KINDS["coco"]
 COUNTS = {"train": 118_287, "val": 5_000}
@@ -52,8 +49,8 @@ def _plan(root: Path) -> tuple[dict[str, list[str]], list[Step]]:
     return lists, steps
 
 
-def draw_mask(found: "COCO", image_id: int) -> np.ndarray:
-    """Draw what is annotated in an image: (height, width) uint8.
+def draw_mask(found: Any, image_id: int) -> np.ndarray:
+    """Draw what pycocotools' ``COCO`` has of an image: (height, width) uint8.
 
     Class ids are 1 to 80 by ascending category id. A pixel has the class of the instances that
     cover it, 0 without any. It is ignored, 255, where instances of two classes overlap, as in
@@ -70,7 +67,7 @@ def draw_mask(found: "COCO", image_id: int) -> np.ndarray:
     return ids
 
 
-def _write_mask(found: "COCO", image_id: int, path: Path) -> None:
+def _write_mask(found: Any, image_id: int, path: Path) -> None:
     save_mask(path, draw_mask(found, image_id), KIND.palette())
 
 

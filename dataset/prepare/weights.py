@@ -10,11 +10,7 @@ from utils.errors import UserError
 
 PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained"
 WEIGHTS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-BY_HAND = {  # the name in UniMatch's README, the file that its link gives
-    "xception65": ("Xception-65", "xception.pth"),
-    "resnet50_deep": ("ResNet-50", "resnet50.pth"),
-    "resnet101_deep": ("ResNet-101", "resnet101.pth"),
-}
+BY_HAND = ("xception65", "resnet50_deep", "resnet101_deep")
 
 
 def fetch_weights(names: Sequence[str], folder: Path, mirror: str | None = None) -> None:
@@ -30,11 +26,9 @@ def fetch_weights(names: Sequence[str], folder: Path, mirror: str | None = None)
     """
     for name in names:
         if name in BY_HAND:
-            entry, file = BY_HAND[name]
             raise UserError(
-                f"{name}: there is no public address with a checksum; fetch {file} by hand from "
-                f"the link '{entry}' in UniMatch's README (https://github.com/LiheYoung/UniMatch) "
-                f"and save it as {folder / name}.pth"
+                f"{name}: there is no public address with a checksum; pretrained/README.md tells "
+                f"where to fetch it by hand; save it as {folder / name}.pth"
             )
         if name not in WEIGHTS:
             raise UserError(f"{name}: no such weights; known are {', '.join((*WEIGHTS, *BY_HAND))}")

@@ -13,16 +13,10 @@ TRAINING = {
 
 
 def published_list(kind: str, split: str, field: str, root: Path) -> tuple[Path, list[str]]:
-    """Return one list of a published split.
+    """Return the file of a published list, and its lines as ``dataset.lists`` reads them.
 
-    Args:
-        kind: of the data set.
-        split: name of a labeled list, such as '1_16'.
-        field: 'labeled', 'val', or 'unlabeled' for the training images that are not labeled.
-        root: folder of the data set.
-
-    Returns:
-        The file of the list, and its lines as ``dataset.lists`` reads them.
+    ``split`` names a labeled list, such as '1_16'; ``field`` is 'labeled', 'val', or 'unlabeled'
+    for the training images of the kind, below the root, that are not labeled.
 
     Raises:
         UserError: no such split, or training images are missing below the root.

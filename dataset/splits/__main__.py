@@ -5,7 +5,6 @@ check   look for what would invalidate a result: counts, overlaps, files, classe
 """
 
 import argparse
-from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,67 +18,56 @@ from utils.errors import Parser, UserError, exit_with_one_line
 from utils.files import write_json
 
 
-def make(words: Sequence[str]) -> None:
-    """Draw a labeled list from a training list; the rest is unlabeled."""
-    parser = _parser(make)
-    add = parser.add_argument
+def main() -> None:
+    """Make and check lists of images."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m dataset.splits", description=__doc__, formatter_class=form)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    more = "key=value words change the config, such as dataset.root=DIR"
+    add = (one := commands.add_parser("make", epilog=more)).add_argument
+    one.set_defaults(run=make)
     add("--train", type=Path, required=True, metavar="LIST", help="image mask lines")
-    size = parser.add_mutually_exclusive_group(required=True)
+    size = one.add_mutually_exclusive_group(required=True)
     size.add_argument("--fraction", metavar="SHARE", help="such as 1/8 or 0.125, rounded up")
     size.add_argument("--count", type=int, help="of labeled images, instead")
     add("--seed", type=int, default=0, help="the same seed nests the lists (0)")
     add("--out", type=Path, required=True, metavar="DIR", help="gets both lists")
     add("--config", help="data, for --stratify and bare ids")
     add("--stratify", action="store_true", help="keep every class; reads the masks")
-    typed = parser.parse_intermixed_args(words)
+    add = (one := commands.add_parser("check", epilog=more)).add_argument
+    one.set_defaults(run=check)
+    add("--config", required=True, help="names lists, root and query rule")
+    add("--json", type=Path, metavar="FILE", help="write what was found here")
+    typed, settings = parser.parse_known_args()
+    if unknown := [word for word in settings if word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    typed.run(typed, settings)
+
+
+def make(typed: argparse.Namespace, settings: list[str]) -> None:
+    """Draw a labeled list from a training list; the rest is unlabeled."""
     share = typed.count if typed.fraction is None else _fraction(typed.fraction)
     root, kind, rule = Path(), None, None
     if typed.config is not None:
-        config = read_config(typed.config, typed.settings)
+        config = read_config(typed.config, settings)
         kind = describe(config.dataset)
         if typed.stratify:
             root, rule = find_root(config.dataset), QueryRule.of(config.query, kind)
-    elif typed.stratify or typed.settings:
+    elif typed.stratify or settings:
         raise UserError("--config: missing; --stratify and settings need the config of the data")
     report = make_lists(typed.train, share, typed.seed, typed.out, root, kind, rule)
     print(*report, sep="\n")
 
 
-def check(words: Sequence[str]) -> None:
-    """Look for what would invalidate a result; exit with 2 if training would refuse it."""
-    parser = _parser(check)
-    parser.add_argument("--config", required=True, help="names lists, root and query rule")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found here")
-    typed = parser.parse_intermixed_args(words)
-    found = audit(read_config(typed.config, typed.settings))
+def check(typed: argparse.Namespace, settings: list[str]) -> None:
+    """Look for what would invalidate a result; a ``UserError`` if training would refuse it."""
+    found = audit(read_config(typed.config, settings))
     print(*table_of(found), sep="\n")
     if typed.json is not None:
         write_json(typed.json, found)
     if problems := found["problems"]:
         more = f" ({len(problems)} sorts of problems are listed above)"
         raise UserError(problems[0]["example"] + (more if len(problems) > 1 else ""))
-
-
-def main() -> None:
-    """Make and check lists of images."""
-    commands = {"make": make, "check": check}
-    parser = Parser(
-        prog="python -m dataset.splits",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", choices=commands, help="with --help behind it: its options")
-    # No sub-parsers: they cannot take settings on both sides of an option.
-    parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    typed = parser.parse_args()
-    commands[typed.command](typed.words)
-
-
-def _parser(command: Callable[[Sequence[str]], None]) -> Parser:
-    prog = f"python -m dataset.splits {command.__name__}"
-    parser = Parser(prog=prog, description=command.__doc__)
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="such as dataset.root=DIR")
-    return parser
 
 
 def _fraction(text: str) -> Fraction:

@@ -32,18 +32,9 @@ def make_lists(
     With the same seed (and rule) a smaller labeled list is part of a larger one: both begin one
     sequence, random but for the images of ``cover`` at its start if classes are to be kept.
 
-    Args:
-        train: the list; every line names a mask.
-        share: of the images that are labeled, or how many.
-        seed: another one gives other lists.
-        folder: gets both lists.
-        root: folder of the masks, read if classes are to be kept.
-        kind: tells where the files of bare ids are, and the classes to keep.
-        keep_classes: label every class, on enough pixels for this rule, where possible; None draws
-            at random and opens no mask.
-
-    Returns:
-        What was done, in lines; also the classes that no labeled image shows.
+    ``keep_classes`` labels every class, on enough pixels for this rule, where possible, and reads
+    the masks below the root; None draws at random and opens none. ``kind`` tells where the files of
+    bare ids are. Returns what was done, in lines; also the classes that no labeled image shows.
 
     Raises:
         UserError: a list that cannot be read or written, a mask that is missing or bad.

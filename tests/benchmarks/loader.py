@@ -38,7 +38,7 @@ from dataset.loader import Chance, SampleKey, training_batches
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.reading import read_image
 from dataset.training import RetrainSamples, queried_image
-from dataset.transforms import StrongColours, View, random_view
+from dataset.transforms import View, random_view
 from utils.config.schema import AugmentSection
 from utils.files import write_json
 
@@ -178,7 +178,7 @@ def shares(samples: list[Sample], case: Case) -> dict[str, float]:
     watched = (
         (View, "image", "resample"),
         (View, "mask", "resample"),
-        (StrongColours, "__call__", "colour jitter"),
+        (training, "recolour", "colour jitter"),
         (Image.Image, "filter", "blur"),
         (training, "to_input", "to tensor"),
         (training, "to_label", "to tensor"),
