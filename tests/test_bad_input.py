@@ -114,7 +114,7 @@ def test_unlabeled_image_that_cannot_be_read_is_found_before_anything_trains(
         ("query.exclude=[sky]", ["query.exclude", "'sky'", "background"]),
         ("supervised.batch_size=13", ["supervised.batch_size", "13", "12", "lower"]),
         ("retrain.batch_size=6", ["retrain.batch_size", "6", "5", "lower"]),
-        ("model.pretrained=x.pth", ["x.pth", "no weights for resnet18", "model.pretrained=null"]),
+        ("model.pretrained=x.pth", ["x.pth: no such file", "model.pretrained"]),
         ("device=cuda:99", ["device", "'cuda:99'", "auto, cpu"]),
         ("precision=fp16", ["precision", "'fp16'", "fp32 or bf16"]),
     ],
@@ -131,7 +131,7 @@ def test_bad_settings(train, monkeypatch, setting, told):
 
 
 def test_auto_weights_that_are_missing(train, monkeypatch, tmp_path):
-    monkeypatch.setattr("model.PRETRAINED", tmp_path)
+    monkeypatch.setattr("model.networks.weights.PRETRAINED", tmp_path)
     line = train("model.pretrained=auto")
     assert f"{tmp_path / 'resnet18.pth'}: no weights for resnet18" in line
     assert "pretrained/README.md" in line
