@@ -34,6 +34,8 @@ from utils.files import sha256  # noqa: E402
 _TIMES = ("seconds", "images_per_second")
 _SETTINGS = """outdir=out device=cpu precision=fp32 workers=1 checkpoint_every=2 evaluate.every=1
     inference.batch_size=3 augment.base_size=48 augment.crop_size=32 pseudo_label.scales=[1.0]
+    model.backbone=resnet18 model.channels=null model.pretrained=null
+    supervised.iterations=null retrain.iterations=null
     supervised.epochs=2 supervised.batch_size=2 supervised.repeat_below=0
     retrain.epochs=2 retrain.batch_size=2"""
 

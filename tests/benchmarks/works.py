@@ -61,7 +61,12 @@ class Bench:
         self.folder, root = folder, folder / "data"
         self.batch, images = typed.batch, max(IMAGES, typed.batch)
         words = [f"dataset.root={root}", f"model.backbone={typed.backbone}", "workers=0"]
-        words += ["model.output_stride=8", f"augment.crop_size={typed.crop}", "query.exclude=[]"]
+        words += [
+            "model.output_stride=8",
+            "model.channels=null",
+            f"augment.crop_size={typed.crop}",
+            "query.exclude=[]",
+        ]
         words += ["augment.base_size=480", f"inference.batch_size={images}"]
         self.config = read_config("demo.yaml", [*words, f"pseudo_label.scales={SCALES}"])
         kind = describe(self.config.dataset)
