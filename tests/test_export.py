@@ -83,6 +83,7 @@ OTHERS |= {head: partial(build_model, head, "resnet18", 5, 16) for head in ("psp
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_networks_export_too(name, suffix, tmp_path):
