@@ -67,15 +67,16 @@ def draw_examples(
         kind: classes and colours.
         preprocessing: of the loader's images.
     """
-    rows = []
+    rows = []  # of each batch
     device = next(iter(predictors.values())).device
     for batch in passes(loader, device, path.stem):
         size = tuple(batch.label.shape[-2:])
         ids = [predict(batch.image, size).argmax(dim=1) for predict in predictors.values()]
+        rows.append({})
         for place, index in enumerate(batch.index.tolist()):
             masks = [mask[place].byte().cpu().numpy() for mask in (batch.label, *ids)]
             shown = [_in_colour(mask, kind.palette()) for mask in masks]
-            rows.append({index: [_as_picture(batch.image[place], preprocessing), *shown]})
+            rows[-1][index] = [_as_picture(batch.image[place], preprocessing), *shown]
     pictures = [row for _, row in sorted(merged(rows).items())]
     legend = list(zip(kind.classes, kind.colours, strict=True))
     by_first(save_panel)(path, ["image", "label", *predictors], pictures, legend)
