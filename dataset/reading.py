@@ -13,6 +13,8 @@ from torchvision.transforms.v2 import functional as tf
 from utils import IGNORE, Preprocessing
 from utils.errors import UserError
 
+_SCALED = ("L;2", "L;4")  # raw modes whose values Pillow spreads over 0 to 255
+
 
 def read_image(path: Path) -> Image.Image:
     """Read a picture of any mode as RGB; a ``UserError`` if it cannot be read completely."""
@@ -33,7 +35,7 @@ def read_ids(path: Path) -> np.ndarray:
     Raises:
         UserError: as ``read_image``, or more than one channel, or ids that 16 bits do not hold.
     """
-    mask = _decoded(path)
+    mask = _decoded(path, refused=_SCALED)
     if mask.mode not in ("1", "L", "P") and not mask.mode.startswith("I"):
         raise UserError(
             f"{path}: a mask has one channel of class ids, this one is {mask.mode}; "
@@ -93,9 +95,11 @@ def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def _decoded(path: Path) -> Image.Image:
-    """Open and decode completely, so that a truncated file fails here."""
+def _decoded(path: Path, refused: tuple[str, ...] = ()) -> Image.Image:
+    """Open and decode completely, so that a truncated file fails here; refuse some raw modes."""
     with _readable(path), Image.open(path) as image:
+        if any(tile[3] in refused for tile in image.tile):
+            raise UserError(f"{path}: a mask of 2 or 4 grey bits; save it with 8, or as a palette")
         image.load()
         return image
 

@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -122,3 +124,23 @@ def test_label_is_rows_by_columns_of_ids():
     label = to_label(Image.fromarray(IDS))
     assert label.dtype == torch.int64
     assert label.tolist() == IDS.tolist()
+
+
+@pytest.mark.parametrize(("bits", "header"), [(4, b"\x04\x00"), (2, b"\x02\x00")])
+def test_grey_mask_of_few_bits_whose_ids_pillow_would_spread_is_refused(tmp_path, bits, header):
+    path = tmp_path / "m.png"
+    rows = b"".join(b"\0" + bytes([0b00011011] * bits) for _ in range(4))  # 8 pixels a row
+    chunks = (
+        (b"IHDR", struct.pack(">II", 8, 4) + header + b"\0\0\0"),
+        (b"IDAT", zlib.compress(rows)),
+    )
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+            for kind, body in (*chunks, (b"IEND", b""))
+        )
+    )
+    with pytest.raises(UserError, match=r"m\.png: a mask of 2 or 4 grey bits; save it with 8"):
+        read_mask(path)
+    assert read_image(path).size == (8, 4)
