@@ -34,8 +34,6 @@ from dataset.training import (
     RetrainSample,
     RetrainSamples,
     parts,
-    queried_image,
-    queried_prototype,
     refuse_batch_sizes,
     repeats,
 )
@@ -51,11 +49,13 @@ from model.cisc import (
     reliability,
 )
 from model.losses import cross_entropy, ohem_cross_entropy, rectified_cross_entropy
+from model.mixing import View, cut_mix, cut_out, keep_whole, paste_queried
 from model.ops.frozen import frozen
+from model.ops.layers import full_size
 from utils import IGNORE, Preprocessing
 from utils.checkpoint import load_weights
 from utils.config.reading import METHODS, read_config
-from utils.config.schema import Config, OhemSection, TrainingSection
+from utils.config.schema import Config, OhemSection, RetrainSection, TrainingSection
 from utils.device import Device
 from utils.distributed import (
     averaging,
@@ -67,9 +67,10 @@ from utils.distributed import (
     merged,
     parallel,
     rank,
+    reduced,
 )
 from utils.errors import Parser, UserError, exit_with_one_line
-from utils.evaluation import Predictor, base_size, passes, resize_images, validate
+from utils.evaluation import ConfusionMatrix, Predictor, base_size, passes, resize_images, validate
 from utils.optimization import Optimization
 from utils.panels import draw_examples, save_mask
 from utils.progress import StageBar
@@ -77,9 +78,10 @@ from utils.run.resume import Journal, Progress
 from utils.run.stages import Report, Run, Stage, checkpoint_of
 
 EXAMPLES = 4  # validation images in a run's picture
+EARLIER = (1 / 3, 2 / 3)  # of stage 1: checkpoints that stability compares (ST++)
 LabeledLoss = Callable[..., Tensor]  # of logits, labels and the valid pixels of the batch
-# Weight of the pixels of pseudo labels: of the teacher, samples, and the labels' confidence.
-Weigh = Callable[[nn.Module, RetrainSample, Tensor | None], Tensor]
+# What the student's views of unlabeled images are mixed with.
+MIXES = {"none": keep_whole, "cutout": cut_out, "unlabeled": cut_mix, "queried": paste_queried}
 
 
 class Loss(NamedTuple):
@@ -87,6 +89,14 @@ class Loss(NamedTuple):
 
     total: Tensor
     terms: dict[str, Tensor]
+
+
+class Crops(NamedTuple):
+    """Images that pass networks in an iteration, over all processes."""
+
+    labeled: int  # ... the student
+    unlabeled: int  # ... the student
+    teacher: int = 0  # ... the frozen teacher and the running average
 
 
 Objective = Callable[[nn.Module, Any, Any], Loss]  # of the student, a part of a batch, the batch
@@ -102,14 +112,15 @@ def train(config: Config, from_stage: int | None = None, fresh: bool = False) ->
         first = final = run.stage("1_supervised", train_supervised, splits, index)
         teacher, pseudo_labeled = first, splits.unlabeled
         if 2 in config.stages:
-            masks = run.stage("2_pseudo_label", write_pseudo_labels, first, splits.unlabeled)
+            masks = run.stage("2_pseudo_label", write_pseudo_labels, (first,), splits.unlabeled)
             pseudo_labeled = with_pseudo_masks(splits.unlabeled, masks / "masks")
         if 3 in config.stages:
             chosen = run.stage("3_select", select, first, splits, pseudo_labeled, index)
             reliable, unreliable, index = read_selection(chosen, splits.unlabeled, kind.classes)
             pseudo_labeled = with_pseudo_masks(reliable, masks / "masks")
             teacher = run.stage("4_retrain", retrain, splits, pseudo_labeled, first, index)
-            masks = run.stage("5_relabel", write_pseudo_labels, teacher, unreliable)
+            teachers = (first, teacher) if config.relabel == "both" else (teacher,)
+            masks = run.stage("5_relabel", write_pseudo_labels, teachers, unreliable)
             pseudo_labeled += with_pseudo_masks(unreliable, masks / "masks")
         if 6 in config.stages:
             final = run.stage("6_retrain", retrain, splits, pseudo_labeled, teacher, index)
@@ -138,7 +149,9 @@ def train_supervised(stage: Stage, splits: Splits, index: QueryIndex) -> Report:
         labeled_loss=_labeled_loss(config.ohem),
         consistency=config.supervised.consistency,
     )
-    return fit(stage, net, objective, pairs, config.supervised, splits.val)
+    crops = Crops(labeled=2 * config.supervised.batch_size, unlabeled=0)
+    earlier = EARLIER if config.select.score == "stability" else ()
+    return fit(stage, net, objective, pairs, config.supervised, splits.val, crops, earlier=earlier)
 
 
 def supervised_objective(
@@ -176,11 +189,13 @@ def supervised_objective(
 
 
 @torch.inference_mode()
-def write_pseudo_labels(stage: Stage, teacher: Path, unlabeled: Sequence[Sample]) -> Report:
-    """Stages 2 and 5: the teacher's most probable class of every pixel, as palette PNGs."""
+def write_pseudo_labels(
+    stage: Stage, teachers: Sequence[Path], unlabeled: Sequence[Sample]
+) -> Report:
+    """Stages 2 and 5: the most probable class of every pixel, averaged over teachers, as PNGs."""
     config, palette = stage.config, describe(stage.config.dataset).palette()
-    net = _teacher(stage, teacher)
-    predict = Predictor(net, stage.device, config.inference, config.pseudo_label)
+    nets = [_teacher(stage, checkpoint_of(teacher)) for teacher in teachers]
+    predictors = [Predictor(n, stage.device, config.inference, config.pseudo_label) for n in nets]
     journal = Journal(stage)
     done = broadcast(journal.read)
     loader = whole_images(
@@ -188,7 +203,7 @@ def write_pseudo_labels(stage: Stage, teacher: Path, unlabeled: Sequence[Sample]
         config.inference,
         config.workers,
         done=frozenset(done),
-        preprocessing=net.preprocessing,
+        preprocessing=nets[0].preprocessing,
     )
 
     def keep(samples: Sequence[Sample], masks: Any, means: Sequence[float]) -> dict[str, float]:
@@ -200,7 +215,9 @@ def write_pseudo_labels(stage: Stage, teacher: Path, unlabeled: Sequence[Sample]
     with ThreadPoolExecutor(1) as writer:  # a batch is written while the next one is predicted
         kept = []
         for batch in passes(loader, stage.device, stage.name):
-            probabilities, ids = predict(batch.image, tuple(batch.label.shape[-2:])).max(dim=1)
+            size = tuple(batch.label.shape[-2:])
+            probabilities = sum(predict(batch.image, size) for predict in predictors) / len(nets)
+            probabilities, ids = probabilities.max(dim=1)
             chosen = [unlabeled[index] for index in batch.index.tolist()]
             means = probabilities.mean(dim=(1, 2)).tolist()
             kept.append(writer.submit(keep, chosen, ids.byte().cpu().numpy(), means))
@@ -224,7 +241,7 @@ def select(
 ) -> Report:
     """Stage 3: which pseudo labels, and which labeled images of each class, are reliable."""
     settings, classes = stage.config.select, describe(stage.config.dataset).classes
-    net = _teacher(stage, teacher)
+    net = _teacher(stage, checkpoint_of(teacher))
     anchors = class_anchors(stage, net, splits.labeled)
 
     def scored(samples: Sequence[Sample], title: str) -> Iterator[tuple[list[str], Tensor]]:
@@ -237,13 +254,39 @@ def select(
         found = {(c, name): score for name, row in rows for c, score in enumerate(row)}
         partners.append({key: score for key, score in found.items() if math.isfinite(score)})
     images: list[dict[str, float]] = []
-    for names, scores in scored(pseudo_labeled, "unlabeled"):
-        ranked = image_reliability(scores, settings.score == "mean").tolist()
-        images.append(dict(zip(names, ranked, strict=True)))
+    if settings.score == "stability":
+        images.extend(_stability(stage, teacher, pseudo_labeled))
+    else:
+        for names, scores in scored(pseudo_labeled, "unlabeled"):
+            ranked = image_reliability(scores, settings.score == "mean").tolist()
+            images.append(dict(zip(names, ranked, strict=True)))
     by_name = merged(images)
     both = {sample.name: by_name[sample.name] for sample in splits.unlabeled}, merged(partners)
     reliable = broadcast(write_selection, stage.folder, *both, index, settings.keep, classes)
     return {"images": reliable}
+
+
+def _stability(
+    stage: Stage, teacher: Path, pseudo_labeled: Sequence[Sample]
+) -> Iterator[dict[str, float]]:
+    """Score images by the mIoU of earlier checkpoints' predictions with the pseudo labels, summed.
+
+    Source: ST++ (Yang et al., CVPR 2022, section 3.3). Deviates: predictions without views.
+    """
+    config, classes = stage.config, len(describe(stage.config.dataset).classes)
+    files = [teacher / f"earlier_{number}.pth" for number in range(1, len(EARLIER) + 1)]
+    nets = [_teacher(stage, file) for file in files]
+    predictors = [Predictor(net, stage.device, config.inference) for net in nets]
+    loader = _whole(config, pseudo_labeled, nets[0].preprocessing)
+    for batch in passes(loader, stage.device, f"{stage.name} unlabeled"):
+        scores = dict.fromkeys((pseudo_labeled[index].name for index in batch.index), 0.0)
+        for predict in predictors:
+            ids = predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
+            for name, predicted, label in zip(scores, ids, batch.label, strict=True):
+                matrix = ConfusionMatrix(classes, stage.device.torch_device)
+                matrix.update(predicted, label)
+                scores[name] += matrix.mean_iou()
+        yield scores
 
 
 def retrain(
@@ -256,40 +299,60 @@ def retrain(
     """Stages 4 and 6: a student on labeled and pseudo-labeled images."""
     config, settings = stage.config, stage.config.retrain
     chance = Chance(config.seed, stage.name)
-    net, frozen_teacher = _new_network(stage, chance), _teacher(stage, teacher)
+    net, frozen_teacher = _new_network(stage, chance), _teacher(stage, checkpoint_of(teacher))
     if settings.start == "teacher":
         load_weights(net, checkpoint_of(teacher))
     average = deepcopy(net).requires_grad_(False) if settings.labels == "average" else None
     labeled_loss, preprocessing = _labeled_loss(config.ohem), net.preprocessing
     read = sample_reader(config.cache, [*pseudo_labeled, *splits.labeled], config.workers)
     querier = _querier(config, splits, index, read)
-    query, weigh = _weighting(stage, frozen_teacher, splits.labeled, querier, preprocessing)
+    rule, mix = _weighting(stage, frozen_teacher, splits.labeled), MIXES[settings.mix]
+    with_image = settings.weight == "image" or settings.mix == "queried" or settings.learn_queried
     samples = RetrainSamples(
         pseudo_labeled,
         splits.labeled,
-        query,
+        partial(querier.draw, preprocessing=preprocessing) if with_image else querier.choose,
         config.augment,
         chance,
+        settings.views,
         settings.teacher_view == "strong",
         read,
-        preprocessing=preprocessing,
+        preprocessing,
     )
+    confident = rule.confident or settings.threshold > 0
+    thresholds = ClassThresholds(len(describe(config.dataset).classes), settings)
+    thresholds.to(stage.device.torch_device)
 
     def objective(student: nn.Module, samples: RetrainSample, batch: RetrainSample) -> Loss:
         with torch.no_grad():
-            confidence = None
+            features = confidence = queried = None
+            if rule.passes or (confident and average is None):
+                features = frozen_teacher.extract(samples.image)
             if average is not None:
                 samples, confidence = predicted_labels(average, samples)
-            elif settings.threshold or settings.weight.startswith("confidence"):
-                confidence = label_confidence(frozen_teacher, samples)
-            weight = weigh(frozen_teacher, samples, confidence)
+            elif confident:
+                confidence = label_confidence(frozen_teacher, features, samples.pseudo_label)
+            weight = rule.weigh(features, samples, confidence)
             if settings.threshold:
-                weight = weight * (confidence >= settings.threshold)
-            if settings.mix == "unlabeled":
-                samples, weight = cut_mix(samples, weight)
-        return retrain_objective(student, samples, batch, weight, labeled_loss)
+                weight = weight * thresholds(confidence, samples.pseudo_label)
+            if with_image:
+                queried = View(
+                    samples.queried.image, samples.queried.label, torch.ones_like(weight)
+                )
+            views = [
+                mix(View(image, samples.pseudo_label, weight), queried)
+                for image in samples.student_image.unbind(1)
+            ]
+            perturbed = View(samples.image, samples.pseudo_label, weight)
+        return retrain_objective(student, views, perturbed, samples, batch, labeled_loss, settings)
 
-    outcome = fit(stage, net, objective, samples, settings, splits.val, average)
+    size, labels_again = settings.batch_size, confident and average is None
+    crops = Crops(
+        labeled=size * (1 + settings.learn_queried),
+        unlabeled=size * (settings.views + (settings.feature_dropout > 0)),
+        teacher=size * (max(rule.passes, labels_again) + (average is not None)),
+    )
+    outcome = fit(stage, net, objective, samples, settings, splits.val, crops, average, thresholds)
     return {"images": len(samples), **outcome}
 
 
@@ -305,140 +368,164 @@ def predicted_labels(average: nn.Module, samples: RetrainSample) -> tuple[Retrai
     return samples._replace(pseudo_label=labels), confidence
 
 
-def label_confidence(teacher: nn.Module, samples: RetrainSample) -> Tensor:
-    """Return the teacher's probability of each stored label, (B, H, W); 0 where it is ignored."""
-    probability = teacher(samples.image).logits.softmax(dim=1)
-    valid = samples.pseudo_label != IGNORE
-    chosen = probability.gather(1, samples.pseudo_label.where(valid, 0).unsqueeze(1)).squeeze(1)
-    return chosen * valid
+def label_confidence(teacher: nn.Module, features: Tensor, label: Tensor) -> Tensor:
+    """Return the teacher's probability of stored (B, H, W) labels; 0 where they are ignored."""
+    probability = full_size(teacher.classify(features), label).softmax(dim=1)
+    valid = label != IGNORE
+    return probability.gather(1, label.where(valid, 0).unsqueeze(1)).squeeze(1) * valid
 
 
-def cut_mix(samples: RetrainSample, weight: Tensor) -> tuple[RetrainSample, Tensor]:
-    """Paste a random box of each student image, with labels and weights, into the one before it.
+class ClassThresholds(nn.Module):
+    """Which pixels are confident enough: one threshold, or one of each class.
 
-    Box: with probability 1/2 an area of U(0.02, 0.4) of the image and an aspect ratio of
-    U(0.3, 1 / 0.3), cut at the edges. Random numbers are torch's, of the CPU.
-
-    Source: CutMix (Yun et al., ICCV 2019); the box as in UniMatch's description.
+    The threshold of a class is ``retrain.threshold`` times its running mean confidence over that
+    of the most confident class. Source: FlexMatch (Zhang et al., NeurIPS 2021) and FreeMatch (Wang
+    et al., ICLR 2023). Deviates: the running confidence alone, in place of counts and of a
+    running threshold.
     """
-    height, width = weight.shape[-2:]
-    boxes = torch.zeros(weight.shape, dtype=torch.bool)
-    for box in boxes:
-        chance, share, ratio, y, x = torch.rand(5).tolist()
-        area, aspect = (0.02 + 0.38 * share) * height * width, 0.3 + (1 / 0.3 - 0.3) * ratio
-        rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        top, left = int(y * max(1, height - rows)), int(x * max(1, width - columns))
-        box[top : top + rows, left : left + columns] = chance < 0.5
-    boxes = boxes.to(weight.device)
-    image, label = samples.student_image, samples.pseudo_label
-    mixed = samples._replace(
-        student_image=torch.where(boxes.unsqueeze(1), image.roll(-1, dims=0), image),
-        pseudo_label=torch.where(boxes, label.roll(-1, dims=0), label),
-    )
-    return mixed, torch.where(boxes, weight.roll(-1, dims=0), weight)
+
+    def __init__(self, num_classes: int, settings: RetrainSection) -> None:
+        super().__init__()
+        self.settings = settings
+        self.register_buffer("mean", torch.ones(num_classes))
+
+    def forward(self, confidence: Tensor, label: Tensor) -> Tensor:
+        """Tell which (B, H, W) pixels reach their class's threshold: bool. Collective."""
+        if not self.settings.threshold_by_class:
+            return confidence >= self.settings.threshold
+        valid = label != IGNORE
+        shown, found = label[valid], confidence[valid].float()
+        sums = torch.zeros_like(self.mean).index_add_(0, shown, found)
+        counts = torch.zeros_like(self.mean).index_add_(0, shown, torch.ones_like(found))
+        sums, counts = reduced(torch.stack([sums, counts]))
+        moved = self.mean.lerp(sums / counts.clamp_min(1), 1 - self.settings.average_decay)
+        self.mean.copy_(torch.where(counts > 0, moved, self.mean))
+        limits = self.settings.threshold * self.mean / self.mean.max()
+        return confidence >= limits[label.where(valid, 0)]
 
 
 def retrain_objective(
     net: nn.Module,
+    views: Sequence[View],
+    perturbed: View,
     samples: RetrainSample,
     batch: RetrainSample,
-    weight: Tensor,
     labeled_loss: LabeledLoss,
+    settings: RetrainSection,
 ) -> Loss:
     """Rectified cross entropy of unlabeled images, and cross entropy of labeled ones.
 
     Args:
-        net: the student; both kinds of images pass it as one batch.
+        net: the student; all images pass it as one batch.
+        views: of the unlabeled images; their losses are averaged.
+        perturbed: the weak view, which passes with ``feature_dropout`` of its features left out;
+            its loss and that of the views are averaged. Not used at 0.
         samples: the batch of samples, or a part of it.
         batch: all of this process's batch.
-        weight: (B, H, W) float in [0, 1], of the pixels of the samples' pseudo labels.
         labeled_loss: cross entropy of logits and true labels.
+        settings: ``feature_dropout``; and ``learn_queried``, which adds the queried images.
 
     Source: docs/method.md, sections 4 and 9.
     """
-    everyone = batch.queried.shared_class
-    pixels, labeled_pixels, images = counted(
-        batch.pseudo_label != IGNORE, batch.labeled_label != IGNORE, torch.ones_like(everyone)
+    known = [(samples.labeled_image, samples.labeled_label, batch.labeled_label)]
+    if settings.learn_queried:
+        known.append((samples.queried.image, samples.queried.label, batch.queried.label))
+    everyone = torch.ones_like(batch.queried.shared_class)
+    masks = [batch.pseudo_label != IGNORE, everyone, *(whole != IGNORE for *_, whole in known)]
+    pixels, images, *labeled_pixels = counted(*masks)
+    unknown = [*views, perturbed] if settings.feature_dropout else views
+    passed = [*(image for image, *_ in known), *(view.image for view in unknown)]
+    dropped = (len(perturbed.image), settings.feature_dropout) if settings.feature_dropout else ()
+    logits = net(torch.cat(passed), *dropped).logits.chunk(len(passed))
+    labeled = sum(
+        labeled_loss(answer, label, count)
+        for answer, (_, label, _), count in zip(logits, known, labeled_pixels, strict=False)
     )
-    logits = net(torch.cat([samples.student_image, samples.labeled_image])).logits
-    student_logits, labeled_logits = logits.chunk(2)
-    unlabeled = rectified_cross_entropy(student_logits, samples.pseudo_label, weight, pixels)
-    labeled = labeled_loss(labeled_logits, samples.labeled_label, labeled_pixels)
+    losses = [
+        rectified_cross_entropy(answer, view.label, view.weight, pixels)
+        for answer, view in zip(logits[len(known) :], unknown, strict=True)
+    ]
+    unlabeled = sum(losses[: len(views)]) / len(views)
+    if settings.feature_dropout:
+        unlabeled = (unlabeled + losses[-1]) / 2
+    weight, valid = perturbed.weight, perturbed.label != IGNORE
     terms = {
         "unlabeled": unlabeled,
         "labeled": labeled,
-        "weight": (weight * (samples.pseudo_label != IGNORE)).sum() / pixels.clamp_min(1),
+        "weight": (weight * valid).sum() / pixels.clamp_min(1),
         "queried": (samples.queried.shared_class != IGNORE).sum() / images,
     }
     return Loss(unlabeled + labeled, terms)
 
 
-def weight_one(_: nn.Module, samples: RetrainSample, __: Tensor | None) -> Tensor:
+# The rules that weigh pixels of pseudo labels. Each takes the frozen teacher's features of the
+# images, None if the rule has no passes; the samples; the (B, H, W) probability of their labels,
+# None if the rule is not confident. Each returns (B, H, W) float32 in [0, 1].
+
+
+def weight_one(_: Tensor | None, samples: RetrainSample, __: Tensor | None) -> Tensor:
     """Weigh every pixel 1: plain self-training."""
     return torch.ones_like(samples.pseudo_label, dtype=torch.float32)
 
 
-def weight_by_confidence(_: nn.Module, __: RetrainSample, confidence: Tensor) -> Tensor:
+def weight_by_confidence(_: Tensor | None, __: RetrainSample, confidence: Tensor) -> Tensor:
     """Weigh pixels by the probability of their pseudo label."""
     return confidence
 
 
-def weight_by_image(teacher: nn.Module, samples: RetrainSample, _: Tensor | None) -> Tensor:
-    """Weigh pseudo labels by the queried images, which pass the teacher in the same batch.
-
-    Args:
-        teacher: frozen.
-        samples: their ``queried`` are ``QueriedImage``.
-
-    Returns:
-        (B, H, W) float32 in [0, 1].
-    """
+def weight_by_image(
+    features: Tensor, samples: RetrainSample, _: Tensor | None, teacher: nn.Module
+) -> Tensor:
+    """Weigh pixels by the queried images, which pass the teacher too."""
     queried = samples.queried
-    features = teacher.extract(torch.cat([samples.image, queried.image]))
-    features, query_features = features.chunk(2)
     region = class_region(queried.label, queried.shared_class)
-    prototype = masked_average_pooling(query_features, region)
+    prototype = masked_average_pooling(teacher.extract(queried.image), region)
     return cross_image_weight(features, prototype, samples.pseudo_label, queried.shared_class)
 
 
 def weight_by_bank(
-    teacher: nn.Module, samples: RetrainSample, _: Tensor | None, bank: Tensor
+    features: Tensor, samples: RetrainSample, _: Tensor | None, bank: Tensor
 ) -> Tensor:
-    """Weigh pseudo labels by stored prototypes of whole labeled images.
-
-    Args:
-        teacher: frozen.
-        samples: their ``queried`` are ``QueriedPrototype``.
-        bank: (labeled images, C, D) float32, the teacher's prototypes.
-
-    Returns:
-        (B, H, W) float32 in [0, 1].
-    """
+    """Weigh pixels by stored prototypes of whole labeled images, (labeled images, C, D)."""
     queried = samples.queried
     some_class = queried.shared_class.clamp_max(bank.shape[1] - 1)  # 255 has weight 1 anyway
     prototype = bank[queried.position, some_class]
-    features = teacher.extract(samples.image)
     return cross_image_weight(features, prototype, samples.pseudo_label, queried.shared_class)
 
 
 def weight_by_anchors(
-    teacher: nn.Module,
+    features: Tensor,
     samples: RetrainSample,
     confidence: Tensor | None,
     anchors: Tensor,
-    confident: bool = False,
+    confident: bool,
 ) -> Tensor:
-    """Weigh pixels by the similarity to their class's anchor, times their confidence or not.
-
-    Args:
-        teacher: frozen.
-        samples: their pseudo labels are weighed.
-        confidence: (B, H, W) float, the probability of the pseudo labels.
-        anchors: (C, D) float32, the teacher's.
-        confident: multiply by the confidence.
-    """
-    weight = anchor_weight(teacher.extract(samples.image), samples.pseudo_label, anchors)
+    """Weigh pixels by similarity to their class's anchor, of (C, D), times confidence or not."""
+    weight = anchor_weight(features, samples.pseudo_label, anchors)
     return weight * confidence if confident else weight
+
+
+class Rule(NamedTuple):
+    """How the pixels of pseudo labels are weighed."""
+
+    weigh: Callable[[Tensor | None, RetrainSample, Tensor | None], Tensor]
+    passes: int  # images that pass the frozen teacher for each unlabeled one
+    confident: bool  # takes the probability of the labels
+
+
+def _weighting(stage: Stage, teacher: nn.Module, labeled: Sequence[Sample]) -> Rule:
+    rule = stage.config.retrain.weight
+    if rule == "image":
+        return Rule(partial(weight_by_image, teacher=teacher), 2, confident=False)
+    if rule == "bank":
+        bank = prototype_bank(stage, teacher, labeled)
+        return Rule(partial(weight_by_bank, bank=bank), 1, confident=False)
+    if rule.endswith("anchors"):
+        anchors, confident = class_anchors(stage, teacher, labeled), rule != "anchors"
+        weigh = partial(weight_by_anchors, anchors=anchors, confident=confident)
+        return Rule(weigh, 1, confident)
+    weigh = weight_one if rule == "ones" else weight_by_confidence
+    return Rule(weigh, 0, confident=rule == "confidence")
 
 
 def training_step(
@@ -484,7 +571,10 @@ def fit(
     dataset: LabeledPairs | RetrainSamples,
     settings: TrainingSection,
     val: Sequence[Sample],
+    crops: Crops,
     average: nn.Module | None = None,
+    running: nn.Module | None = None,
+    earlier: Sequence[float] = (),
 ) -> Report:
     """Train a network, write ``checkpoint.pth``; continue where an earlier run was stopped.
 
@@ -495,7 +585,10 @@ def fit(
         dataset: what the batches are made of.
         settings: length and batch size of the stage.
         val: images to validate on.
+        crops: images an iteration.
         average: like the network; becomes its running average, and is validated and kept.
+        running: a module whose buffers the objective changes, to be resumed.
+        earlier: shares of the stage after which ``earlier_1.pth`` and so on are written too.
 
     Returns:
         Last means of the logged terms, mIoU and IoU by class of the kept checkpoint.
@@ -512,8 +605,9 @@ def fit(
     kept = net if average is None else average
     student, classes = parallel(net), describe(config.dataset).classes
     best = config.evaluate.checkpoint == "best"
-    bar = StageBar(stage.name, iterations, steps, images=2 * size)
-    with bar, Progress(stage, net, optimization, bar) as at:
+    keep_at = [math.ceil(count * share) for share in earlier]
+    bar = StageBar(stage.name, iterations, steps, images=crops.labeled + crops.unlabeled)
+    with bar, Progress(stage, net, optimization, bar, running) as at:
         epochs, outcome = range(at.epoch, count), at.report
         batches = training_batches(dataset, size, epochs, chance, config.workers, at.step)
         for epoch in epochs:
@@ -539,32 +633,12 @@ def fit(
                 if numbers["miou"] > outcome.get("miou", -1.0) if best else last:
                     outcome = {**numbers, **matrix.report(classes), "epoch": epoch + 1}
                     stage.save(kept, epoch + 1)
+            if epoch + 1 in keep_at:
+                stage.save(kept, epoch + 1, f"earlier_{keep_at.index(epoch + 1) + 1}.pth")
             stage.record(epoch + 1, numbers)
             at.epoch_done(outcome)
-    labeled = 2 * size if isinstance(dataset, LabeledPairs) else size  # crops an iteration
-    crops = {"labeled_crops": labeled, "unlabeled_crops": 2 * size - labeled}
-    return {**outcome, "iterations": iterations, **{k: n * iterations for k, n in crops.items()}}
-
-
-def _weighting(
-    stage: Stage,
-    teacher: nn.Module,
-    labeled: Sequence[Sample],
-    querier: Querier,
-    preprocessing: Preprocessing,
-) -> tuple[Callable[..., Any], Weigh]:
-    """Return what is queried for each unlabeled image, and the rule that weighs its pixels."""
-    rule, query = stage.config.retrain.weight, partial(queried_prototype, querier)
-    if rule == "image":
-        return partial(queried_image, querier, preprocessing=preprocessing), weight_by_image
-    if rule == "bank":
-        bank = prototype_bank(stage, teacher, labeled)
-        return query, partial(weight_by_bank, bank=bank)
-    if rule.endswith("anchors"):
-        anchors = class_anchors(stage, teacher, labeled)
-        confident = rule == "confidence_anchors"
-        return query, partial(weight_by_anchors, anchors=anchors, confident=confident)
-    return query, weight_one if rule == "ones" else weight_by_confidence
+    seen = {f"{kind}_crops": number * iterations for kind, number in crops._asdict().items()}
+    return {**outcome, "iterations": iterations, **seen}
 
 
 @torch.inference_mode()
@@ -628,15 +702,15 @@ def _new_network(stage: Stage, chance: Chance) -> nn.Module:
     return net
 
 
-def _trained_network(config: Config, stage: Path) -> nn.Module:
+def _trained_network(config: Config, file: Path) -> nn.Module:
     net = network_of(config.model, len(describe(config.dataset).classes), pretrained=None)
-    load_weights(net, checkpoint_of(stage))
+    load_weights(net, file)
     return net
 
 
-def _teacher(stage: Stage, folder: Path) -> nn.Module:
-    """Load the network of a finished stage, frozen."""
-    return frozen(_trained_network(stage.config, folder), stage.device)
+def _teacher(stage: Stage, file: Path) -> nn.Module:
+    """Load the network of a checkpoint, frozen."""
+    return frozen(_trained_network(stage.config, file), stage.device)
 
 
 def _labeled_loss(ohem: OhemSection | None) -> LabeledLoss:
@@ -651,7 +725,7 @@ def _querier(config: Config, splits: Splits, index: QueryIndex, read: SampleRead
 def _draw(run: Run, val: Sequence[Sample], *stages: Path) -> None:
     """Draw a few validation images, their labels and the predictions of stages."""
     chosen = val[:: max(1, len(val) // EXAMPLES)][:EXAMPLES]
-    networks = {stage.name: _trained_network(run.config, stage) for stage in stages}
+    networks = {stage.name: _trained_network(run.config, checkpoint_of(stage)) for stage in stages}
     predictors = {
         name: Predictor(frozen(net, run.device), run.device, run.config.inference)
         for name, net in networks.items()

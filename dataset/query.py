@@ -72,6 +72,7 @@ class QueriedImage(NamedTuple):
     """The augmented partner of an image, to pass a network. A batch adds a first dimension."""
 
     shared_class: Tensor | int  # class id that both show, or 255
+    position: Tensor | int  # of the partner in the labeled list
     image: Tensor  # (3, H, W) float, normalised; shows the shared class
     label: Tensor  # (H, W) long, true
 
@@ -126,7 +127,7 @@ class Querier:
         view = random_view((image.height, image.width), self.augment, rng, target)
         image, label = view.image(image, preprocessing.interpolation), to_label(view.mask(mask))
         shared = shared if (label == shared).any() else IGNORE
-        return QueriedImage(shared, to_input(image, preprocessing), label)
+        return QueriedImage(shared, position, to_input(image, preprocessing), label)
 
 
 class Selection(NamedTuple):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -40,7 +41,7 @@ class RetrainSample(NamedTuple):
 
     image: Tensor  # (3, H, W) float, normalised, as the teacher sees it
     pseudo_label: Tensor  # (H, W) long, 255 = ignored
-    student_image: Tensor  # (3, H, W) float, normalised, the same crop in strong colours
+    student_image: Tensor  # (views, 3, H, W) float, normalised, the same crop in strong colours
     labeled_image: Tensor  # (3, H, W) float, normalised, of a labeled image
     labeled_label: Tensor  # (H, W) long, true
     queried: Queried  # the partner whose prototype weighs the pseudo label
@@ -77,7 +78,7 @@ class LabeledPairs(Dataset[QueryPair]):
         rng, preprocessing = self.chance.of(*key), self.preprocessing
         sample = self.labeled[key.index % len(self.labeled)]
         image, mask = _weak_view(self.read(sample), self.augment, rng, preprocessing)
-        shared, *query = self.querier.draw(sample.name, mask, rng, preprocessing)
+        shared, _, *query = self.querier.draw(sample.name, mask, rng, preprocessing)
         return QueryPair(to_input(image, preprocessing), to_label(mask), *query, shared)
 
 
@@ -89,9 +90,9 @@ class RetrainSamples(Dataset[RetrainSample]):
     epoch, so that an unlabeled image is combined with all labeled ones. If it is the longer one,
     each epoch continues where the last one ended.
 
-    ``query``, ``queried_image`` or ``queried_prototype`` with a querier, draws a partner by an
-    unlabeled image's name and the crop of its pseudo label. With ``strong_teacher`` the teacher
-    sees the strong colours too, as in the published code.
+    ``query``, ``draw`` or ``choose`` of a querier, draws a partner by an unlabeled image's name and
+    the crop of its pseudo label. Each of ``views`` has other strong colours. With
+    ``strong_teacher`` the teacher sees the first one, as in the published code.
     """
 
     unlabeled: Sequence[Sample]  # their masks are pseudo labels
@@ -99,6 +100,7 @@ class RetrainSamples(Dataset[RetrainSample]):
     query: Callable[[str, Image.Image, np.random.Generator], Queried]
     augment: AugmentSection
     chance: Chance
+    views: int = 1
     strong_teacher: bool = False
     read: SampleReader = read_sample
     preprocessing: Preprocessing = IMAGENET
@@ -124,18 +126,19 @@ class RetrainSamples(Dataset[RetrainSample]):
         rng, preprocessing = self.chance.of(*key), self.preprocessing
         sample, labeled = self.unlabeled[key.index], self._labeled_at(key)
         weak, mask = _weak_view(self.read(sample), self.augment, rng, preprocessing)
-        strong = to_input(recolour(weak, self.augment.strong, rng), preprocessing)
+        strong = torch.stack(
+            [
+                to_input(recolour(weak, self.augment.strong, rng), preprocessing)
+                for _ in range(self.views)
+            ]
+        )
         image, label = _weak_view(self.read(labeled), self.augment, rng, preprocessing)
-        teacher = strong if self.strong_teacher else to_input(weak, preprocessing)
+        teacher = strong[0] if self.strong_teacher else to_input(weak, preprocessing)
         queried = self.query(sample.name, mask, rng)  # last: the views must not depend on it
         labeled_image = to_input(image, preprocessing)
         return RetrainSample(
             teacher, to_label(mask), strong, labeled_image, to_label(label), queried
         )
-
-
-# With ``partial`` and a querier: what ``RetrainSamples`` queries.
-queried_image, queried_prototype = Querier.draw, Querier.choose
 
 
 def _weak_view(

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from dataset.training import QueriedImage, QueriedPrototype, QueryPair, RetrainSample
-from model import SegmentationOutput
 from model.cisc import class_prototypes
 from model.losses import cross_entropy, ohem_cross_entropy
+from model.mixing import View, cut_mix, cut_out, paste_queried
+from model.ops.layers import SegmentationNetwork
 from train import (
+    ClassThresholds,
     Loss,
-    cut_mix,
     label_confidence,
     predicted_labels,
     retrain_objective,
@@ -24,7 +25,7 @@ from train import (
     weight_one,
 )
 from utils import IGNORE
-from utils.config.schema import OptimizerSection
+from utils.config.schema import OptimizerSection, RetrainSection
 from utils.device import Device
 from utils.optimization import Optimization
 
@@ -32,7 +33,7 @@ CPU, CLASSES = Device("cpu", "fp32"), 4
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)  # means of parts are far off
 
 
-class Net(nn.Module):
+class Net(SegmentationNetwork):
     """Features are a convolution of the image, at its size; no batch norm, no dropout."""
 
     def __init__(self):
@@ -42,9 +43,8 @@ class Net(nn.Module):
     def extract(self, images):
         return self.backbone(images).relu()
 
-    def forward(self, images):
-        features = self.extract(images)
-        return SegmentationOutput(self.head(features), features)
+    def classify(self, features):
+        return self.head(features)
 
 
 @pytest.fixture
@@ -65,16 +65,21 @@ def pair():
 
 @pytest.fixture
 def samples(pair):
-    queried = QueriedImage(pair.shared_class, pair.query_image.flip(0), pair.query_label.flip(0))
-    strong = pair.image + 0.1
+    queried = QueriedImage(
+        pair.shared_class, torch.arange(4), pair.query_image.flip(0), pair.query_label.flip(0)
+    )
+    strong = (pair.image + 0.1).unsqueeze(1)
     return RetrainSample(
         pair.image, pair.label, strong, pair.query_image, pair.query_label, queried
     )
 
 
-def retrained(student, samples, batch):
-    weight = samples.image.mean(dim=1).sigmoid()
-    return retrain_objective(student, samples, batch, weight, cross_entropy)
+def retrained(student, samples, batch, settings=None, weight=None):
+    weight = samples.image.mean(dim=1).sigmoid() if weight is None else weight
+    views = [View(image, samples.pseudo_label, weight) for image in samples.student_image.unbind(1)]
+    perturbed = View(samples.image, samples.pseudo_label, weight)
+    settings = settings or RetrainSection()
+    return retrain_objective(student, views, perturbed, samples, batch, cross_entropy, settings)
 
 
 def test_supervised_objective_adds_its_terms(net, pair):
@@ -89,21 +94,51 @@ def test_supervised_objective_adds_its_terms(net, pair):
 
 
 def test_retrain_objective_adds_both_kinds_of_images_with_weight_one(net, samples):
-    weight = weight_one(net, samples, None)
-    loss = retrain_objective(net, samples, samples, weight, cross_entropy)
-    unlabeled = cross_entropy(net(samples.student_image).logits, samples.pseudo_label)
+    loss = retrained(net, samples, samples, weight=weight_one(None, samples, None))
+    unlabeled = cross_entropy(net(samples.student_image[:, 0]).logits, samples.pseudo_label)
     labeled = cross_entropy(net(samples.labeled_image).logits, samples.labeled_label)
     close(loss.total, unlabeled + labeled)
     assert loss.terms["weight"] == 1.0
     assert loss.terms["queried"] == 0.75
+    settings = RetrainSection(learn_queried=True)
+    more = retrained(net, samples, samples, settings, weight_one(None, samples, None))
+    queried = cross_entropy(net(samples.queried.image).logits, samples.queried.label)
+    close(more.total, loss.total + queried)
+
+
+def test_views_are_averaged_and_count_as_much_as_the_perturbed_one(net, samples):
+    torch.manual_seed(0)
+    two = samples._replace(student_image=torch.randn(4, 2, 3, 9, 9))
+    first, second = (
+        retrained(net, samples._replace(student_image=two.student_image[:, [view]]), samples)
+        for view in (0, 1)
+    )
+    both = retrained(net, two, two)
+    close(both.terms["unlabeled"], (first.terms["unlabeled"] + second.terms["unlabeled"]) / 2)
+    dropped = retrained(net, two, two, RetrainSection(feature_dropout=1e-12))  # nothing is dropped
+    weak = retrained(net, samples._replace(student_image=samples.image.unsqueeze(1)), samples)
+    expected = (both.terms["unlabeled"] + weak.terms["unlabeled"]) / 2
+    close(dropped.terms["unlabeled"], expected)
+
+
+def test_classes_of_low_confidence_have_lower_thresholds():
+    settings = RetrainSection(threshold=0.8, threshold_by_class=True, average_decay=0.5)
+    thresholds = ClassThresholds(3, settings)
+    label = torch.tensor([[[0, 0, 1, IGNORE]]])
+    confidence = torch.tensor([[[0.9, 0.7, 0.5, 0.1]]])
+    kept = thresholds(confidence, label)
+    # Running means: (1 + 0.8) / 2, (1 + 0.5) / 2, and 1 for the class that is not there.
+    torch.testing.assert_close(thresholds.mean, torch.tensor([0.9, 0.75, 1.0]))
+    assert kept[0, 0, :3].tolist() == [True, False, False]  # 0.72, 0.72, 0.6
+    assert ClassThresholds(3, RetrainSection(threshold=0.6))(confidence, label).sum() == 2
 
 
 def test_stored_prototypes_weigh_as_the_queried_images_do(net, samples):
-    queried = samples.queried
+    queried, features = samples.queried, net.extract(samples.image)
     bank, _ = class_prototypes(net.extract(queried.image), queried.label, CLASSES)
     banked = samples._replace(queried=QueriedPrototype(queried.shared_class, torch.arange(4)))
-    by_image = weight_by_image(net, samples, None)
-    by_bank = weight_by_bank(net, banked, None, bank)
+    by_image = weight_by_image(features, samples, None, teacher=net)
+    by_bank = weight_by_bank(features, banked, None, bank)
     torch.testing.assert_close(by_bank, by_image)
     assert (by_bank[0] == 1).all()  # shares no class
     assert by_bank[1].min() < 0.9
@@ -113,9 +148,9 @@ def test_anchors_weigh_by_similarity_and_confidence(net, samples):
     features = net.extract(samples.image)
     prototypes, _ = class_prototypes(features, samples.pseudo_label, CLASSES)
     anchors = prototypes.mean(dim=0)
-    confidence = label_confidence(net, samples)
-    plain = weight_by_anchors(net, samples, confidence, anchors)
-    times = weight_by_anchors(net, samples, confidence, anchors, confident=True)
+    confidence = label_confidence(net, features, samples.pseudo_label)
+    plain = weight_by_anchors(features, samples, confidence, anchors, confident=False)
+    times = weight_by_anchors(features, samples, confidence, anchors, confident=True)
     valid = samples.pseudo_label != IGNORE
     torch.testing.assert_close(times[valid], (plain * confidence)[valid])
     row, column = 8, 3  # features have the size of the image: a cosine by hand
@@ -126,7 +161,7 @@ def test_anchors_weigh_by_similarity_and_confidence(net, samples):
 
 def test_confidence_is_the_probability_of_the_label(net, samples):
     probability = net(samples.image).logits.softmax(dim=1)
-    confidence = label_confidence(net, samples)
+    confidence = label_confidence(net, net.extract(samples.image), samples.pseudo_label)
     label = samples.pseudo_label[3, 8, 8]
     assert confidence[3, 8, 8] == probability[3, label, 8, 8]
     assert (confidence[samples.pseudo_label == IGNORE] == 0).all()
@@ -137,19 +172,36 @@ def test_confidence_is_the_probability_of_the_label(net, samples):
     assert (most >= confidence).all()
 
 
-def test_mixed_pixels_keep_image_label_and_weight_together(samples):
+@pytest.fixture
+def coded():
+    """Views whose image, label and weight tell the image that they are of: 0 to 3."""
     torch.manual_seed(0)
-    coded = torch.arange(4.0)[:, None, None].expand(4, 9, 9)
-    samples = samples._replace(
-        student_image=coded.unsqueeze(1).expand(4, 3, 9, 9), pseudo_label=coded.long()
-    )
-    mixed, weight = cut_mix(samples, coded / 4)
-    assert torch.equal(mixed.student_image[:, 0], mixed.pseudo_label.float())
-    assert torch.equal(mixed.student_image[:, 0], weight * 4)
-    pasted = mixed.pseudo_label != samples.pseudo_label
+    number = torch.arange(4.0)[:, None, None].expand(4, 9, 9)
+    return View(number.unsqueeze(1).expand(4, 3, 9, 9), number.long(), number / 4)
+
+
+def test_mixed_pixels_keep_image_label_and_weight_together(coded):
+    mixed = cut_mix(coded, None)
+    assert torch.equal(mixed.image[:, 0], mixed.label.float())
+    assert torch.equal(mixed.image[:, 0], mixed.weight * 4)
+    pasted = mixed.label != coded.label
     assert 0 < pasted.sum() < pasted.numel()
-    assert torch.equal(mixed.pseudo_label[pasted], samples.pseudo_label.roll(-1, 0)[pasted])
-    assert torch.equal(mixed.image, samples.image)  # the teacher's view is not mixed
+    assert torch.equal(mixed.label[pasted], coded.label.roll(-1, 0)[pasted])
+
+
+def test_boxes_are_blank_or_of_the_queried_image(coded):
+    blank = cut_out(coded, None)
+    boxes = blank.label == IGNORE
+    assert 0 < boxes.sum() < boxes.numel()
+    assert (blank.image[:, 0][boxes] == 0).all()
+    assert (blank.weight[boxes] == 0).all()
+    queried = View(coded.image + 7, coded.label + 7, torch.ones_like(coded.weight))
+    pasted = paste_queried(coded, queried)
+    boxes = pasted.label >= 7
+    assert 0 < boxes.sum() < boxes.numel()
+    assert torch.equal(pasted.image[:, 0], pasted.label.float())
+    assert (pasted.weight[boxes] == 1).all()
+    assert torch.equal(pasted.weight[~boxes], coded.weight[~boxes])
 
 
 @pytest.mark.parametrize("count", [2, 4])

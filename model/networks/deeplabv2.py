@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 
 from model.ops.dilated import DilatedConv2d
-from model.ops.layers import SegmentationOutput, full_size
+from model.ops.layers import SegmentationNetwork
 
 
-class DeepLabV2(nn.Module):
+class DeepLabV2(SegmentationNetwork):
     """Four dilated 3 x 3 classifiers on the last map, summed.
 
     Args:
@@ -24,11 +24,6 @@ class DeepLabV2(nn.Module):
         self.classifier = nn.ModuleList(
             DilatedConv2d(channels, num_classes, rate, bias=True) for rate in self.RATES
         )
-
-    def forward(self, images: Tensor) -> SegmentationOutput:
-        """Segment (B, 3, H, W) normalised images; the features are the backbone's last map."""
-        features = self.extract(images)
-        return SegmentationOutput(full_size(self.classify(features), images), features)
 
     def extract(self, images: Tensor) -> Tensor:
         """Return the features alone, at the output stride."""

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from model.ops.bilinear import resize
-from model.ops.layers import SegmentationOutput, SpatialMean, conv_bn_relu, full_size
+from model.ops.layers import SegmentationNetwork, SpatialMean, conv_bn_relu
 
 
-class DeepLabV3Plus(nn.Module):
+class DeepLabV3Plus(SegmentationNetwork):
     """Atrous spatial pyramid on the last map, a decoder at stride 4, a 1 x 1 classifier.
 
     Args:
@@ -33,20 +33,11 @@ class DeepLabV3Plus(nn.Module):
         )
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
-    def forward(self, images: Tensor) -> SegmentationOutput:
-        """Segment (B, 3, H, W) normalised images of any H and W; features at (H/4, W/4)."""
-        features = self.extract(images)
-        return SegmentationOutput(full_size(self.classify(features), images), features)
-
     def extract(self, images: Tensor) -> Tensor:
         """Return the features alone, for callers that need no logits."""
         low_level, last = self.backbone(images)
         pyramid = resize(self.head(last), low_level.shape[-2:], align_corners=True)
         return self.fuse(torch.cat([self.reduce(low_level), pyramid], dim=1))
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Return the logits of features, at the features' size."""
-        return self.classifier(features)
 
 
 class AtrousSpatialPyramid(nn.Module):

@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 
 from model.ops.bilinear import resize
-from model.ops.layers import SegmentationOutput, conv_bn_relu, cut, full_size
+from model.ops.layers import SegmentationNetwork, conv_bn_relu, cut
 
 
-class DPT(nn.Module):
+class DPT(SegmentationNetwork):
     """Tokens reassembled into maps at strides 4 to 32, fused from coarse to fine, classified.
 
     Sizes are for a patch of 16 pixels. Other patches change the strides in proportion: with 14
@@ -45,11 +45,6 @@ class DPT(nn.Module):
         self.fuse = nn.Sequential(*conv_bn_relu(channels, channels, 3), nn.Dropout(0.1))
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
-    def forward(self, images: Tensor) -> SegmentationOutput:
-        """Segment (B, 3, H, W) normalised images of any H and W; features at (H/4, W/4)."""
-        features = self.extract(images)
-        return SegmentationOutput(full_size(self.classify(features), images), features)
-
     def extract(self, images: Tensor) -> Tensor:
         """Return the features alone, without what covers only padding of the images."""
         fused = None
@@ -59,10 +54,6 @@ class DPT(nn.Module):
         patch = self.backbone.patch_size
         height, width = ((4 * length + patch - 1) // patch for length in images.shape[-2:])
         return self.fuse(cut(fused, height, width))
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Return the logits of features, at the features' size."""
-        return self.classifier(features)
 
 
 class Fusion(nn.Module):

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from model.ops.bilinear import resize
-from model.ops.layers import SegmentationOutput, SpatialMean, conv_bn_relu, full_size
+from model.ops.layers import SegmentationNetwork, SpatialMean, conv_bn_relu
 
 
-class PSPNet(nn.Module):
+class PSPNet(SegmentationNetwork):
     """The last map beside its means over grids of 1, 2, 3 and 6 cells, fused and classified.
 
     Args:
@@ -29,20 +29,11 @@ class PSPNet(nn.Module):
         self.fuse = nn.Sequential(*conv_bn_relu(2 * channels, channels // 4, 3), nn.Dropout(0.1))
         self.classifier = nn.Conv2d(channels // 4, num_classes, 1)
 
-    def forward(self, images: Tensor) -> SegmentationOutput:
-        """Segment (B, 3, H, W) normalised images; D is a quarter of the last map's channels."""
-        features = self.extract(images)
-        return SegmentationOutput(full_size(self.classify(features), images), features)
-
     def extract(self, images: Tensor) -> Tensor:
         """Return the features alone, at the output stride."""
         _, last = self.backbone(images)
         means = [resize(level(last), last.shape[-2:], align_corners=True) for level in self.pyramid]
         return self.fuse(torch.cat([last, *means], dim=1))
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Return the logits of features, at the features' size."""
-        return self.classifier(features)
 
 
 def _grid_of_means(cells: int) -> nn.Module:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.ops.bilinear import resize
@@ -19,6 +20,31 @@ class SegmentationOutput(NamedTuple):
 
     logits: Tensor
     features: Tensor
+
+
+class SegmentationNetwork(nn.Module):
+    """What the networks share: ``extract`` gives features, ``classifier`` their logits."""
+
+    def forward(
+        self, images: Tensor, perturbed: int = 0, dropout: float = 0.5
+    ) -> SegmentationOutput:
+        """Segment images.
+
+        Args:
+            images: (B, 3, H, W) float, normalised, of any H and W.
+            perturbed: so many of the last images lose channels of their features ...
+            dropout: ... each channel with this probability. Source: feature perturbation
+                (UniMatch, Yang et al., CVPR 2023). Deviates: the last features, not the encoder's.
+        """
+        features = self.extract(images)
+        if perturbed:
+            dropped = F.dropout2d(features[-perturbed:], dropout)
+            features = torch.cat([features[:-perturbed], dropped])
+        return SegmentationOutput(full_size(self.classify(features), images), features)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return the logits of features, at the features' size."""
+        return self.classifier(features)
 
 
 class SpatialMean(nn.AdaptiveAvgPool2d):

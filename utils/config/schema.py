@@ -183,13 +183,21 @@ class RetrainSection(TrainingSection):
     average_decay: float = Field(0.99, ge=0, lt=1)  # of the running average, an iteration
     # Pixels of pseudo labels whose probability is lower count with weight 0.
     threshold: float = Field(0.0, ge=0, lt=1)
+    # Times a class's running mean probability over the highest of a class.
+    threshold_by_class: bool = False
     # Weight of the other pixels: 1; the probability of the pseudo label; agreement with the queried
     # image, passed through the teacher each time (published), or with its stored prototypes (bank);
     # similarity to the class anchor; probability times that similarity.
     weight: Literal["ones", "confidence", "image", "bank", "anchors", "confidence_anchors"] = (
         "image"
     )
-    mix: Literal["none", "unlabeled"] = "none"  # CutMix of the student's unlabeled images
+    # A random box of the student's unlabeled images: blanked (cutout), from another unlabeled image
+    # (CutMix), or from the queried labeled image with its true label.
+    mix: Literal["none", "cutout", "unlabeled", "queried"] = "none"
+    views: int = Field(1, gt=0)  # of each unlabeled image in strong colours
+    # Share of channels left out of the features of the weak view, in one more pass; 0: no pass.
+    feature_dropout: float = Field(0.0, ge=0, lt=1)
+    learn_queried: bool = False  # add the cross entropy of the queried labeled images
     teacher_view: Literal["weak", "strong"] = "weak"  # strong reproduces the published code
 
 
@@ -211,7 +219,9 @@ class SelectSection(Section):
     """Stage 3."""
 
     keep: float = Field(0.5, gt=0, le=1)  # share called reliable, rounded up
-    score: Literal["sum", "mean"] = "sum"  # over an image's classes; sum favours few classes
+    # Agreement with the class anchors, summed or averaged over an image's classes (sum favours few
+    # classes); or agreement of predictions after 1/3 and 2/3 of stage 1 with the pseudo label.
+    score: Literal["sum", "mean", "stability"] = "sum"
 
 
 class WindowSection(Section):
@@ -257,6 +267,7 @@ class Config(Section):
     cache: Literal["ram"] | None = None
     # Which stages run: [1]; [1, 2, 6] is self-training on all images; [1, 6] needs labels: average.
     stages: Stages = [1, 2, 3, 4, 5, 6]
+    relabel: Literal["second", "both"] = "second"  # teachers of stage 5: stage 4, or also stage 1
     checkpoint_every: int | None = Field(None, gt=0)  # iterations; null: only whole epochs are kept
     dataset: DatasetSection
     augment: AugmentSection

@@ -23,17 +23,19 @@ def stage_table(stages: dict[str, dict[str, Any]], checkpoint: str) -> str:
         checkpoint: ``last`` or ``best``, how the networks whose mIoU is shown were picked.
 
     Returns:
-        Lines of columns: mIoU on val; iterations; labeled and unlabeled crops that the student saw;
-        unlabeled images that the stage labels, selects or trains on; mean probability of the
-        pseudo labels; mean weight of a pseudo-labeled pixel's loss in the last epoch; time.
+        Lines of columns: mIoU on val; iterations; labeled and unlabeled crops that passed the
+        student; crops that passed teachers; unlabeled images that the stage labels, selects or
+        trains on; mean probability of the pseudo labels; mean weight of a pseudo-labeled pixel's
+        loss in the last epoch; time.
     """
-    titles = ("iterations", "crops l + u", "unlabeled", "confidence", "weight", "time")
+    titles = ("iterations", "crops l + u", "teacher", "unlabeled", "confidence", "weight", "time")
     rows = [("stage", f"mIoU ({checkpoint})", *titles)]
     for name, report in stages.items():
         seconds, crops = int(report["seconds"]), "-"
         if "iterations" in report:
             crops = f"{report['labeled_crops']} + {report['unlabeled_crops']}"
-        numbers = [str(report.get("iterations", "-")), crops, str(report.get("images", "-"))]
+        numbers = [str(report.get(key, "-")) for key in ("iterations", "teacher_crops", "images")]
+        numbers.insert(1, crops)
         shares = [_percent(report.get(key)) for key in ("confidence", "weight")]
         time = f"{seconds // 60}:{seconds % 60:02d}"
         rows.append((name, _percent(report.get("miou")), *numbers, *shares, time))

@@ -25,7 +25,7 @@ class Progress:
 
     Args:
         stage: the stage.
-        net, optimization, bar: their states are saved and loaded.
+        net, optimization, bar, running: their states are saved and loaded; ``running`` can be None.
 
     Attributes:
         epoch: finished epochs.
@@ -35,9 +35,15 @@ class Progress:
     """
 
     def __init__(
-        self, stage: Stage, net: nn.Module, optimization: Optimization, bar: StageBar
+        self,
+        stage: Stage,
+        net: nn.Module,
+        optimization: Optimization,
+        bar: StageBar,
+        running: nn.Module | None = None,
     ) -> None:
         self._stage, self._net, self._optimization, self._bar = stage, net, optimization, bar
+        self._running = nn.Identity() if running is None else running
         self._path = stage.unfinished / "resume.pth"
         self.epoch, self.step = 0, 0
         self.seen: dict[str, Any] = {}
@@ -85,6 +91,7 @@ class Progress:
         state = {
             "net": self._net.state_dict(),
             "optimization": self._optimization.state_dict(),
+            "running": self._running.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
             "seen": self._bar.state_dict() if self.step else {},
@@ -96,6 +103,7 @@ class Progress:
     def _load(self, state: dict[str, Any]) -> None:
         self._net.load_state_dict(state["net"])
         self._optimization.load_state_dict(state["optimization"])
+        self._running.load_state_dict(state["running"])
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
         self.seen, self.report = dict(state["seen"]), dict(state["report"])
 

@@ -67,11 +67,11 @@ class Stage:
         return self.folder / _UNFINISHED
 
     @by_first
-    def save(self, net: nn.Module, epoch: int) -> None:
-        """Write ``checkpoint.pth``: weights, preprocessing, config, stage, number of epochs."""
+    def save(self, net: nn.Module, epoch: int, name: str = "checkpoint.pth") -> None:
+        """Write a checkpoint: weights, preprocessing, config, stage, number of epochs."""
         content = {"model": net.state_dict(), "preprocessing": net.preprocessing._asdict()}
         content["config"] = self.config.model_dump(mode="json")
-        checkpoint.save(checkpoint_of(self.folder), {**content, "stage": self.name, "epoch": epoch})
+        checkpoint.save(self.folder / name, {**content, "stage": self.name, "epoch": epoch})
 
     def record(self, epoch: int, numbers: Numbers) -> None:
         """Log an epoch's numbers."""
