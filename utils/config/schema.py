@@ -256,7 +256,7 @@ class EvaluateSection(Section):
 class Config(Section):
     """One run of the six stages."""
 
-    name: str = Field(pattern=r"^\w[\w.-]*$")  # run folder: <outdir>/<name>
+    name: str = Field(pattern=r"^\w[\w.+-]*$")  # run folder: <outdir>/<name>
     outdir: str = "outdir"
     seed: int = Field(0, ge=0)  # of all random numbers: weights, order, augmentation, dropout
     device: str = "auto"  # auto (the first accelerator, else the CPU), cpu, cuda, cuda:1, mps

@@ -35,9 +35,8 @@ def refuse_other_run(
     Raises:
         UserError: what can change a result differs, or a file of the run folder is damaged.
     """
-    there, here = (_flat(c.model_dump(mode="json")) for c in (_kept_config(folder), config))
-    keys = sorted((there.keys() | here.keys()) - _FREE_KEYS)
-    differing = [f"{key}={there.get(key)}" for key in keys if there.get(key) != here.get(key)]
+    kept = differing_keys(_kept_config(folder), config)
+    differing = [f"{key}={value}" for key, value in kept.items()]
     lists, then = _kept(folder / "lists.json"), _kept(folder / "environment.json")
     changed = [name for name in digests if lists and lists.get(name) != digests[name]]
     differing += [f"another list dataset.{name}" for name in changed]
@@ -53,6 +52,13 @@ def refuse_other_run(
     if changed:
         what = ", ".join(f"{key} {then.get(key)} → {now[key]}" for key in changed)
         say(f"{what}: results may differ in their last digits")
+
+
+def differing_keys(one: Config, other: Config) -> dict[str, Any]:
+    """Return the settings of ``one`` that can change a result and differ from ``other``'s."""
+    there, here = (_flat(config.model_dump(mode="json")) for config in (one, other))
+    keys = sorted((there.keys() | here.keys()) - _FREE_KEYS)
+    return {key: there.get(key) for key in keys if there.get(key) != here.get(key)}
 
 
 def _kept_config(folder: Path) -> Config:

@@ -1,0 +1,107 @@
+"""Studies: which runs there are, what they share, and their table."""
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from utils import study
+from utils.config.reading import METHODS, read_config
+from utils.errors import UserError
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    methods = ["supervised", "self_training", "cisc_published"]
+    return study.plan("demo.yaml", methods, [0, 1], [f"outdir={tmp_path}"])
+
+
+def test_supervised_training_is_planned_at_three_lengths(jobs):
+    assert len(jobs) == 2 * (3 + 1 + 1)
+    lengths = [job.config.supervised.iterations for job in jobs[:4]]
+    assert lengths == [lengths[0] * times for times in (1, 2, 4, 1)]
+    assert len({job.folder for job in jobs}) == len(jobs)
+
+
+def test_stages_are_shared_as_far_as_settings_agree(jobs):
+    once, twice, _, self_training, published = (job.config for job in jobs[:5])
+    assert study.shared_stages(once, self_training) == ["1_supervised"]
+    assert study.shared_stages(once, twice) == []
+    assert study.shared_stages(once, jobs[5].config) == []  # another seed
+    assert study.shared_stages(self_training, published) == []  # consistency
+    settings = ["supervised.consistency=0"]
+    published = read_config("demo.yaml", settings, "cisc_published")
+    two = read_config("demo.yaml", [*settings, "select.keep=0.3"], "cisc_published")
+    assert study.shared_stages(published, two) == ["1_supervised", "2_pseudo_label"]
+    stable = read_config("demo.yaml", [], "st++")
+    assert study.shared_stages(published, stable) == []  # stage 1 keeps more checkpoints
+
+
+def test_the_table_compares_equal_seeds_with_the_best_supervised_row(jobs):
+    for job in jobs:
+        seed = job.config.seed
+        miou = {"supervised": 0.5, "supervised x 2": 0.6 + seed / 50}.get(job.row, 0.5 + seed / 10)
+        stage = {"seconds": 60, "labeled_crops": 7, "unlabeled_crops": 5, "teacher_crops": 3}
+        job.folder.mkdir(parents=True)
+        results = {"miou": miou, "stages": {"1_supervised": stage, "6_retrain": stage}}
+        (job.folder / "results.json").write_text(json.dumps(results))
+    rows = [
+        [cell.strip() for cell in row.split("|")[1:-1]] for row in study.table(jobs).split("\n")
+    ]
+    assert rows[0][2] == "against supervised x 2"
+    by_method = {row[0]: row[1:] for row in rows[2:]}
+    assert by_method["supervised x 2"][:2] == ["61.0 ± 1.4", ""]
+    # 50 and 60 against 60 and 62: -10 and -2
+    assert by_method["self_training"] == ["55.0 ± 7.1", "-6.0 ± 5.7", "2.0", "14", "10", "6"]
+
+
+def test_a_section_of_a_document_is_replaced(tmp_path):
+    file = tmp_path / "results.md"
+    file.write_text("# Results\n")
+    for text in ("## demo\n\nold\n", "## demo\n\nnew\n"):
+        study.put_section(file, "demo", text)
+        study.put_section(file, "other", "## other\n")
+    content = file.read_text()
+    assert content.startswith("# Results\n")
+    assert content.count("new") == content.count("## other") == 1
+    assert "old" not in content
+
+
+def test_wrong_words_are_refused(complaint):
+    words = ("--config", "demo.yaml", "--methods")
+    assert "'magic' is not one of" in complaint(study, *words, "magic")
+    assert "numbers" in complaint(study, *words, "supervised", "--seeds", "a")
+    assert "below 1" in complaint(study, *words, "supervised", "--processes", "0")
+
+
+@pytest.mark.slow
+def test_every_method_runs_and_the_study_continues(demo_root, tmp_path, tiny_settings, monkeypatch):
+    """All methods in one study; then stage 1 is shared, and what is deleted is done again."""
+    settings = [*tiny_settings(demo_root, tmp_path), "supervised.epochs=1", "retrain.epochs=1"]
+    command = ["study", "--config", "demo.yaml", "--methods", ",".join(METHODS), "--seeds", "3"]
+    document = tmp_path / "results.md"
+    monkeypatch.setattr(sys, "argv", [*command, "--write", str(document), *settings])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    study.main()
+    folder = tmp_path / "demo_study"
+    for method in METHODS:
+        results = json.loads((folder / f"{method}_3" / "results.json").read_text())
+        assert f"| {method} | {100 * results['miou']:.1f} |" in document.read_text()
+    first = folder / "supervised_3" / "1_supervised" / "checkpoint.pth"
+    for method in ("self_training", "fixmatch", "unimatch"):
+        copied = folder / f"{method}_3" / "1_supervised" / "checkpoint.pth"
+        assert copied.read_bytes() == first.read_bytes()
+    shutil.rmtree(folder / "fixmatch_3")
+    done = (folder / "unimatch_3" / "results.json").stat().st_mtime_ns
+    study.main()
+    assert (folder / "fixmatch_3" / "results.json").is_file()
+    assert (folder / "unimatch_3" / "results.json").stat().st_mtime_ns == done
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_named_with_its_log(tmp_path):
+    jobs = study.plan("demo.yaml", ["supervised"], [0], [f"outdir={tmp_path}", "dataset.root=none"])
+    with pytest.raises(UserError, match=r"1 runs failed.*supervised_0\.log"):
+        study.work(jobs[:1], 1)
+    assert "none" in (jobs[0].folder.with_suffix(".log")).read_text()

@@ -1,0 +1,261 @@
+"""Compare methods over seeds, each run a ``train.py`` of its own.
+
+python -m utils.study --config demo.yaml --methods supervised,cisc [--seeds 0,1,2]
+    [--processes 1] [--write docs/results.md] [section.key=value ...]
+
+Runs are in ``<outdir>/<name>_study``. The same command continues where it was stopped; stages 1 to
+3 of equal settings are done once and copied.
+"""
+
+import json
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from pathlib import Path
+from shutil import copytree, rmtree
+from threading import Lock
+from typing import Any, NamedTuple
+
+import yaml
+
+from utils.config.reading import METHODS, read_config
+from utils.config.schema import Config
+from utils.errors import Parser, UserError, exit_with_one_line
+from utils.files import read_json, read_records, write_json, write_text
+from utils.run.comparison import differing_keys
+
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+LENGTHS = (1, 2, 4)  # of supervised training; the best one is what other methods are compared with
+# What stages read beside that which all of them read, in their order.
+SECTIONS = {"1_supervised": "supervised", "2_pseudo_label": "pseudo_label", "3_select": "select"}
+_OF_LATER_STAGES = {"pseudo_label", "select", "retrain", "stages", "relabel"}
+
+
+class Job(NamedTuple):
+    """A run of the study."""
+
+    row: str  # of the table: the method, and its length if there are several
+    words: list[str]  # of train.py's command line
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.config.outdir) / self.config.name
+
+
+def plan(
+    config: str, methods: Sequence[str], seeds: Sequence[int], settings: Sequence[str]
+) -> list[Job]:
+    """List the runs: every method with every seed; supervised training at several lengths.
+
+    Raises:
+        UserError: a setting is wrong, or ``supervised.iterations`` is needed and missing.
+    """
+    jobs = []
+    name = read_config(config, settings).name
+    for seed in seeds:
+        for method in methods:
+            for length in LENGTHS if method == "supervised" else (1,):
+                row = method if length == 1 else f"{method} x {length}"
+                own = [*settings, f"seed={seed}", f"name={row.replace(' ', '')}_{seed}"]
+                made = read_config(config, own, method)
+                own.append(f"outdir={Path(made.outdir) / f'{name}_study'}")
+                section = made.supervised
+                key = "epochs" if section.iterations is None else "iterations"
+                own.append(f"supervised.{key}={length * getattr(section, key)}")
+                made = read_config(config, own, method)
+                jobs.append(Job(row, ["--config", config, "--method", method, *own], made))
+    return jobs
+
+
+def shared_stages(one: Config, other: Config) -> list[str]:
+    """Return which of the first three stages two configs describe alike."""
+    differing = {key.split(".")[0] for key in differing_keys(one, other)} - {"name"}
+    if differing - _OF_LATER_STAGES:
+        return []
+    if "stability" in (one.select.score, other.select.score) and "select" in differing:
+        return []  # stage 1 keeps more checkpoints for it
+    shared = []
+    for stage, section in SECTIONS.items():
+        wanted = all(int(stage[0]) in config.stages for config in (one, other))
+        if section in differing or not wanted:
+            break
+        shared.append(stage)
+    return shared
+
+
+def take_over(job: Job, jobs: Sequence[Job]) -> None:
+    """Copy stages that another run has finished into the folder of a run that has none."""
+    if any(job.folder.glob("[1-6]_*")):
+        return
+    for other in jobs:
+        stages = [
+            stage
+            for stage in shared_stages(job.config, other.config)
+            if (other.folder / stage / "stage.json").is_file()
+        ]
+        if other is job or not stages:
+            continue
+        partial_copy = job.folder.with_name(f"{job.folder.name}.partial")
+        rmtree(partial_copy, ignore_errors=True)
+        partial_copy.mkdir(parents=True)
+        for stage in stages:
+            copytree(other.folder / stage, partial_copy / stage)
+        for name in ("lists.json", "environment.json"):
+            write_json(partial_copy / name, read_json(other.folder / name))
+        records = read_records(other.folder / "metrics.jsonl")
+        lines = [f"{json.dumps(r)}\n" for r in records if r.get("stage") in stages]
+        write_text(partial_copy / "metrics.jsonl", "".join(lines))
+        settings = job.config.model_dump(mode="json")
+        write_text(partial_copy / "config.yaml", yaml.safe_dump(settings))
+        rmtree(job.folder, ignore_errors=True)  # holds no stage
+        partial_copy.rename(job.folder)
+        return
+
+
+def is_done(job: Job) -> bool:
+    """Tell whether a run has results, of these settings."""
+    if not (job.folder / "results.json").is_file():
+        return False
+    return not differing_keys(read_config(str(job.folder / "config.yaml")), job.config)
+
+
+def work(jobs: Sequence[Job], processes: int) -> None:
+    """Do the runs that are not done, so many at once; those that share stages one after another.
+
+    Raises:
+        UserError: runs failed; the others are done.
+    """
+    locks: list[tuple[Job, Lock]] = []  # of the first of the runs that share stages
+
+    def lock_of(job: Job) -> Lock:
+        for first, lock in locks:
+            if shared_stages(job.config, first.config):
+                return lock
+        locks.append((job, Lock()))
+        return locks[-1][1]
+
+    def run(job: Job, lock: Lock) -> Path | None:
+        with lock:
+            if is_done(job):
+                return None
+            take_over(job, jobs)
+            log = job.folder.with_suffix(".log")
+            log.parent.mkdir(parents=True, exist_ok=True)
+            print(f"{datetime.now():%H:%M} {job.folder}", flush=True)
+            with log.open("a", encoding="utf-8") as out:
+                command = [sys.executable, str(TRAIN), *job.words]
+                code = subprocess.run(command, stdout=out, stderr=out, check=False).returncode
+            return log if code else None
+
+    with ThreadPoolExecutor(processes) as pool:
+        failed = [log for log in pool.map(run, jobs, map(lock_of, jobs)) if log]
+    if failed:
+        raise UserError(f"{len(failed)} runs failed; their logs: {', '.join(map(str, failed))}")
+
+
+def table(jobs: Sequence[Job]) -> str:
+    """Lay out the results in Markdown: mIoU, differences to the best supervised row, time, crops.
+
+    Means and sample standard deviations over seeds; differences are between runs of one seed.
+    """
+    results: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for job in jobs:
+        results[job.row][job.config.seed] = read_json(job.folder / "results.json")
+    mious = {
+        row: {seed: 100 * found["miou"] for seed, found in runs.items()}
+        for row, runs in results.items()
+    }
+    supervised = [row for row in mious if row.startswith("supervised")]
+    best = max(supervised, key=lambda row: statistics.mean(mious[row].values()), default=None)
+    against = "-" if best is None else f"against {best}"
+    head = ("method", "mIoU", against, "minutes", "labeled crops", "unlabeled", "by teachers")
+    rows = [head, ("---",) + ("---:",) * (len(head) - 1)]
+    for row, runs in results.items():
+        differences = [mious[row][seed] - mious[best][seed] for seed in runs] if best else []
+        stages = [found["stages"].values() for found in runs.values()]
+        minutes = [sum(stage["seconds"] for stage in run) / 60 for run in stages]
+        crops = [
+            sum(stage.get(f"{kind}_crops", 0) for stage in stages[0])
+            for kind in ("labeled", "unlabeled", "teacher")
+        ]
+        compared = "" if row == best or not best else _spread(differences, "+")
+        time = f"{statistics.mean(minutes):.1f}"
+        rows.append((row, _spread([*mious[row].values()]), compared, time, *map(str, crops)))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.1f}{spread}"
+
+
+def report(jobs: Sequence[Job], command: str) -> str:
+    """Return the table with its title, command, machine and date."""
+    config = jobs[0].config
+    seeds = sorted({job.config.seed for job in jobs})
+    made = read_json(jobs[0].folder / "environment.json")
+    kind, labeled = config.dataset.kind, config.dataset.split or config.dataset.labeled
+    return (
+        f"## {Path(config.outdir).name.removesuffix('_study')}\n\n"
+        f"`{command}`\n\n{table(jobs)}\n\n"
+        f"Data `{kind}`, labeled `{labeled}`. Mean ± standard deviation over seeds "
+        f"{', '.join(map(str, seeds))}; differences are of equal seeds. mIoU of the "
+        f"{config.evaluate.checkpoint} checkpoint in %. Minutes are of all stages, shared ones "
+        f"too. {made['machine']}, {made['cores']} cores, {made['threads']} threads a run, "
+        f"{made['device']}, {made['precision']}, torch {made['torch']}, "
+        f"commit {str(made['commit'])[:7]}, {datetime.now(timezone.utc):%Y-%m-%d}.\n"
+    )
+
+
+def put_section(file: Path, name: str, text: str) -> None:
+    """Write a study's section of a Markdown file, in place of an earlier one of this name."""
+    begin, end = f"<!-- study {name} -->\n", f"<!-- end of study {name} -->\n"
+    there = file.read_text(encoding="utf-8") if file.is_file() else ""
+    section = begin + text + end
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    replaced, count = pattern.subn(lambda _: section, there)
+    write_text(file, replaced if count else f"{there}\n{section}".lstrip("\n"))
+
+
+def _list_of(kind: type, text: str) -> list[Any]:
+    try:
+        return [kind(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"'{text}': give numbers with commas between them") from None
+
+
+def main() -> None:
+    """Read the command line, do the runs, print and write the table."""
+    parser = Parser(prog="python -m utils.study", description=__doc__.split("\n")[0])
+    parser.add_argument("--config", required=True, help="a YAML file, here or in configs/")
+    parser.add_argument("--methods", required=True, help=f"some of {','.join(METHODS)}")
+    parser.add_argument("--seeds", default="0,1,2", help="numbers with commas between them")
+    parser.add_argument("--processes", type=int, default=1, help="runs at once")
+    parser.add_argument("--write", type=Path, help="a Markdown file, such as docs/results.md")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="for every run")
+    arguments = parser.parse_intermixed_args()
+    methods, seeds = arguments.methods.split(","), _list_of(int, arguments.seeds)
+    for method in {*methods} - {*METHODS}:
+        raise UserError(f"--methods: '{method}' is not one of {', '.join(METHODS)}")
+    if arguments.processes < 1:
+        raise UserError(f"--processes: {arguments.processes} is below 1; take a larger one")
+    jobs = plan(arguments.config, methods, seeds, arguments.settings)
+    work(jobs, arguments.processes)
+    text = report(jobs, f"python -m utils.study {shlex.join(sys.argv[1:])}")
+    print(text)
+    folder = Path(jobs[0].config.outdir)
+    write_text(folder / "study.md", text)
+    if arguments.write is not None:
+        put_section(arguments.write, folder.name.removesuffix("_study"), text)
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)
