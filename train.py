@@ -50,8 +50,10 @@ from model.cisc import (
 )
 from model.losses import cross_entropy, ohem_cross_entropy, rectified_cross_entropy
 from model.mixing import View, cut_mix, cut_out, keep_whole, paste_queried
+from model.ops.bilinear import resize
 from model.ops.frozen import frozen
 from model.ops.layers import full_size
+from model.retrieval import LabeledPatches, labeled_patches, neighbour_votes, pooled
 from utils import IGNORE, Preprocessing
 from utils.checkpoint import load_weights
 from utils.config.reading import METHODS, read_config
@@ -78,6 +80,7 @@ from utils.run.resume import Journal, Progress
 from utils.run.stages import Report, Run, Stage, checkpoint_of
 
 EXAMPLES = 4  # validation images in a run's picture
+PATCHES = 50_000  # labeled patches that vote on pseudo labels
 EARLIER = (1 / 3, 2 / 3)  # of stage 1: checkpoints that stability compares (ST++)
 LabeledLoss = Callable[..., Tensor]  # of logits, labels and the valid pixels of the batch
 # What the student's views of unlabeled images are mixed with.
@@ -112,7 +115,9 @@ def train(config: Config, from_stage: int | None = None, fresh: bool = False) ->
         first = final = run.stage("1_supervised", train_supervised, splits, index)
         teacher, pseudo_labeled = first, splits.unlabeled
         if 2 in config.stages:
-            masks = run.stage("2_pseudo_label", write_pseudo_labels, (first,), splits.unlabeled)
+            masks = run.stage(
+                "2_pseudo_label", write_pseudo_labels, (first,), splits.unlabeled, splits.labeled
+            )
             pseudo_labeled = with_pseudo_masks(splits.unlabeled, masks / "masks")
         if 3 in config.stages:
             chosen = run.stage("3_select", select, first, splits, pseudo_labeled, index)
@@ -120,7 +125,9 @@ def train(config: Config, from_stage: int | None = None, fresh: bool = False) ->
             pseudo_labeled = with_pseudo_masks(reliable, masks / "masks")
             teacher = run.stage("4_retrain", retrain, splits, pseudo_labeled, first, index)
             teachers = (first, teacher) if config.relabel == "both" else (teacher,)
-            masks = run.stage("5_relabel", write_pseudo_labels, teachers, unreliable)
+            masks = run.stage(
+                "5_relabel", write_pseudo_labels, teachers, unreliable, splits.labeled
+            )
             pseudo_labeled += with_pseudo_masks(unreliable, masks / "masks")
         if 6 in config.stages:
             final = run.stage("6_retrain", retrain, splits, pseudo_labeled, teacher, index)
@@ -190,12 +197,13 @@ def supervised_objective(
 
 @torch.inference_mode()
 def write_pseudo_labels(
-    stage: Stage, teachers: Sequence[Path], unlabeled: Sequence[Sample]
+    stage: Stage, teachers: Sequence[Path], unlabeled: Sequence[Sample], labeled: Sequence[Sample]
 ) -> Report:
     """Stages 2 and 5: the most probable class of every pixel, averaged over teachers, as PNGs."""
     config, palette = stage.config, describe(stage.config.dataset).palette()
     nets = [_teacher(stage, checkpoint_of(teacher)) for teacher in teachers]
     predictors = [Predictor(n, stage.device, config.inference, config.pseudo_label) for n in nets]
+    ask = Neighbours(stage, labeled) if config.pseudo_label.neighbours else None
     journal = Journal(stage)
     done = broadcast(journal.read)
     loader = whole_images(
@@ -217,7 +225,11 @@ def write_pseudo_labels(
         for batch in passes(loader, stage.device, stage.name):
             size = tuple(batch.label.shape[-2:])
             probabilities = sum(predict(batch.image, size) for predict in predictors) / len(nets)
+            if ask is not None:
+                votes = resize(ask.votes(batch.image), size)
+                probabilities = pooled(probabilities, votes, config.pseudo_label.neighbours)
             probabilities, ids = probabilities.max(dim=1)
+            ids = ids.where(probabilities >= config.pseudo_label.threshold, IGNORE)
             chosen = [unlabeled[index] for index in batch.index.tolist()]
             means = probabilities.mean(dim=(1, 2)).tolist()
             kept.append(writer.submit(keep, chosen, ids.byte().cpu().numpy(), means))
@@ -229,6 +241,39 @@ def write_pseudo_labels(
     by_first(write_csv)(stage.folder / "confidence.csv", *table)
     mean = sum(confidences.values()) / max(1, len(confidences))
     return {"images": len(confidences), "confidence": mean}
+
+
+class Neighbours:
+    """Labeled patches in the features of the encoder as it was before training.
+
+    Args:
+        stage: its config and device.
+        labeled: at most ``PATCHES`` of their patches are kept, drawn at random.
+    """
+
+    def __init__(self, stage: Stage, labeled: Sequence[Sample]) -> None:
+        self._stage, chance = stage, Chance(stage.config.seed, "1_supervised")
+        net = _new_network(stage, chance).eval()  # where stage 1 began
+        self._encoder, self._preprocessing = net.backbone, net.preprocessing
+        classes, found = len(describe(stage.config.dataset).classes), []
+        loader = _whole(stage.config, labeled, self._preprocessing)
+        for batch in passes(loader, stage.device, f"{stage.name} labeled"):
+            found.append(labeled_patches(self._maps(batch.image), batch.label, classes))
+        patches = LabeledPatches(*map(torch.cat, zip(*gathered(found), strict=True)))
+        drawn = chance.of(0).permutation(len(patches.features))[:PATCHES]
+        self._patches = LabeledPatches(*(rows[drawn] for rows in patches))
+
+    def votes(self, images: Tensor) -> Tensor:
+        """Vote on (B, 3, H, W) images at the size of their files: (B, C, h, w)."""
+        return neighbour_votes(self._maps(images), self._patches)
+
+    def _maps(self, images: Tensor) -> Tensor:
+        config = self._stage.config
+        base = base_size(images.shape[-2:], config.inference.long_side)
+        size = tuple(round(side * config.pseudo_label.neighbour_scale) for side in base)
+        with self._stage.device.autocast():
+            images = resize_images(images, size, self._preprocessing.interpolation)
+            return self._encoder(images)[-1]
 
 
 @torch.inference_mode()

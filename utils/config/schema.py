@@ -202,10 +202,15 @@ class RetrainSection(TrainingSection):
 
 
 class PseudoLabelSection(Section):
-    """Stages 2 and 5: test-time augmentation."""
+    """Stages 2 and 5: test-time augmentation, and votes of the nearest labeled patches."""
 
     scales: list[Positive] = Field([0.5, 0.75, 1.0, 1.5, 2.0], min_length=1)
     flip: bool = True
+    # Share, in the logarithm, of the votes of the nearest labeled patches in the features of the
+    # encoder as it was before training; 0: the teacher's probabilities alone.
+    neighbours: Share = 0.0
+    neighbour_scale: Positive = 2.0  # of the images whose patches are compared
+    threshold: float = Field(0.0, ge=0, lt=1)  # less probable pixels are stored as ignored
 
 
 class QuerySection(Section):
