@@ -1,0 +1,51 @@
+"""Votes of labeled patches: by hand, and against a float64 reference."""
+
+import math
+
+import pytest
+import torch
+
+from model.retrieval import LabeledPatches, labeled_patches, neighbour_votes, pooled
+from utils import IGNORE
+
+
+def test_patches_hold_the_shares_of_their_labeled_pixels():
+    features = torch.tensor([[[[3.0, 0.0]], [[4.0, 2.0]]]])  # (1, 2, 1, 2)
+    label = torch.tensor([[[0, 1, 2, IGNORE], [0, IGNORE, IGNORE, IGNORE]]])
+    patches = labeled_patches(features, label, num_classes=3)
+    # The right patch is ignored at three pixels of four, and left out.
+    torch.testing.assert_close(patches.features, torch.tensor([[0.6, 0.8]]))
+    torch.testing.assert_close(patches.shares, torch.tensor([[2 / 3, 1 / 3, 0.0]]))
+
+
+def test_nearer_patches_have_more_votes():
+    patches = LabeledPatches(torch.eye(2), torch.eye(2))
+    features = torch.tensor([4.0, 3.0]).view(1, 2, 1, 1)
+    votes = neighbour_votes(features, patches)
+    odds = math.exp((0.8 - 0.6) / 0.05)
+    assert votes[0, 0, 0, 0].item() == pytest.approx(odds / (1 + odds), abs=1e-6)
+    torch.testing.assert_close(votes.sum(dim=1), torch.ones(1, 1, 1))
+
+
+def test_thirty_neighbours_of_many_agree_with_float64():
+    torch.manual_seed(0)
+    rows, shares = torch.randn(500, 6), torch.rand(500, 3).softmax(dim=1)
+    patches = LabeledPatches(torch.nn.functional.normalize(rows, dim=1), shares)
+    features = torch.randn(2, 6, 4, 5)
+    place = torch.nn.functional.normalize(features[1, :, 2, 3].double(), dim=0)
+    cosines = patches.features.double() @ place
+    nearest = cosines.argsort(descending=True)[:30]
+    weight = (cosines[nearest] / 0.05).softmax(dim=0)
+    expected = (weight.unsqueeze(1) * shares[nearest].double()).sum(dim=0)
+    found = neighbour_votes(features, patches)[1, :, 2, 3]
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_pooling_multiplies_powers():
+    probability = torch.tensor([0.8, 0.2]).view(1, 2, 1, 1)
+    votes = torch.tensor([0.08, 0.88]).view(1, 2, 1, 1)  # 0.1 and 0.9 with the floor
+    both = pooled(probability, votes, 0.5).flatten()
+    ratio = math.sqrt(0.8 * 0.1) / math.sqrt(0.2 * 0.9)
+    assert (both[0] / both[1]).item() == pytest.approx(ratio, rel=1e-5)
+    assert torch.equal(pooled(probability, votes, 0.0), probability)
+    assert pooled(probability, votes, 1.0).argmax(dim=1) == 1

@@ -1,0 +1,64 @@
+"""How well weights tell right pseudo labels from wrong ones."""
+
+import torch
+from torch import Tensor
+
+from utils.distributed import reduced
+
+BINS = 1000  # of the weights, for the ranking
+_GROUPS = 20  # of the bins, for the calibration
+
+
+class WeightQuality:
+    """Counts of right and wrong pixels by their weight, in [0, 1].
+
+    Args:
+        device: where weights and counts are.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.counts = torch.zeros(2, BINS, dtype=torch.float64, device=device)  # wrong, right
+        self.sums = torch.zeros(2, BINS, dtype=torch.float64, device=device)  # of weights
+
+    def update(self, weight: Tensor, right: Tensor) -> None:
+        """Count pixels.
+
+        Args:
+            weight: float in [0, 1].
+            right: bool, of the same shape: the label is the true one.
+        """
+        weight = weight.flatten().double()
+        place = (weight * BINS).long().clamp(0, BINS - 1) + BINS * right.flatten().long()
+        self.counts += torch.bincount(place, minlength=2 * BINS).view(2, BINS)
+        self.sums += torch.bincount(place, weight, minlength=2 * BINS).view(2, BINS)
+
+    def reduce(self) -> "WeightQuality":
+        """Sum the counts over the processes; return itself. Collective."""
+        self.counts, self.sums = reduced(self.counts), reduced(self.sums)
+        return self
+
+    def auroc(self) -> float:
+        """Probability that a right pixel weighs more than a wrong one; NaN without either.
+
+        Weights of one bin, 0.001 wide, count as equal.
+        """
+        wrong, right = self.counts
+        below = wrong.cumsum(dim=0) - wrong / 2
+        return ((right * below).sum() / (right.sum() * wrong.sum())).item()
+
+    def calibration_error(self) -> float:
+        """Mean distance of weight and share of right pixels, over 20 groups of equal width."""
+        count = self.counts.sum(dim=0).view(_GROUPS, -1).sum(dim=1)
+        right = self.counts[1].view(_GROUPS, -1).sum(dim=1)
+        weight = self.sums.sum(dim=0).view(_GROUPS, -1).sum(dim=1)
+        return ((right - weight).abs().sum() / count.sum()).item()
+
+    def share_on_wrong(self) -> float:
+        """Share of all weight that lies on wrong pixels; NaN if all weights are 0."""
+        return (self.sums[0].sum() / self.sums.sum()).item()
+
+
+def rank_correlation(one: Tensor, other: Tensor) -> float:
+    """Spearman's correlation of two (N,) float tensors; equal values rank in their order."""
+    ranks = torch.stack([values.argsort().argsort().double() for values in (one, other)])
+    return torch.corrcoef(ranks)[0, 1].item()
