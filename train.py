@@ -80,7 +80,7 @@ from utils.run.resume import Journal, Progress
 from utils.run.stages import Report, Run, Stage, checkpoint_of
 
 EXAMPLES = 4  # validation images in a run's picture
-PATCHES = 50_000  # labeled patches that vote on pseudo labels
+PATCHES = 20_000  # labeled patches that vote on pseudo labels
 EARLIER = (1 / 3, 2 / 3)  # of stage 1: checkpoints that stability compares (ST++)
 LabeledLoss = Callable[..., Tensor]  # of logits, labels and the valid pixels of the batch
 # What the student's views of unlabeled images are mixed with.

@@ -55,6 +55,8 @@ def plan(
 ) -> list[Job]:
     """List the runs: every method with every seed; supervised training at several lengths.
 
+    A method with one retraining stage gets twice its length: as many iterations as one with two.
+
     Raises:
         UserError: a setting is wrong, or ``supervised.iterations`` is needed and missing.
     """
@@ -70,6 +72,10 @@ def plan(
                 section = made.supervised
                 key = "epochs" if section.iterations is None else "iterations"
                 own.append(f"supervised.{key}={length * getattr(section, key)}")
+                if 6 in made.stages and 4 not in made.stages:
+                    section = made.retrain
+                    key = "epochs" if section.iterations is None else "iterations"
+                    own.append(f"retrain.{key}={2 * getattr(section, key)}")
                 made = read_config(config, own, method)
                 jobs.append(Job(row, ["--config", config, "--method", method, *own], made))
     return jobs

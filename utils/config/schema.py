@@ -168,7 +168,7 @@ class TrainingSection(Section):
 class SupervisedSection(TrainingSection):
     """Stage 1. A batch holds pairs: twice batch_size images."""
 
-    consistency: float = Field(1.0, ge=0)  # weight of the consistency loss; 0 is SupOnly
+    consistency: float = Field(0.0, ge=0)  # weight of the consistency loss; 0 is SupOnly
     repeat_below: int = Field(200, ge=0)  # a shorter labeled list counts twice an epoch
 
 
@@ -176,7 +176,7 @@ class RetrainSection(TrainingSection):
     """Stages 4 and 6. A batch holds batch_size unlabeled and as many labeled images."""
 
     # The student begins with the weights of 'model.pretrained', or with those of its teacher.
-    start: Literal["encoder", "teacher"] = "encoder"
+    start: Literal["encoder", "teacher"] = "teacher"
     # Pseudo labels: stored by stages 2 and 5; or predicted in each iteration by the running average
     # of the student, which is then the network that is validated and kept.
     labels: Literal["stored", "average"] = "stored"
@@ -189,11 +189,11 @@ class RetrainSection(TrainingSection):
     # image, passed through the teacher each time (published), or with its stored prototypes (bank);
     # similarity to the class anchor; probability times that similarity.
     weight: Literal["ones", "confidence", "image", "bank", "anchors", "confidence_anchors"] = (
-        "image"
+        "ones"
     )
     # A random box of the student's unlabeled images: blanked (cutout), from another unlabeled image
     # (CutMix), or from the queried labeled image with its true label.
-    mix: Literal["none", "cutout", "unlabeled", "queried"] = "none"
+    mix: Literal["none", "cutout", "unlabeled", "queried"] = "unlabeled"
     views: int = Field(1, gt=0)  # of each unlabeled image in strong colours
     # Share of channels left out of the features of the weak view, in one more pass; 0: no pass.
     feature_dropout: float = Field(0.0, ge=0, lt=1)
@@ -208,9 +208,9 @@ class PseudoLabelSection(Section):
     flip: bool = True
     # Share, in the logarithm, of the votes of the nearest labeled patches in the features of the
     # encoder as it was before training; 0: the teacher's probabilities alone.
-    neighbours: Share = 0.0
+    neighbours: Share = 0.5
     neighbour_scale: Positive = 2.0  # of the images whose patches are compared
-    threshold: float = Field(0.0, ge=0, lt=1)  # less probable pixels are stored as ignored
+    threshold: float = Field(0.6, ge=0, lt=1)  # less probable pixels are stored as ignored
 
 
 class QuerySection(Section):
