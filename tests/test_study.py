@@ -19,16 +19,16 @@ def jobs(tmp_path):
 
 def test_supervised_training_is_planned_at_three_lengths(jobs):
     assert len(jobs) == 2 * (3 + 1 + 1)
-    lengths = [job.config.supervised.iterations for job in jobs[:4]]
+    lengths = [job.config.supervised.iterations for job in jobs[:8:2]]
     assert lengths == [lengths[0] * times for times in (1, 2, 4, 1)]
     assert len({job.folder for job in jobs}) == len(jobs)
 
 
 def test_stages_are_shared_as_far_as_settings_agree(jobs):
-    once, twice, _, self_training, published = (job.config for job in jobs[:5])
+    once, twice, _, self_training, published = (job.config for job in jobs[::2])
     assert study.shared_stages(once, self_training) == ["1_supervised"]
     assert study.shared_stages(once, twice) == []
-    assert study.shared_stages(once, jobs[5].config) == []  # another seed
+    assert study.shared_stages(once, jobs[1].config) == []  # another seed
     assert study.shared_stages(self_training, published) == []  # consistency
     settings = ["supervised.consistency=0"]
     published = read_config("demo.yaml", settings, "cisc_published")

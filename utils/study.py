@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
 from shutil import copytree, rmtree
 from threading import Lock
@@ -62,23 +63,31 @@ def plan(
     """
     jobs = []
     name = read_config(config, settings).name
-    for seed in seeds:
-        for method in methods:
-            for length in LENGTHS if method == "supervised" else (1,):
-                row = method if length == 1 else f"{method} x {length}"
-                own = [*settings, f"seed={seed}", f"name={row.replace(' ', '')}_{seed}"]
-                made = read_config(config, own, method)
-                own.append(f"outdir={Path(made.outdir) / f'{name}_study'}")
-                section = made.supervised
-                key = "epochs" if section.iterations is None else "iterations"
-                own.append(f"supervised.{key}={length * getattr(section, key)}")
-                if 6 in made.stages and 4 not in made.stages:
-                    section = made.retrain
-                    key = "epochs" if section.iterations is None else "iterations"
-                    own.append(f"retrain.{key}={2 * getattr(section, key)}")
-                made = read_config(config, own, method)
-                jobs.append(Job(row, ["--config", config, "--method", method, *own], made))
+    rows = [
+        (method, length)
+        for method in methods
+        for length in (LENGTHS if method == "supervised" else (1,))
+    ]
+    for (method, length), seed in product(
+        rows, seeds
+    ):  # runs of one seed share stages: not in a row
+        row = method if length == 1 else f"{method} x {length}"
+        own = [*settings, f"seed={seed}", f"name={row.replace(' ', '')}_{seed}"]
+        made = read_config(config, own, method)
+        own.append(f"outdir={Path(made.outdir) / f'{name}_study'}")
+        own.append(_times(made, "supervised", length))
+        if 6 in made.stages and 4 not in made.stages:
+            own.append(_times(made, "retrain", 2))
+        made = read_config(config, own, method)
+        jobs.append(Job(row, ["--config", config, "--method", method, *own], made))
     return jobs
+
+
+def _times(config: Config, section: str, length: int) -> str:
+    """Return a setting that makes a training stage so many times as long."""
+    settings = getattr(config, section)
+    key = "epochs" if settings.iterations is None else "iterations"
+    return f"{section}.{key}={length * getattr(settings, key)}"
 
 
 def shared_stages(one: Config, other: Config) -> list[str]:

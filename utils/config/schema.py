@@ -188,9 +188,7 @@ class RetrainSection(TrainingSection):
     # Weight of the other pixels: 1; the probability of the pseudo label; agreement with the queried
     # image, passed through the teacher each time (published), or with its stored prototypes (bank);
     # similarity to the class anchor; probability times that similarity.
-    weight: Literal["ones", "confidence", "image", "bank", "anchors", "confidence_anchors"] = (
-        "ones"
-    )
+    weight: Literal["ones", "confidence", "image", "bank", "anchors", "confidence_anchors"] = "ones"
     # A random box of the student's unlabeled images: blanked (cutout), from another unlabeled image
     # (CutMix), or from the queried labeled image with its true label.
     mix: Literal["none", "cutout", "unlabeled", "queried"] = "unlabeled"
