@@ -3,9 +3,13 @@
 python eval.py outdir/demo/6_retrain/checkpoint.pth [section.key=value ...] [--save-masks DIR]
 python eval.py outdir/demo/6_retrain/checkpoint.pth --images photos --out segmented
 python eval.py outdir/demo/6_retrain/checkpoint.pth --export net.onnx
+python eval.py outdir/demo --diagnose data/demo/truth.txt
 """
 
 import argparse
+import csv
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +17,42 @@ import torch
 from torch import Tensor, nn
 
 from dataset.catalog import describe
-from dataset.lists import find_pictures, mask_file, read_val
+from dataset.lists import (
+    Sample,
+    Splits,
+    find_pictures,
+    mask_file,
+    read_label,
+    read_list,
+    read_splits,
+    read_val,
+)
 from dataset.loader import photographs, whole_images
-from dataset.reading import read_photograph
+from dataset.reading import read_mask, read_photograph, to_label
 from model import network_of
+from model.cisc import anchor_weight
 from model.ops.frozen import frozen
-from utils import checkpoint
+from model.retrieval import pooled
+from train import Neighbours, class_anchors, trained_network
+from utils import IGNORE, checkpoint
 from utils.config.reading import config_from, read_config
 from utils.config.schema import Config
 from utils.device import Device
+from utils.diagnosis import WeightQuality, rank_correlation
 from utils.distributed import broadcast, by_first, joined
 from utils.errors import Parser, UserError, exit_with_one_line
-from utils.evaluation import Predictor, passes, validate
+from utils.evaluation import (
+    ConfusionMatrix,
+    Predictor,
+    base_size,
+    passes,
+    resize_images,
+    validate,
+)
 from utils.export import export
 from utils.files import write_json
 from utils.panels import save_legend, save_mask, save_overlay
+from utils.run.stages import Stage, checkpoint_of
 
 
 def evaluate(
@@ -61,6 +86,92 @@ def segment(net: nn.Module, config: Config, device: Device, pictures: Path, out:
     return len(samples)
 
 
+@torch.inference_mode()
+def diagnose(run: Path, config: Config, device: Device, truth: Path) -> str:
+    """Judge a run's pseudo labels, weight rules and image scores by true masks; no training does.
+
+    Args:
+        run: its folder; stages that it does not have are left out.
+        config: the run's.
+        device: where the teacher of stage 1 runs.
+        truth: a list of unlabeled images with masks.
+
+    Returns:
+        Tables: accuracy and IoU of stored labels by stage; AUROC, calibration error and share of
+        the weight on wrong pixels, of every rule and the teacher's most probable classes; rank
+        correlation of image scores and mIoU.
+
+    Raises:
+        UserError: the list names no unlabeled image with a mask.
+    """
+    kind, splits, root = describe(config.dataset), read_splits(config.dataset), config.dataset.root
+    classes, unlabeled = len(kind.classes), {sample.name for sample in splits.unlabeled}
+    listed = read_list(truth, Path(root), kind)
+    samples = [sample for sample in listed if sample.mask and sample.name in unlabeled]
+    if not samples:
+        raise UserError(f"{truth}: names no unlabeled image of this run with a mask beside it")
+    lines, mious = [], defaultdict(dict)  # by stage and image
+    for stage in ("2_pseudo_label", "5_relabel"):
+        matrix = ConfusionMatrix(classes)
+        for sample in samples:
+            file = mask_file(run / stage / "masks", sample)
+            if file.is_file():
+                ids, label = to_label(read_mask(file)), to_label(read_label(sample))
+                single = ConfusionMatrix(classes)
+                single.update(ids[ids != IGNORE], label[ids != IGNORE])
+                mious[stage][sample.name] = single.mean_iou()
+                matrix.counts += single.counts
+        if mious[stage]:
+            lines += [f"labels of {stage}: {len(mious[stage])} images"]
+            lines += [table(matrix.report(kind.classes)), ""]
+    qualities = _weight_qualities(run, config, device, samples, splits)
+    lines.append(f"{'weight rule':<20}{'AUROC':>8}{'calibration error':>20}{'weight on wrong':>18}")
+    for rule, quality in qualities.items():
+        numbers = quality.auroc(), quality.calibration_error(), quality.share_on_wrong()
+        lines.append("{:<20}{:>8.3f}{:>20.3f}{:>18.3f}".format(rule, *numbers))
+    scores = run / "3_select" / "unlabeled_scores.csv"
+    if scores.is_file():
+        _, *rows = csv.reader(scores.read_text("utf-8").splitlines())
+        true = mious["2_pseudo_label"]
+        pairs = [(float(score), true[name]) for name, score in rows if name in true]
+        correlation = rank_correlation(*torch.tensor(pairs).T)
+        lines += ["", f"rank correlation of image scores and mIoU: {correlation:.3f}"]
+    return "\n".join(lines)
+
+
+def _weight_qualities(
+    run: Path, config: Config, device: Device, samples: Sequence[Sample], splits: Splits
+) -> dict[str, WeightQuality]:
+    """Weigh the most probable classes of the teacher of stage 1 by every rule."""
+    stage = Stage("diagnosis", run, config, device, log=None, watch=None)
+    teacher = frozen(trained_network(config, checkpoint_of(run / "1_supervised")), device)
+    settings, preprocessing = config.inference, teacher.preprocessing
+    anchors, ask = class_anchors(stage, teacher, splits.labeled), Neighbours(stage, splits.labeled)
+    loader = whole_images(samples, settings, config.workers, preprocessing=preprocessing)
+    predict = Predictor(teacher, device, settings)
+    qualities: dict[str, WeightQuality] = defaultdict(lambda: WeightQuality(device.torch_device))
+    for batch in passes(loader, device, "diagnosis"):
+        size = tuple(batch.label.shape[-2:])
+        probability, votes = predict(batch.image, size), ask.votes(batch.image, size)
+        confidence, ids = probability.max(dim=1)
+        base = base_size(batch.image.shape[-2:], settings.long_side)
+        images = resize_images(batch.image, base, preprocessing.interpolation)
+        similarity = anchor_weight(teacher.extract(images), ids, anchors)
+        both = pooled(probability, votes, config.pseudo_label.neighbours or 0.5)
+        voted, pool = (maps.gather(1, ids.unsqueeze(1)).squeeze(1) for maps in (votes, both))
+        rules = {
+            "confidence": confidence,
+            "anchors": similarity,
+            "confidence_anchors": confidence * similarity,
+            "neighbours": voted,
+            "pooled": pool,
+        }
+        known = batch.label != IGNORE
+        for rule, weight in rules.items():
+            qualities[rule].update(weight[known], (ids == batch.label)[known])
+    return {rule: quality.reduce() for rule, quality in qualities.items()}
+
+
 def table(results: dict[str, Any]) -> str:
     """Lay out IoU by class, mIoU and pixel accuracy, in percent."""
     rows = {**results["per_class_iou"], "mIoU": results["miou"]}
@@ -74,6 +185,9 @@ def read_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="of train.py, or of ST++, CISC-R, UniMatch")
+    parser.add_argument(
+        "--diagnose", type=Path, metavar="LIST", help="judge a run folder by these true masks"
+    )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="such as dataset.root=DIR")
     parser.add_argument("--config", help="instead of the config that the checkpoint holds")
     parser.add_argument("--save-masks", type=Path, metavar="DIR", help="write palette PNGs here")
@@ -103,6 +217,11 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, segment or export as the command line says; rank 0 prints."""
     say = by_first(print)
+    if arguments.diagnose is not None:
+        config = read_config(str(arguments.checkpoint / "config.yaml"), arguments.settings)
+        device = Device(config.device, config.precision)
+        say(diagnose(arguments.checkpoint, config, device, arguments.diagnose))
+        return
     path, content = arguments.checkpoint, checkpoint.load(arguments.checkpoint)
     if arguments.config is not None:
         config = read_config(arguments.config, arguments.settings)

@@ -226,8 +226,8 @@ def write_pseudo_labels(
             size = tuple(batch.label.shape[-2:])
             probabilities = sum(predict(batch.image, size) for predict in predictors) / len(nets)
             if ask is not None:
-                votes = resize(ask.votes(batch.image), size)
-                probabilities = pooled(probabilities, votes, config.pseudo_label.neighbours)
+                share = config.pseudo_label.neighbours
+                probabilities = pooled(probabilities, ask.votes(batch.image, size), share)
             probabilities, ids = probabilities.max(dim=1)
             ids = ids.where(probabilities >= config.pseudo_label.threshold, IGNORE)
             chosen = [unlabeled[index] for index in batch.index.tolist()]
@@ -252,20 +252,23 @@ class Neighbours:
     """
 
     def __init__(self, stage: Stage, labeled: Sequence[Sample]) -> None:
-        self._stage, chance = stage, Chance(stage.config.seed, "1_supervised")
-        net = _new_network(stage, chance).eval()  # where stage 1 began
+        self._stage, config, chance = stage, stage.config, Chance(stage.config.seed, "1_supervised")
+        torch.manual_seed(chance.torch_seed())  # the network with which stage 1 began
+        classes = len(describe(config.dataset).classes)
+        net = frozen(network_of(config.model, classes, config.model.pretrained), stage.device)
         self._encoder, self._preprocessing = net.backbone, net.preprocessing
-        classes, found = len(describe(stage.config.dataset).classes), []
-        loader = _whole(stage.config, labeled, self._preprocessing)
-        for batch in passes(loader, stage.device, f"{stage.name} labeled"):
-            found.append(labeled_patches(self._maps(batch.image), batch.label, classes))
-        patches = LabeledPatches(*map(torch.cat, zip(*gathered(found), strict=True)))
-        drawn = chance.of(0).permutation(len(patches.features))[:PATCHES]
-        self._patches = LabeledPatches(*(rows[drawn] for rows in patches))
+        found = []
+        for batch in passes(_whole(config, labeled, net.preprocessing), stage.device, stage.name):
+            patches = labeled_patches(self._maps(batch.image), batch.label, classes)
+            found.append([rows.cpu() for rows in patches])
+        features, shares = map(torch.cat, zip(*gathered(found), strict=True))
+        drawn = chance.of(0).permutation(len(features))[:PATCHES]
+        chosen = (rows[drawn].to(stage.device.torch_device) for rows in (features, shares))
+        self._patches = LabeledPatches(*chosen)
 
-    def votes(self, images: Tensor) -> Tensor:
-        """Vote on (B, 3, H, W) images at the size of their files: (B, C, h, w)."""
-        return neighbour_votes(self._maps(images), self._patches)
+    def votes(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """Vote on (B, 3, h, w) images at the size of their files: (B, C, H, W), of a size."""
+        return resize(neighbour_votes(self._maps(images), self._patches), size)
 
     def _maps(self, images: Tensor) -> Tensor:
         config = self._stage.config
@@ -747,7 +750,8 @@ def _new_network(stage: Stage, chance: Chance) -> nn.Module:
     return net
 
 
-def _trained_network(config: Config, file: Path) -> nn.Module:
+def trained_network(config: Config, file: Path) -> nn.Module:
+    """Load the network of a checkpoint."""
     net = network_of(config.model, len(describe(config.dataset).classes), pretrained=None)
     load_weights(net, file)
     return net
@@ -755,7 +759,7 @@ def _trained_network(config: Config, file: Path) -> nn.Module:
 
 def _teacher(stage: Stage, file: Path) -> nn.Module:
     """Load the network of a checkpoint, frozen."""
-    return frozen(_trained_network(stage.config, file), stage.device)
+    return frozen(trained_network(stage.config, file), stage.device)
 
 
 def _labeled_loss(ohem: OhemSection | None) -> LabeledLoss:
@@ -770,7 +774,7 @@ def _querier(config: Config, splits: Splits, index: QueryIndex, read: SampleRead
 def _draw(run: Run, val: Sequence[Sample], *stages: Path) -> None:
     """Draw a few validation images, their labels and the predictions of stages."""
     chosen = val[:: max(1, len(val) // EXAMPLES)][:EXAMPLES]
-    networks = {stage.name: _trained_network(run.config, checkpoint_of(stage)) for stage in stages}
+    networks = {stage.name: trained_network(run.config, checkpoint_of(stage)) for stage in stages}
     predictors = {
         name: Predictor(frozen(net, run.device), run.device, run.config.inference)
         for name, net in networks.items()

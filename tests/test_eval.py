@@ -75,3 +75,20 @@ def test_a_folder_of_pictures_is_segmented_upright(finished, tmp_path, run_progr
         with Image.open(out / "overlays" / f"{name}.jpg") as overlay:
             assert overlay.size == size
     assert (out / "legend.png").is_file()
+
+
+def test_a_run_is_diagnosed_by_true_masks(finished, demo_root, run_program, tmp_path):
+    run, _ = finished
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
+    done = run_program("eval.py", run, "--diagnose", demo_root / "truth.txt")
+    assert done.returncode == 0, done.stderr
+    for part in ("labels of 2_pseudo_label: 10", "labels of 5_relabel: 5", "confidence_anchors"):
+        assert part in done.stdout
+    row = next(line for line in done.stdout.splitlines() if line.startswith("neighbours"))
+    auroc, error, wrong = map(float, row.split()[1:])
+    assert all(0 <= number <= 1 for number in (auroc, error, wrong))
+    assert -1 <= float(done.stdout.rsplit(" ", 1)[1]) <= 1
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()} == before
+    done = run_program("eval.py", run, "--diagnose", demo_root / "labeled.txt")
+    assert done.returncode == 2
+    assert "names no unlabeled image" in done.stderr

@@ -12,7 +12,7 @@ from utils.errors import UserError
 from utils.files import writing
 from utils.panels import save_mask
 
-VERSION = 1  # of the drawing: raise it when a seed draws something else
+VERSION = 2  # of the drawing: raise it when a seed draws something else
 
 
 def write_demo(
@@ -26,9 +26,10 @@ def write_demo(
 ) -> None:
     """Draw the demo data set in Pascal's folder layout, unless ``root`` holds it already.
 
-    A scene depends on (seed, split, its number) alone. Only the first ``labeled`` training scenes
-    have mask files. ``demo.json`` marks the folder as the demo's; it holds the settings when all is
-    drawn, so that a killed run is drawn again.
+    A scene depends on (seed, split, its number) alone. The first ``labeled`` training scenes have
+    mask files; those of the others are in ``Truth``, listed in ``truth.txt``, for ``eval.py
+    --diagnose`` alone. ``demo.json`` marks the folder as the demo's; it holds the settings when
+    all is drawn, so that a killed run is drawn again.
 
     Args:
         root: the folder; a ``UserError`` if it holds something else or is not to be written to.
@@ -49,7 +50,8 @@ def write_demo(
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
         ours.write_text("{}\n")
-        for folder in ("JPEGImages", "SegmentationClass"):
+        truth = []
+        for folder in ("JPEGImages", "SegmentationClass", "Truth"):
             (root / folder).mkdir(exist_ok=True)
         for part, split, count, masks in ((0, "train", train, labeled), (1, "val", val, val)):
             lists[split] = []
@@ -58,12 +60,16 @@ def write_demo(
                 image, ids = draw_scene(rng, size, first=1 + number % (len(CLASSES) - 1))
                 line = f"JPEGImages/{part}{number:03d}.jpg"
                 Image.fromarray(image).save(root / line, quality=92)
+                folder = "SegmentationClass" if number < masks else "Truth"
+                mask = f"{folder}/{part}{number:03d}.png"
+                save_mask(root / mask, ids, palette)
                 if number < masks:
-                    mask = f"SegmentationClass/{part}{number:03d}.png"
-                    save_mask(root / mask, ids, palette)
                     line = f"{line} {mask}"
+                else:
+                    truth.append(f"{line} {mask}")
                 lists[split].append(line)
         lists |= {"labeled": lists["train"][:labeled], "unlabeled": lists["train"][labeled:]}
+        lists |= {"truth": truth}
         for name, lines in lists.items():
             (root / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
         ours.write_text(text)
