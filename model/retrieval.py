@@ -3,7 +3,7 @@
 The features are those of an encoder as it was before training. They know nothing of the teacher,
 so that their votes are evidence that the teacher's probabilities do not hold already.
 
-Source: ours; docs/method.md, section 11, and docs/rectifier.md for what else was tried. Retrieval
+Source: ours; docs/method.md, section 13, and docs/rectifier.md for what else was tried. Retrieval
 from a memory of labeled patches is Hummingbird's (Balazevic et al., NeurIPS 2023).
 """
 
