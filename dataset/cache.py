@@ -21,12 +21,8 @@ class Memory:
     One block of uint8 holds all of them, image (H, W, 3) before label (H, W), in shared memory: all
     worker processes of a loader use the same block. Of several training processes each has its own.
 
-    Args:
-        samples: with masks of their images' sizes.
-        threads: how many decode.
-
-    Raises:
-        UserError: the block does not fit into shared memory; a picture cannot be read.
+    ``samples`` have masks of their images' sizes; ``threads`` of them are decoded at a time. A
+    ``UserError`` if the block does not fit into shared memory, or a picture cannot be read.
     """
 
     def __init__(self, samples: Sequence[Sample], threads: int) -> None:

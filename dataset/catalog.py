@@ -24,11 +24,9 @@ def id_table(
 ) -> np.ndarray:
     """Return the meaning of each id that a mask file can hold.
 
-    Args:
-        classes: names by class id.
-        ignore: ids in files that count as ignored.
-        class_map: id in files to class name, class id, or None for ignored; ``other`` is all ids
-            that neither names. None: the ids in files are class ids.
+    ``ignore`` are the ids in files that count as ignored. ``class_map`` gives ids in files a class
+    name, a class id, or None for ignored; ``other`` is all ids that neither names. Without a
+    ``class_map`` the ids in files are class ids.
 
     Returns:
         (65536,) int16 by id in files: a class id, 255 = ignored, -1 = without meaning.

@@ -76,7 +76,7 @@ def training_batches(
     Args:
         dataset: takes ``SampleKey`` and returns records of tensors.
         batch_size: samples a batch, of all processes together.
-        epochs: which epochs; a resumed run starts later.
+        epochs: which epochs; a resumed run starts later, at batch ``step`` of the first.
         chance: orders each epoch.
         workers: processes that read.
         step: batch of the first epoch to begin with.

@@ -179,7 +179,7 @@ def write_selection(
     Args:
         folder: gets the files.
         images: reliability of each unlabeled image.
-        partners: reliability by (class id, labeled image), of the index at least.
+        partners: reliability by (class id, labeled image), of the ``index`` at least.
         index: class id to names of labeled images.
         keep: share that counts as reliable, of the images and of each class's partners.
         classes: names by class id.

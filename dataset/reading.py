@@ -49,13 +49,9 @@ def read_ids(path: Path) -> np.ndarray:
 def read_mask(path: Path, table: bytes | None = None) -> Image.Image:
     """Read class ids, 255 = ignored, as a picture of mode L.
 
-    Args:
-        path: the file.
-        table: what its ids mean, the bytes of ``dataset.catalog.id_table``; ids without a meaning
-            are ignored. None: they are class ids, and those above 255 are ignored.
-
-    Raises:
-        UserError: as ``read_ids``.
+    ``table`` tells what the file's ids mean, the bytes of ``dataset.catalog.id_table``; ids without
+    a meaning are ignored. None: they are class ids, and those above 255 are ignored. A
+    ``UserError`` as ``read_ids``.
     """
     ids = read_ids(path)
     ids = np.minimum(ids, IGNORE) if table is None else np.frombuffer(table, np.int16)[ids]

@@ -30,14 +30,8 @@ def write_demo(
     have mask files. ``demo.json`` marks the folder as the demo's; it holds the settings when all is
     drawn, so that a killed run is drawn again.
 
-    Args:
-        root: the folder; a ``UserError`` if it holds something else or is not to be written to.
-        palette: 768 bytes, of the masks.
-        train: number of training images, of which ``labeled`` have a mask.
-        labeled: number of training images with a mask.
-        val: number of validation images.
-        seed: of all scenes.
-        size: (height, width) in pixels.
+    ``train``, ``labeled`` and ``val`` count images, ``size`` is (height, width) in pixels and
+    ``palette`` 768 bytes. A ``UserError`` if ``root`` holds something else or is not to be written.
     """
     settings = {"train": train, "labeled": labeled, "val": val, "seed": seed, "size": list(size)}
     ours, text = root / "demo.json", json.dumps({"version": VERSION, **settings}) + "\n"

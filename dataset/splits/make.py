@@ -64,11 +64,7 @@ def make_lists(
 
 
 def count_labeled(total: int, share: Fraction | int) -> int:
-    """Return how many of ``total`` images are labeled: rounded up, as in the published lists.
-
-    Raises:
-        UserError: none would be labeled, or all.
-    """
+    """Round up, as in the published lists; a ``UserError`` if none would be labeled, or all."""
     count = share if isinstance(share, int) else math.ceil(total * share)
     if not 0 < count < total:
         raise UserError(
