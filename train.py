@@ -354,7 +354,7 @@ def retrain(
     labeled_loss, preprocessing = _labeled_loss(config.ohem), net.preprocessing
     read = sample_reader(config.cache, [*pseudo_labeled, *splits.labeled], config.workers)
     querier = _querier(config, splits, index, read)
-    rule, mix = _weighting(stage, frozen_teacher, splits.labeled), MIXES[settings.mix]
+    rule, mix = weighting(stage, frozen_teacher, splits.labeled), MIXES[settings.mix]
     with_image = settings.weight == "image" or settings.mix == "queried" or settings.learn_queried
     samples = RetrainSamples(
         pseudo_labeled,
@@ -561,7 +561,8 @@ class Rule(NamedTuple):
     confident: bool  # takes the probability of the labels
 
 
-def _weighting(stage: Stage, teacher: nn.Module, labeled: Sequence[Sample]) -> Rule:
+def weighting(stage: Stage, teacher: nn.Module, labeled: Sequence[Sample]) -> Rule:
+    """Return the rule that ``retrain.weight`` names."""
     rule = stage.config.retrain.weight
     if rule == "image":
         return Rule(partial(weight_by_image, teacher=teacher), 2, confident=False)

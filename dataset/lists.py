@@ -72,7 +72,6 @@ def with_pseudo_masks(samples: Iterable[Sample], folder: Path) -> list[Sample]:
     return [sample._replace(mask=mask_file(folder, sample), ids=None) for sample in samples]
 
 
-_SUFFIX = re.compile(r"(?<=[^/])\.[^./]*$")
 _WORD = re.compile(r'"([^"]*)"|([^\s"]+)')
 
 
@@ -98,7 +97,7 @@ def _samples_of(lines: Iterable[str], path: Path, root: Path, kind: Kind | None)
         if not line.strip():
             continue
         sample = _read_line(line, f"{path}:{number}", root, kind)
-        key = _SUFFIX.sub("", sample.name)
+        key = str(PurePosixPath(sample.name).with_suffix(""))
         if key in samples:  # two images of one name would share a predicted mask
             raise UserError(
                 f"{path}:{number}: {sample.name} is listed twice, as {samples[key].name} before; "
@@ -333,17 +332,14 @@ def _bar(items: Iterable, where: str, total: int) -> tqdm:
 
 
 def _complaint(unknown: Mapping[int, Path], kind: Kind) -> str:
-    """Name all ids that mean nothing, a mask that shows one, and what would give them a meaning."""
-    ids, table = sorted(unknown), "dataset.class_map"
+    """Name the ids that mean nothing, a mask that shows one, and what would give them a meaning."""
+    ids = sorted(unknown)
     named = ", ".join(map(str, ids[:20])) + (" ..." if len(ids) > 20 else "")
-    why = (
-        f"no class: ids go from 0 to {len(kind.classes) - 1}, and {IGNORE} is ignored; {table} and "
-        "dataset.ignore give others a meaning"
-        if kind.ids is None
-        else f"neither in {table} nor in dataset.ignore; add what is missing ('other: null' "
-        "ignores every id that is not named)"
+    known = f"from 0 to {len(kind.classes) - 1}" if kind.ids is None else "in dataset.class_map"
+    return (
+        f"{unknown[ids[0]]}: no meaning for id {named}; classes are {known}: add what is missing "
+        "to dataset.class_map or dataset.ignore ('other: null' ignores all ids without a name)"
     )
-    return f"{unknown[ids[0]]}: {f'id {named} is' if len(ids) == 1 else f'ids {named} are'} {why}"
 
 
 def find_root(section: DatasetSection) -> Path:
@@ -358,7 +354,6 @@ def find_root(section: DatasetSection) -> Path:
 
 
 def _find_list(section: DatasetSection, field: str, root: Path) -> Path:
-    """Find a list in the working folder, then in the root."""
     name = getattr(section, field)
     for path in (Path(name), root / name):
         if path.is_file():

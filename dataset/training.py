@@ -77,7 +77,7 @@ class LabeledPairs(Dataset[QueryPair]):
         """Read, augment and pair a labeled image."""
         rng, preprocessing = self.chance.of(*key), self.preprocessing
         sample = self.labeled[key.index % len(self.labeled)]
-        image, mask = _weak_view(self.read(sample), self.augment, rng, preprocessing)
+        image, mask = _weak_view(self, sample, rng)
         shared, _, *query = self.querier.draw(sample.name, mask, rng, preprocessing)
         return QueryPair(to_input(image, preprocessing), to_label(mask), *query, shared)
 
@@ -125,32 +125,23 @@ class RetrainSamples(Dataset[RetrainSample]):
         """Read and augment an unlabeled image, a labeled image, and what is queried."""
         rng, preprocessing = self.chance.of(*key), self.preprocessing
         sample, labeled = self.unlabeled[key.index], self._labeled_at(key)
-        weak, mask = _weak_view(self.read(sample), self.augment, rng, preprocessing)
-        strong = torch.stack(
-            [
-                to_input(recolour(weak, self.augment.strong, rng), preprocessing)
-                for _ in range(self.views)
-            ]
-        )
-        image, label = _weak_view(self.read(labeled), self.augment, rng, preprocessing)
+        weak, mask = _weak_view(self, sample, rng)
+        views = (recolour(weak, self.augment.strong, rng) for _ in range(self.views))
+        strong = torch.stack([to_input(view, preprocessing) for view in views])
+        image, label = _weak_view(self, labeled, rng)
         teacher = strong[0] if self.strong_teacher else to_input(weak, preprocessing)
         queried = self.query(sample.name, mask, rng)  # last: the views must not depend on it
-        labeled_image = to_input(image, preprocessing)
-        return RetrainSample(
-            teacher, to_label(mask), strong, labeled_image, to_label(label), queried
-        )
+        labeled = to_input(image, preprocessing), to_label(label)
+        return RetrainSample(teacher, to_label(mask), strong, *labeled, queried)
 
 
 def _weak_view(
-    pair: tuple[Image.Image, Image.Image],
-    augment: AugmentSection,
-    rng: np.random.Generator,
-    preprocessing: Preprocessing,
+    data: LabeledPairs | RetrainSamples, sample: Sample, rng: np.random.Generator
 ) -> tuple[Image.Image, Image.Image]:
-    """Cut the same random view from an image and its mask."""
-    image, mask = pair
-    view = random_view((image.height, image.width), augment, rng)
-    return view.image(image, preprocessing.interpolation), view.mask(mask)
+    """Cut the same random view from a sample's image and mask."""
+    image, mask = data.read(sample)
+    view = random_view((image.height, image.width), data.augment, rng)
+    return view.image(image, data.preprocessing.interpolation), view.mask(mask)
 
 
 def repeats(settings: SupervisedSection, labeled: Sequence[Sample]) -> int:

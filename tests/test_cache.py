@@ -1,5 +1,3 @@
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from dataset.catalog import KINDS
 from dataset.lists import read_sample, read_splits, with_pseudo_masks
 from dataset.loader import Chance, SampleKey
 from dataset.query import Querier, QueryRule, build_query_index
-from dataset.training import RetrainSamples, queried_image
+from dataset.training import RetrainSamples
 from utils.config.reading import read_config
 from utils.config.schema import DatasetSection, QuerySection
 from utils.errors import UserError
@@ -33,7 +31,7 @@ def sets(splits, augment):
     def retraining(read):
         querier = Querier(splits.labeled, index, rule, augment, read)
         chance = Chance(0, "4_retrain")
-        query = partial(queried_image, querier)
+        query = querier.draw
         return RetrainSamples(splits.val, splits.labeled, query, augment, chance, read=read)
 
     return [retraining(read) for read in (read_sample, Memory(splits.val + splits.labeled, 2))]

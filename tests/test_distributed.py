@@ -11,8 +11,9 @@ from torch import nn
 from dataset.training import QueriedImage, QueryPair, RetrainSample
 from model import build_model
 from model.losses import cross_entropy
+from model.mixing import View
 from train import retrain_objective, supervised_objective, training_step
-from utils.config.schema import OptimizerSection
+from utils.config.schema import OptimizerSection, RetrainSection
 from utils.device import Device
 from utils.distributed import (
     broadcast,
@@ -89,13 +90,16 @@ def pairs(chosen):
 
 def samples(chosen):
     images, labels, shared_class = batch_of(chosen)
-    queried = QueriedImage(shared_class, images[3], labels[2])
+    queried = QueriedImage(shared_class, shared_class, images[3], labels[2])
 
     def objective(net, part, batch):
         weight = part.image.abs().mean(dim=1).clamp_max(1)
-        return retrain_objective(net, part, batch, weight, cross_entropy)
+        view = View(part.student_image[:, 0], part.pseudo_label, weight)
+        return retrain_objective(net, [view], view, part, batch, cross_entropy, RetrainSection())
 
-    return objective, RetrainSample(images[0], labels[0], images[1], images[2], labels[1], queried)
+    student_image = images[1].unsqueeze(1)
+    sample = RetrainSample(images[0], labels[0], student_image, images[2], labels[1], queried)
+    return objective, sample
 
 
 @pytest.mark.parametrize(("kind", "count", "accumulate"), [(samples, 3, 1), (pairs, 2, 2)])

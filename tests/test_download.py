@@ -3,7 +3,7 @@ import socket
 
 import pytest
 
-from dataset.prepare.download import download
+from dataset.prepare.archives import download
 from utils.errors import UserError
 
 BODY = b"weights" * 20_000

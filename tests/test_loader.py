@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -20,9 +21,9 @@ from dataset.loader import (
 )
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.reading import read_mask
-from dataset.training import LabeledPairs, RetrainSamples, queried_image, queried_prototype
+from dataset.training import LabeledPairs, RetrainSamples
 from utils import IMAGENET, Preprocessing
-from utils.config.schema import AugmentSection, DatasetSection, InferenceSection, QuerySection
+from utils.config.schema import DatasetSection, InferenceSection, QuerySection
 from utils.errors import UserError
 
 CHANCE = Chance(0, "4_retrain")
@@ -46,7 +47,7 @@ def pairs(parts, augment):
 def retrain(parts, augment):
     splits, querier = parts
     # The true masks of val stand for pseudo labels.
-    query = partial(queried_image, querier)
+    query = querier.draw
     return RetrainSamples(splits.val, splits.labeled, query, augment, CHANCE)
 
 
@@ -66,12 +67,9 @@ def test_chance_is_the_same_at_a_place_and_different_elsewhere(seed, place, data
     chance = Chance(seed, "1_supervised")
     assert chance.torch_seed(*place) == Chance(seed, "1_supervised").torch_seed(*place)
     elsewhere = data.draw(st.lists(st.integers(0, 9), max_size=2).filter(lambda p: p != place))
-    assert chance.torch_seed(*place) != chance.torch_seed(*elsewhere)
-
-
-def test_seeds_and_stages_have_their_own_chance():
-    seeds = [Chance(s, n).torch_seed(1) for s in (0, 1) for n in ("1_supervised", "4_retrain")]
-    assert len(set(seeds)) == 4
+    others = chance.torch_seed(*elsewhere), Chance(seed + 1, "1_supervised").torch_seed(*place)
+    others = *others, Chance(seed, "4_retrain").torch_seed(*place)
+    assert chance.torch_seed(*place) not in others
 
 
 @pytest.mark.parametrize(("length", "batch_size"), [(7, 3), (6, 3), (5, 5)])
@@ -127,27 +125,20 @@ def test_repeated_image_is_augmented_anew(pairs):
     assert not torch.equal(pairs[SampleKey(0, 1)].image, pairs[SampleKey(0, 7)].image)
 
 
-def test_student_sees_the_teachers_crop_in_other_colours(parts, augment):
-    splits, querier = parts
-    weak, strong = (
-        RetrainSamples(
-            splits.val, splits.labeled, partial(queried_image, querier), augment, CHANCE, s
-        )
-        for s in (False, True)
-    )
+def test_student_sees_the_teachers_crop_in_other_colours(retrain):
+    strong = replace(retrain, strong_teacher=True)
     recoloured = 0
     for index in range(4):
-        one, other = weak[SampleKey(0, index)], strong[SampleKey(0, index)]
+        one, other = retrain[SampleKey(0, index)], strong[SampleKey(0, index)]
         assert same(one[1:], other[1:])
-        assert torch.equal(other.image, other.student_image)
-        recoloured += not torch.equal(one.image, one.student_image)
+        assert torch.equal(other.image, other.student_image[0])
+        recoloured += not torch.equal(one.image, one.student_image[0])
     assert recoloured >= 3
 
 
 def test_a_bank_queries_the_same_labeled_images_and_opens_none(parts, retrain, augment):
     splits, querier = parts
-    query = partial(queried_prototype, querier)
-    banked = RetrainSamples(splits.val, splits.labeled, query, augment, CHANCE)
+    banked = replace(retrain, query=querier.choose)
     for index in range(4):
         one, other = retrain[SampleKey(0, index)], banked[SampleKey(0, index)]
         assert same(one[:-1], other[:-1])
@@ -155,68 +146,51 @@ def test_a_bank_queries_the_same_labeled_images_and_opens_none(parts, retrain, a
     gone = [sample._replace(image=sample.image / "gone") for sample in splits.labeled]
     blind = Querier(gone, querier.index, querier.rule, augment)
     mask = read_mask(splits.val[0].mask)
-    queried = queried_prototype(blind, splits.val[0].name, mask, np.random.default_rng(0))
+    queried = blind.choose(splits.val[0].name, mask, np.random.default_rng(0))
     assert splits.labeled[queried.position].name in querier.index[queried.shared_class]
 
 
-def test_every_image_is_normalised_by_the_encoders_record(parts, augment):
+def test_every_image_is_normalised_by_the_encoders_record(parts, pairs, retrain):
     splits, querier = parts
     other = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3)
     mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET.mean, IMAGENET.std))
 
-    def images(preprocessing):
-        query = partial(queried_image, querier, preprocessing=preprocessing)
-        pair = LabeledPairs(splits.labeled, querier, augment, CHANCE, preprocessing=preprocessing)[
-            SampleKey(0, 0)
-        ]
-        sample = RetrainSamples(
-            splits.val, splits.labeled, query, augment, CHANCE, preprocessing=preprocessing
-        )[SampleKey(0, 0)]
-        whole = [
-            next(iter(load(splits.val, InferenceSection(), 0, preprocessing=preprocessing))).image[
-                0
-            ]
+    def images(record):
+        query = partial(querier.draw, preprocessing=record)
+        pair = replace(pairs, preprocessing=record)[SampleKey(0, 0)]
+        sample = replace(retrain, query=query, preprocessing=record)[SampleKey(0, 0)]
+        loaders = [
+            load(splits.val, InferenceSection(), 0, preprocessing=record)
             for load in (whole_images, photographs)
         ]
-        trained = [pair.image, pair.query_image, sample.image, sample.student_image]
+        trained = [pair.image, pair.query_image, sample.image, sample.student_image[0]]
+        whole = [next(iter(loader)).image[0] for loader in loaders]
         return [*trained, sample.labeled_image, sample.queried.image, *whole]
 
     for ours, theirs in zip(images(other), images(IMAGENET), strict=True):
         assert torch.allclose(ours * 0.25 + 0.5, theirs * std + mean, atol=1e-5)
 
 
-def test_bicubic_encoders_are_given_bicubic_crops(parts, augment):
-    splits, querier = parts
-    pairs = [
-        LabeledPairs(
-            splits.labeled,
-            querier,
-            augment,
-            CHANCE,
-            preprocessing=Preprocessing(interpolation=name),
-        )[SampleKey(0, 0)]
+def test_bicubic_encoders_are_given_bicubic_crops(pairs):
+    one, other = (
+        replace(pairs, preprocessing=Preprocessing(interpolation=name))[SampleKey(0, 0)]
         for name in ("bilinear", "bicubic")
-    ]
-    assert not torch.equal(pairs[0].image, pairs[1].image)
-    assert torch.allclose(pairs[0].image, pairs[1].image, atol=1.0)
-    assert torch.equal(pairs[0].label, pairs[1].label)
+    )
+    assert not torch.equal(one.image, other.image)
+    assert torch.allclose(one.image, other.image, atol=1.0)
+    assert torch.equal(one.label, other.label)
 
 
-def test_every_unlabeled_image_meets_every_labeled_one(parts):
-    splits, querier = parts
-    whole = AugmentSection(base_size=64, scale=(1.0, 1.0), crop_size=64)
-    query = partial(queried_prototype, querier)
-    retrain = RetrainSamples(splits.val * 2, splits.labeled, query, whole, CHANCE)
-    met = {
-        retrain[SampleKey(epoch, 0)].labeled_label.unique(return_counts=True)[1].numpy().tobytes()
-        for epoch in range(6)
-    }
-    assert len(met) == 6  # the histogram of ids, which mirroring does not change, tells images
+def test_every_unlabeled_image_meets_every_labeled_one(parts, retrain):
+    splits, _ = parts
+    samples = replace(retrain, unlabeled=splits.val * 2)
+    met = {samples.names([SampleKey(epoch, 0)])[1] for epoch in range(6)}
+    assert met == {sample.name for sample in splits.labeled}
 
 
-def test_more_labeled_than_unlabeled_images_all_have_their_turn(parts, augment):
-    splits, querier = parts
-    samples = RetrainSamples(splits.val[:2], splits.labeled[:5], querier, augment, CHANCE)
+def test_more_labeled_than_unlabeled_images_all_have_their_turn(parts, retrain):
+    splits, _ = parts
+    samples = replace(retrain, unlabeled=splits.val[:2], labeled=splits.labeled[:5])
     met = [samples.names([SampleKey(e, i)])[1] for e in range(5) for i in range(2)]
     names = [sample.name for sample in splits.labeled[:5]]
     assert met[:5] == names
@@ -226,9 +200,7 @@ def test_more_labeled_than_unlabeled_images_all_have_their_turn(parts, augment):
 def test_whole_images_keep_the_lists_order_and_their_own_size(parts):
     samples = parts[0].val
     for workers in (0, 2):
-        settings = InferenceSection(
-            long_side=32, batch_size=1
-        )  # views are resized by the predictor
+        settings = InferenceSection(long_side=32, batch_size=1)  # the predictor resizes
         items = list(whole_images(samples, settings, workers))
         assert [item.index.item() for item in items] == [0, 1, 2, 3]
         assert {item.image.shape for item in items} == {(1, 3, 48, 64)}
@@ -247,14 +219,12 @@ def test_images_of_one_size_share_batches_wherever_they_stand(demo_copy):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_workers_error_is_the_same_one_line(demo_copy, augment, workers):
-    splits = read_splits(DatasetSection(kind="demo", root=str(demo_copy)))
-    rule = QueryRule.of(QuerySection(), KINDS["demo"])
-    querier = Querier(splits.labeled, build_query_index(splits.labeled, rule), rule, augment)
-    for sample in splits.labeled:
+def test_workers_error_is_the_same_one_line(demo_copy, pairs, workers):
+    labeled = read_splits(DatasetSection(kind="demo", root=str(demo_copy))).labeled
+    for sample in labeled:
         sample.image.write_bytes(sample.image.read_bytes()[:600])
-    pairs = LabeledPairs(splits.labeled, querier, augment, CHANCE)
+    spoilt = replace(pairs, labeled=labeled)
     with pytest.raises(UserError) as caught:
-        list(islice(training_batches(pairs, 4, range(1), CHANCE, workers), 1))
+        list(islice(training_batches(spoilt, 4, range(1), CHANCE, workers), 1))
     assert str(caught.value).startswith(str(demo_copy))
     assert "\n" not in str(caught.value)

@@ -98,7 +98,7 @@ def test_missing_archive_names_its_address_and_its_place(tmp_path):
     with pytest.raises(UserError) as refused:
         provide(tmp_path, [archive_at("http://a")], fetch=False)
     assert str(refused.value) == (
-        f"{tmp_path}: set missing; add --download, or fetch by hand and put there: "
+        f"{tmp_path}: archives are missing; add --download, or fetch by hand and put there: "
         "set.zip (http://a/set.zip)"
     )
 

@@ -1,15 +1,48 @@
-"""Public archives: fetched once, unpacked completely or not at all."""
+"""Files from the web, checked against their digest; archives, unpacked completely or not at all."""
 
 import shutil
+import sys
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.prepare.download import download
+from torch.hub import download_url_to_file
+
 from utils.errors import UserError
+from utils.files import file_digest, write_atomically
+
+
+def download(url: str, path: Path, digest: str, algorithm: str = "sha256") -> None:
+    """Fetch a file, unless it is there already. An interrupted download starts over.
+
+    ``digest`` is the first hex digits of the file's, in lower case, by an algorithm of hashlib; ''
+    checks nothing.
+
+    Raises:
+        UserError: no connection or no such file; a file of another digest, fetched or there
+            already; a place that cannot be written.
+    """
+
+    def fetch(partial: Path) -> None:
+        try:
+            download_url_to_file(url, str(partial), progress=sys.stderr.isatty())
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: malformed addresses
+            raise UserError(
+                f"{url}: cannot be fetched ({error}); fetch it by hand and save it as {path}"
+            ) from error
+
+    if not path.exists():
+        write_atomically(path, fetch)
+    found = file_digest(path, algorithm)[: len(digest)]
+    if found != digest:
+        raise UserError(
+            f"{path}: a damaged or another file: its {algorithm} begins with {found}, not "
+            f"{digest}; delete it and run the same command again"
+        )
 
 
 class Archive(NamedTuple):
@@ -34,10 +67,9 @@ def provide(root: Path, archives: Sequence[Archive], fetch: bool) -> None:
     absent = [archive for archive in wanted if not (root / archive.name).exists()]
     login = any(archive.login for archive in absent)
     if absent and (login or not fetch):
-        folders = ", ".join(archive.folder for archive in absent)
         files = ", ".join(f"{archive.name} ({archive.address})" for archive in absent)
         way = "log in, since no program can," if login else "add --download, or fetch by hand"
-        raise UserError(f"{root}: {folders} missing; {way} and put there: {files}")
+        raise UserError(f"{root}: archives are missing; {way} and put there: {files}")
     for archive in wanted:
         path = root / archive.name
         download(archive.address, path, archive.digest, archive.algorithm)
@@ -48,9 +80,8 @@ def provide(root: Path, archives: Sequence[Archive], fetch: bool) -> None:
 def unpack(path: Path, inside: str, folder: Path) -> None:
     """Unpack one folder of a tar or zip file as ``folder``, which must not exist.
 
-    Raises:
-        UserError: a damaged archive, one without that folder, or a tar file with a member outside
-            (``shutil`` leaves out such members of a zip file).
+    A ``UserError`` if the archive is damaged or lacks that folder, or if a member of a tar file
+    would be written outside (``shutil`` leaves out such members of a zip file).
     """
     unpacked = path.with_name(f".{path.name}.unpacked")  # ``inside`` is moved when complete
     safe = {} if path.suffix == ".zip" else {"filter": "data"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torchvision.models import get_model_weights
 
-from dataset.prepare.download import download
+from dataset.prepare.archives import download
 from utils.errors import UserError
 
 PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained"
@@ -16,10 +16,7 @@ BY_HAND = ("xception65", "resnet50_deep", "resnet101_deep")
 def fetch_weights(names: Sequence[str], folder: Path, mirror: str | None = None) -> None:
     """Fetch torchvision's weights as ``<name>.pth``, checked against the hash in their file names.
 
-    Args:
-        names: some of ``WEIGHTS``.
-        folder: where the files go.
-        mirror: base address that has files of the same names; None for torchvision's own.
+    ``names`` are some of ``WEIGHTS``; ``mirror`` is a base address of files of these names.
 
     Raises:
         UserError: as ``download``; a name without a public address, before anything is fetched.

@@ -17,7 +17,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +36,7 @@ from dataset.lists import Sample, SampleReader, read_sample
 from dataset.loader import Chance, SampleKey, training_batches
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.reading import read_image
-from dataset.training import RetrainSamples, queried_image
+from dataset.training import RetrainSamples
 from dataset.transforms import View, random_view
 from utils.config.schema import AugmentSection
 from utils.files import write_json
@@ -112,7 +111,7 @@ def build_set(samples: list[Sample], case: Case, read: SampleReader) -> RetrainS
     labeled = samples[: PICTURES // 2]
     querier = Querier(labeled, build_query_index(labeled, rule), rule, case.augment, read)
     unlabeled = samples[PICTURES // 2 :]
-    query = partial(queried_image, querier)
+    query = querier.draw
     return RetrainSamples(unlabeled, labeled, query, case.augment, CHANCE, read=read)
 
 

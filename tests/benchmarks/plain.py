@@ -74,7 +74,10 @@ def retrain_step(
         region = regions(batch.pseudo_label, queried.shared_class)
         weight = 1 - (region.float() - similarity(features, prototype, size)).abs()
     pixels = F.cross_entropy(
-        net(batch.student_image).logits, batch.pseudo_label, ignore_index=IGNORE, reduction="none"
+        net(batch.student_image[:, 0]).logits,
+        batch.pseudo_label,
+        ignore_index=IGNORE,
+        reduction="none",
     )
     loss = (pixels * weight).sum() / (batch.pseudo_label != IGNORE).sum()
     labeled = net(batch.labeled_image).logits

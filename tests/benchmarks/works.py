@@ -3,6 +3,7 @@
 import argparse
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,10 +18,11 @@ from dataset.demo.writing import write_demo
 from dataset.lists import read_splits
 from dataset.loader import Chance, training_batches
 from dataset.query import Querier, QueryRule, build_query_index
-from dataset.training import LabeledPairs, RetrainSamples, queried_image, queried_prototype
+from dataset.training import LabeledPairs, RetrainSamples
 from eval import evaluate
 from model import network_of
 from model.losses import cross_entropy
+from model.mixing import View
 from model.ops.frozen import frozen
 from tests.benchmarks import plain
 from utils.checkpoint import save
@@ -66,6 +68,7 @@ class Bench:
             "model.channels=null",
             f"augment.crop_size={typed.crop}",
             "query.exclude=[]",
+            "pseudo_label.neighbours=0",
         ]
         words += ["augment.base_size=480", f"inference.batch_size={images}"]
         self.config = read_config("demo.yaml", [*words, f"pseudo_label.scales={SCALES}"])
@@ -117,13 +120,24 @@ class Bench:
 
         return step
 
-    def retrain_step(self, weigh: Callable, batch: tuple) -> Callable:
-        net, teacher = self.ours(), frozen(self.network(), self.device)
+    def retrain_step(self, rule: str, batch: tuple) -> Callable:
+        net, teacher, settings = (
+            self.ours(),
+            frozen(self.network(), self.device),
+            self.config.retrain,
+        )
+        stage = self.stage("bank")
+        section = settings.model_copy(update={"weight": rule})
+        stage = replace(stage, config=self.config.model_copy(update={"retrain": section}))
+        weigh = train.weighting(stage, teacher, self.splits.labeled).weigh
 
         def objective(student: nn.Module, part: tuple, whole: tuple) -> train.Loss:
             with torch.no_grad():
-                weight = weigh(teacher, part, None)
-            return train.retrain_objective(student, part, whole, weight, cross_entropy)
+                weight = weigh(teacher.extract(part.image), part, None)
+            view = View(part.student_image[:, 0], part.pseudo_label, weight)
+            return train.retrain_objective(
+                student, [view], view, part, whole, cross_entropy, settings
+            )
 
         return self.step(net, objective, batch)
 
@@ -142,30 +156,29 @@ class Bench:
         return Row(forms, 2 * self.batch, 3 * self.flop(self.config.augment.crop_size))
 
     def retrain(self) -> Row:
-        batch = self.retrain_batch(queried_image)
+        batch = self.retrain_batch(self.querier.draw)
 
         def naive() -> Callable:
             return self.plain_step(self.plain(), plain.retrain_step, batch, self.plain().eval())
 
-        forms = {"plain": naive, "ours": lambda: self.retrain_step(train.weight_by_image, batch)}
+        forms = {"plain": naive, "ours": lambda: self.retrain_step("image", batch)}
         crop = self.config.augment.crop_size
         return Row(forms, self.batch, (2 * 3 + 2) * self.flop(crop))
 
     def retrain_by_bank(self) -> Row:
-        batch = self.retrain_batch(queried_prototype)
-
-        def ours() -> Callable:
-            teacher = frozen(self.network(), self.device)
-            bank = train.prototype_bank(self.stage("bank"), teacher, self.splits.labeled)
-            return self.retrain_step(partial(train.weight_by_bank, bank=bank), batch)
+        batch = self.retrain_batch(self.querier.choose)
 
         row = self.retrain()
         flop = (2 * 3 + 1) * self.flop(self.config.augment.crop_size)
-        return Row({"plain": row.forms["plain"], "ours": ours}, self.batch, flop)
+        return Row(
+            {"plain": row.forms["plain"], "ours": lambda: self.retrain_step("bank", batch)},
+            self.batch,
+            flop,
+        )
 
     def retrain_batch(self, query: Callable) -> tuple:
         # The true masks of val stand for pseudo labels.
-        query, augment = partial(query, self.querier), self.config.augment
+        augment = self.config.augment
         samples = RetrainSamples(self.splits.val, self.splits.labeled, query, augment, CHANCE)
         (batch, *_) = training_batches(samples, self.batch, range(1), CHANCE, 0)
         return batch
@@ -174,7 +187,7 @@ class Bench:
         samples, device = self.splits.unlabeled[: self.batch], self.device.torch_device
 
         def ours() -> None:  # a new stage each time: one that is there goes on where it stopped
-            train.write_pseudo_labels(self.stage("labels"), self.teacher, samples)
+            train.write_pseudo_labels(self.stage("labels"), (self.teacher,), samples, [])
 
         def naive() -> Callable:
             folder, net = self.folder / "plain", self.plain().eval()
