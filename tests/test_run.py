@@ -279,17 +279,5 @@ def test_table():
     }
     head, *lines = stage_table(stages, "last").splitlines()
     assert head.split()[:3] == ["stage", "mIoU", "(last)"]
-    assert lines[0].split() == [
-        "1_supervised",
-        "41.23",
-        "%",
-        "5",
-        "80",
-        "+",
-        "0",
-        "-",
-        "-",
-        "-",
-        "1:01",
-    ]
-    assert lines[1].split() == ["2_pseudo_label", "-", "-", "-", "108", "90.00", "%", "-", "0:03"]
+    assert " ".join(lines[0].split()) == "1_supervised 41.23 % 5 80 + 0 - - - - 1:01"
+    assert lines[1].split() == ["2_pseudo_label", *"----", "108", "90.00", "%", "-", "0:03"]
