@@ -11,7 +11,7 @@ demo: .venv/run.stamp
 	@echo "Look at outdir/demo/examples.png; start over with: rm -r outdir/demo"
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest -m "not exhaustive"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not exhaustive"
 
 test-all: .venv/dev.stamp
 	$(BIN)/python -m pytest
