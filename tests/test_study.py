@@ -92,6 +92,8 @@ def test_every_method_runs_and_the_study_continues(demo_root, tmp_path, tiny_set
     for method in ("self_training", "fixmatch", "unimatch"):
         copied = folder / f"{method}_3" / "1_supervised" / "checkpoint.pth"
         assert copied.read_bytes() == first.read_bytes()
+    stability = (folder / "st++_3" / "3_select" / "unlabeled_scores.csv").read_text().split()[1:]
+    assert all(0 <= float(row.split(",")[1]) <= 2 for row in stability)
     shutil.rmtree(folder / "fixmatch_3")
     done = (folder / "unimatch_3" / "results.json").stat().st_mtime_ns
     study.main()

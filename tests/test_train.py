@@ -11,10 +11,14 @@ from PIL import Image
 
 import train
 from dataset.catalog import describe
-from dataset.lists import read_splits
+from dataset.lists import read_label, read_splits
 from dataset.query import QueryRule, build_query_index
+from dataset.reading import read_image, to_input, to_label
+from utils import IMAGENET
 from utils.config.reading import read_config
+from utils.device import Device
 from utils.errors import UserError
+from utils.run.stages import Stage
 
 STAGES = ["1_supervised", "2_pseudo_label", "3_select", "4_retrain", "5_relabel", "6_retrain"]
 
@@ -79,6 +83,21 @@ def test_halves_and_masks_fit_together(finished, demo_root):
             with Image.open(mask) as picture:
                 assert picture.mode == "P"
                 assert picture.size == (64, 48)
+
+
+def test_labeled_images_vote_for_their_own_labels(demo_root, tmp_path, tiny_settings):
+    model = "model={backbone: timm/tf_efficientnet_lite0, output_stride: 32, pretrained: auto}"
+    words = [*tiny_settings(demo_root, tmp_path), model, "pseudo_label.neighbour_scale=6"]
+    config = read_config("demo.yaml", words)
+    labeled = read_splits(config.dataset).labeled
+    stage = Stage("2_pseudo_label", tmp_path, config, Device("cpu", "fp32"), log=None, watch=None)
+    votes = train.Neighbours(stage, labeled)
+    right = []
+    for sample in labeled:
+        image, label = to_input(read_image(sample.image), IMAGENET), to_label(read_label(sample))
+        (found,) = votes.votes(image.unsqueeze(0), tuple(label.shape)).argmax(dim=1)
+        right.append((found == label)[label != 255].float().mean())
+    assert torch.stack(right).mean() > 0.8  # patches are 5 pixels wide
 
 
 @pytest.mark.slow
@@ -233,13 +252,14 @@ def test_encoders_of_timm_go_through_the_six_stages(demo_root, tmp_path, tiny_se
 
 
 @pytest.mark.slow
-def test_labels_of_the_running_average_resume_to_the_same_bits(
+def test_running_average_and_thresholds_resume_to_the_same_bits(
     demo_root, tmp_path, tiny_settings, monkeypatch
 ):
     words = [*tiny_settings(demo_root, tmp_path), "retrain.threshold=0.2", "checkpoint_every=1"]
-    config = read_config("demo.yaml", [*words, "name=whole"], "fixmatch")
+    words.append("retrain.threshold_by_class=true")
+    config = read_config("demo.yaml", [*words, "name=whole"], "unimatch")
     train.train(config)
-    cut, steps = read_config("demo.yaml", [*words, "name=cut"], "fixmatch"), []
+    cut, steps = read_config("demo.yaml", [*words, "name=cut"], "unimatch"), []
     step_done = train.Progress.step_done
 
     def interrupted(self):
