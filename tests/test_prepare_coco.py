@@ -146,3 +146,29 @@ def test_other_categories_are_refused(root):
     path.write_text(json.dumps({"images": [], "annotations": [], "categories": CATEGORIES[1:]}))
     with pytest.raises(UserError, match=r"its categories are not the 80 of COCO 2017"):
         prepare(SMALL, root, False, 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("images", 5, "instances_val2017.json"),
+        ("annotations", [{"id": 1, "image_id": 139}], "instances_val2017.json"),
+        ("annotations", [{"id": 1, **entry(139, CAR, [[1, 2]])}], "image 139"),
+    ],
+)
+def test_malformed_annotations_are_refused_in_one_line(root, key, value, named):
+    path = root / "annotations/instances_val2017.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({**found, key: value}))
+    with pytest.raises(
+        UserError, match=r"malformed annotations .*unpack the file again"
+    ) as refused:
+        prepare(SMALL, root, False, 0)
+    assert named in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_that_is_no_json_is_refused(root):
+    (root / "annotations/instances_train2017.json").write_text("{")
+    with pytest.raises(UserError, match=r"instances_train2017.json: malformed annotations"):
+        prepare(SMALL, root, False, 0)

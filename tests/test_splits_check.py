@@ -204,3 +204,12 @@ def test_what_leaves_nothing_to_look_at(rows, complaint, tmp_path):
         "query.exclude=[sky]": "query.exclude: 'sky' is no class",
     }.items():
         assert told in complaint(program, "check", "--config", "demo.yaml", *rows, setting)
+
+
+def test_every_list_that_cannot_be_read_is_reported(rows, tmp_path):
+    (tmp_path / "labeled.txt").write_text("a.png a_ids.png\na.png a_ids.png\n")
+    (tmp_path / "val.txt").unlink()
+    found = look(rows)
+    problems = {(each["where"], each["what"]) for each in found["problems"]}
+    assert problems == {(name, "lists that cannot be read") for name in ("labeled", "val")}
+    assert found["images"] == {"labeled": 0, "unlabeled": 1, "val": 0}

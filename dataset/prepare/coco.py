@@ -1,5 +1,7 @@
 """COCO 2017: semantic masks of 80 classes and background, drawn from the instance annotations."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,14 +40,16 @@ def _plan(root: Path) -> tuple[dict[str, list[str]], list[Step]]:
     for split in COUNTS:
         path = root / f"annotations/instances_{split}2017.json"
         refuse_missing([path])
-        found = COCO(path)
-        if tuple(found.cats[each]["name"] for each in sorted(found.cats)) != KIND.classes[1:]:
+        with _annotations(path):
+            found = COCO(path)
+            categories = tuple(found.cats[each]["name"] for each in sorted(found.cats))
+            names = {Path(x["file_name"]).stem: id_ for id_, x in sorted(found.imgs.items())}
+        if categories != KIND.classes[1:]:
             raise UserError(f"{path}: its categories are not the 80 of COCO 2017; unpack it again")
-        names = {Path(image["file_name"]).stem: id_ for id_, image in sorted(found.imgs.items())}
         refuse_missing(root / f"{split}2017/{name}.jpg" for name in names)
         lists[split] = [f"{split}2017/{name}.jpg masks/{name}.png" for name in sorted(names)]
         sources = {root / f"masks/{name}.png": id_ for name, id_ in names.items()}
-        steps.append(Step(f"masks of {split}", partial(_write_mask, found), sources))
+        steps.append(Step(f"masks of {split}", partial(_write_mask, path, found), sources))
     return lists, steps
 
 
@@ -67,8 +71,21 @@ def draw_mask(found: Any, image_id: int) -> np.ndarray:
     return ids
 
 
-def _write_mask(found: Any, image_id: int, path: Path) -> None:
-    save_mask(path, draw_mask(found, image_id), KIND.palette())
+@contextmanager
+def _annotations(path: Path, where: str = "") -> Iterator[None]:
+    """Turn what pycocotools raises on malformed annotations into one line."""
+    try:
+        yield
+    except Exception as error:  # pycocotools raises bare ones, too
+        raise UserError(
+            f"{path}: {where}malformed annotations ({error!r}); unpack the file again"
+        ) from error
+
+
+def _write_mask(annotations: Path, found: Any, image_id: int, path: Path) -> None:
+    with _annotations(annotations, f"image {image_id}: "):
+        ids = draw_mask(found, image_id)
+    save_mask(path, ids, KIND.palette())
 
 
 COCO_2017 = DataSet(

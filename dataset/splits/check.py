@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from dataset.catalog import describe
-from dataset.lists import find_faults, read_lists
+from dataset.lists import Splits, find_faults, find_root, read_lists
 from dataset.query import QueryRule
 from utils.config.schema import Config
+from utils.errors import UserError
 
 
 def audit(config: Config) -> dict[str, Any]:
@@ -20,14 +21,22 @@ def audit(config: Config) -> dict[str, Any]:
         of labeled images without faults, with their ``share`` of the pixels that are not ignored,
         the number of ``images`` that show them and of ``partners`` that show enough of them (None:
         never queried); ``unreachable``, classes without partners; ``hardly_reachable``, classes for
-        which fewer than half of their images are partners; ``problems`` that training refuses.
+        which fewer than half of their images are partners; ``problems`` that training refuses,
+        lists that cannot be read among them.
 
     Raises:
-        UserError: as ``read_lists``; a query rule that names an unknown class.
+        UserError: no root; a query rule that names an unknown class.
     """
     kind = describe(config.dataset)
     rule = QueryRule.of(config.query, kind)
-    splits = read_lists(config.dataset)
+    find_root(config.dataset)
+    splits, lines = Splits([], [], []), defaultdict(list)
+    for field in Splits._fields:
+        try:
+            read = read_lists(config.dataset, (field,))
+            splits = splits._replace(**{field: getattr(read, field)})
+        except UserError as error:
+            lines[field, "lists that cannot be read"].append(str(error))
     areas, images, partners = np.zeros((3, rule.num_classes), dtype=np.int64)
 
     def count(where: str, label: np.ndarray) -> None:
@@ -37,7 +46,6 @@ def audit(config: Config) -> dict[str, Any]:
             images[:] += area > 0
             partners[rule.classes_in(label)] += 1
 
-    lines = defaultdict(list)
     for fault in find_faults(splits, kind, decode=True, visit=count):
         lines[fault.where, fault.what].append(fault.line)
     shares = (areas / max(1, areas.sum())).tolist()
