@@ -1,6 +1,8 @@
 # The two commands are 'make demo' and 'make test'; each sets up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+# A process a core, of one thread each: two threads in each would wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 OLDEST := .venv-oldest/bin
 
 .PHONY: demo test test-all test-oldest lint format
@@ -11,10 +13,10 @@ demo: .venv/run.stamp
 	@echo "Look at outdir/demo/examples.png; start over with: rm -r outdir/demo"
 
 test: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not exhaustive"
+	$(PYTEST) -m "not exhaustive"
 
 test-all: .venv/dev.stamp
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-oldest: .venv-oldest/dev.stamp
 	$(OLDEST)/python -m pytest

@@ -654,7 +654,6 @@ def fit(
     kept = net if average is None else average
     student, classes = parallel(net), describe(config.dataset).classes
     best = config.evaluate.checkpoint == "best"
-    keep_at = [math.ceil(count * share) for share in earlier]
     bar = StageBar(stage.name, iterations, steps, images=crops.labeled + crops.unlabeled)
     with bar, Progress(stage, net, optimization, bar, running) as at:
         epochs, outcome = range(at.epoch, count), at.report
@@ -682,8 +681,9 @@ def fit(
                 if numbers["miou"] > outcome.get("miou", -1.0) if best else last:
                     outcome = {**numbers, **matrix.report(classes), "epoch": epoch + 1}
                     stage.save(kept, epoch + 1)
-            if epoch + 1 in keep_at:
-                stage.save(kept, epoch + 1, f"earlier_{keep_at.index(epoch + 1) + 1}.pth")
+            for number, share in enumerate(earlier, start=1):
+                if epoch + 1 == math.ceil(count * share):
+                    stage.save(kept, epoch + 1, f"earlier_{number}.pth")
             stage.record(epoch + 1, numbers)
             at.epoch_done(outcome)
     seen = {f"{kind}_crops": number * iterations for kind, number in crops._asdict().items()}

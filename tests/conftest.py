@@ -98,7 +98,7 @@ def tiny_settings() -> Callable[[Path, Path], list[str]]:
             "retrain.iterations=null",
             "retrain.epochs=2",
             "retrain.batch_size=4",
-            "pseudo_label.scales=[1.0]",
+            "pseudo_label={scales: [1.0], threshold: 0}",
         ]
 
     return settings_for

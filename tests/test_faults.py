@@ -105,7 +105,7 @@ def last_words(process):
 STOPPED = "the same command, without --from-stage and --fresh, continues from the last save"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_full_disk_a_dead_worker_and_two_signals_change_nothing(finished, typed, tmp_path):
     run = tmp_path / "cut"
     process = typed(limit=90)  # MiB; less than the state of a training stage
@@ -139,7 +139,7 @@ def test_a_full_disk_a_dead_worker_and_two_signals_change_nothing(finished, type
     assert lines == [6, 6]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_runs_end_as_a_quiet_one(run_program):
     done = run_program("tests/faults.py", "--kills", 2)
     assert done.stdout.endswith("2 of 2 identical\n"), done.stdout + done.stderr

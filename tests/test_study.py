@@ -75,7 +75,7 @@ def test_wrong_words_are_refused(complaint):
     assert "below 1" in complaint(study, *words, "supervised", "--processes", "0")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_method_runs_and_the_study_continues(demo_root, tmp_path, tiny_settings, monkeypatch):
     """All methods in one study; then stage 1 is shared, and what is deleted is done again."""
     settings = [*tiny_settings(demo_root, tmp_path), "supervised.epochs=1", "retrain.epochs=1"]

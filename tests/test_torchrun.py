@@ -80,9 +80,8 @@ def test_files_of_labeling_and_selection_are_those_of_one_process(together, conf
         rule = QueryRule.of(settings.query, describe(settings.dataset))
         index = build_query_index(splits.labeled, rule)
         with Run(settings) as run:
-            masks = run.stage(
-                "2_pseudo_label", train.write_pseudo_labels, teacher, splits.unlabeled
-            )
+            inputs = (teacher,), splits.unlabeled, splits.labeled
+            masks = run.stage("2_pseudo_label", train.write_pseudo_labels, *inputs)
             labeled = with_pseudo_masks(splits.unlabeled, masks / "masks")
             run.stage("3_select", train.select, teacher, splits, labeled, index)
             student = run.device.place(network_of(settings.model, 7, pretrained=None))
@@ -132,7 +131,7 @@ def test_an_image_that_one_process_cannot_read_ends_all_with_one_line(
     assert said.count("Traceback") == 1  # torchrun's own
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_of_two_processes_is_stopped_and_continues_to_its_end(
     demo_root, tmp_path, tiny_settings
 ):

@@ -117,7 +117,7 @@ def test_other_settings_are_refused_with_the_keys(finished, demo_root, tiny_sett
         train.train(read_config("demo.yaml", words))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_weights_depend_on_no_loader(finished, demo_root, tmp_path, tiny_settings):
     words = tiny_settings(demo_root, tmp_path)
     again = start(words, "again", workers=2, cache="ram")
@@ -200,11 +200,25 @@ def test_from_stage_does_later_stages_again(finished, demo_root, tmp_path, tiny_
 
 @pytest.mark.slow
 def test_a_bank_of_prototypes_is_a_switch(demo_root, tmp_path, tiny_settings):
-    words = [*tiny_settings(demo_root, tmp_path), "query.exclude=[]"]  # two epochs teach background
+    words = [*tiny_settings(demo_root, tmp_path), "query.exclude=[]"]  # few epochs teach background
+    words += ["supervised.epochs=1", "retrain.epochs=1"]
     run = start(words, "bank", **{"retrain.weight": "bank"})
     lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert all(line["queried"] == 1.0 for line in lines if line["stage"] == "6_retrain")
     assert all(0 < line["weight"] < 1 for line in lines if line["stage"] == "6_retrain")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["st++", "cisc_published"])
+def test_methods_of_six_stages(demo_root, tmp_path, tiny_settings, method):
+    words = [*tiny_settings(demo_root, tmp_path), "supervised.epochs=1", "retrain.epochs=1"]
+    train.train(read_config("demo.yaml", [*words, f"name={method}", "relabel=both"], method))
+    run = tmp_path / method
+    assert list(json.loads((run / "results.json").read_text())["stages"]) == STAGES
+    assert len(list((run / "1_supervised").glob("earlier_*.pth"))) == 2 * (method == "st++")
+    rows = (run / "3_select" / "unlabeled_scores.csv").read_text().split()[1:]
+    scores = [float(row.split(",")[1]) for row in rows]
+    assert all(0 <= score <= 2 if method == "st++" else score <= 0 for score in scores)
 
 
 @pytest.mark.slow
@@ -223,7 +237,6 @@ def test_baselines_are_switches(demo_root, tmp_path, tiny_settings):
             "evaluate.every": 1,
             "ohem.min_kept": 500,
             "supervised.accumulate": 2,
-            "precision": "bf16",
         },
     )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
@@ -238,8 +251,8 @@ def test_baselines_are_switches(demo_root, tmp_path, tiny_settings):
 @pytest.mark.parametrize(
     "model",
     [
-        "model.backbone=timm/convnext_atto",
-        "model.backbone=timm/mobilenetv3_small_050",
+        pytest.param("model.backbone=timm/convnext_atto", marks=pytest.mark.exhaustive),
+        pytest.param("model.backbone=timm/mobilenetv3_small_050", marks=pytest.mark.exhaustive),
         "model={name: dpt, backbone: timm/vit_tiny_patch16_224}",
     ],
 )

@@ -107,8 +107,8 @@ def shared_stages(one: Config, other: Config) -> list[str]:
 
 
 def take_over(job: Job, jobs: Sequence[Job]) -> None:
-    """Copy stages that another run has finished into the folder of a run that has none."""
-    if any(job.folder.glob("[1-6]_*")):
+    """Copy stages that another run has finished into the folder of a run that has none yet."""
+    if job.folder.exists():
         return
     for other in jobs:
         stages = [
@@ -130,7 +130,6 @@ def take_over(job: Job, jobs: Sequence[Job]) -> None:
         write_text(partial_copy / "metrics.jsonl", "".join(lines))
         settings = job.config.model_dump(mode="json")
         write_text(partial_copy / "config.yaml", yaml.safe_dump(settings))
-        rmtree(job.folder, ignore_errors=True)  # holds no stage
         partial_copy.rename(job.folder)
         return
 
