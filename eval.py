@@ -20,6 +20,7 @@ from dataset.catalog import describe
 from dataset.lists import (
     Sample,
     Splits,
+    find_faults,
     find_pictures,
     mask_file,
     read_label,
@@ -97,12 +98,13 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> str:
         truth: a list of unlabeled images with masks.
 
     Returns:
-        Tables: accuracy and IoU of stored labels by stage; AUROC, calibration error and share of
-        the weight on wrong pixels, of every rule and the teacher's most probable classes; rank
-        correlation of image scores and mIoU.
+        Tables: accuracy and IoU of stored labels by stage, over pixels that are not ignored, and
+        the share of these; AUROC, calibration error and share of the weight on wrong pixels, of
+        rules that need no query, for the teacher's most probable classes; rank correlation of
+        image scores and mIoU.
 
     Raises:
-        UserError: the list names no unlabeled image with a mask.
+        UserError: the list names no unlabeled image with a mask; a mask that training would refuse.
     """
     kind, splits, root = describe(config.dataset), read_splits(config.dataset), config.dataset.root
     classes, unlabeled = len(kind.classes), {sample.name for sample in splits.unlabeled}
@@ -110,9 +112,11 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> str:
     samples = [sample for sample in listed if sample.mask and sample.name in unlabeled]
     if not samples:
         raise UserError(f"{truth}: names no unlabeled image of this run with a mask beside it")
+    for fault in find_faults(Splits([], [], samples), kind):
+        raise UserError(fault.line)
     lines, mious = [], defaultdict(dict)  # by stage and image
     for stage in ("2_pseudo_label", "5_relabel"):
-        matrix = ConfusionMatrix(classes)
+        matrix, valid = ConfusionMatrix(classes), 0
         for sample in samples:
             file = mask_file(run / stage / "masks", sample)
             if file.is_file():
@@ -121,8 +125,10 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> str:
                 single.update(ids[ids != IGNORE], label[ids != IGNORE])
                 mious[stage][sample.name] = single.mean_iou()
                 matrix.counts += single.counts
+                valid += int((label != IGNORE).sum())
         if mious[stage]:
-            lines += [f"labels of {stage}: {len(mious[stage])} images"]
+            share = matrix.counts.sum().item() / max(1, valid)
+            lines += [f"labels of {stage}: {len(mious[stage])} images, {share:.1%} of the pixels"]
             lines += [table(matrix.report(kind.classes)), ""]
     qualities = _weight_qualities(run, config, device, samples, splits)
     lines.append(f"{'weight rule':<20}{'AUROC':>8}{'calibration error':>20}{'weight on wrong':>18}")
@@ -149,26 +155,23 @@ def _weight_qualities(
     anchors, ask = class_anchors(stage, teacher, splits.labeled), Neighbours(stage, splits.labeled)
     loader = whole_images(samples, settings, config.workers, preprocessing=preprocessing)
     predict = Predictor(teacher, device, settings)
-    qualities: dict[str, WeightQuality] = defaultdict(lambda: WeightQuality(device.torch_device))
+    names = ("confidence", "anchors", "confidence_anchors", "neighbours", "pooled")
+    qualities = {name: WeightQuality() for name in names}  # in every process: they are reduced
     for batch in passes(loader, device, "diagnosis"):
         size = tuple(batch.label.shape[-2:])
         probability, votes = predict(batch.image, size), ask.votes(batch.image, size)
         confidence, ids = probability.max(dim=1)
         base = base_size(batch.image.shape[-2:], settings.long_side)
         images = resize_images(batch.image, base, preprocessing.interpolation)
-        similarity = anchor_weight(teacher.extract(images), ids, anchors)
+        with device.autocast():
+            features = teacher.extract(images)
+        similarity = anchor_weight(features, ids, anchors)
         both = pooled(probability, votes, config.pseudo_label.neighbours or 0.5)
         voted, pool = (maps.gather(1, ids.unsqueeze(1)).squeeze(1) for maps in (votes, both))
-        rules = {
-            "confidence": confidence,
-            "anchors": similarity,
-            "confidence_anchors": confidence * similarity,
-            "neighbours": voted,
-            "pooled": pool,
-        }
+        weights = (confidence, similarity, confidence * similarity, voted, pool)
         known = batch.label != IGNORE
-        for rule, weight in rules.items():
-            qualities[rule].update(weight[known], (ids == batch.label)[known])
+        for name, weight in zip(names, weights, strict=True):
+            qualities[name].update(weight[known].cpu(), (ids == batch.label)[known].cpu())
     return {rule: quality.reduce() for rule, quality in qualities.items()}
 
 

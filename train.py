@@ -37,7 +37,7 @@ from dataset.training import (
     refuse_batch_sizes,
     repeats,
 )
-from model import network_of, refuse_crop
+from model import network_of, patch_size_of, refuse_crop
 from model.cisc import (
     anchor_weight,
     class_prototypes,
@@ -199,7 +199,7 @@ def supervised_objective(
 def write_pseudo_labels(
     stage: Stage, teachers: Sequence[Path], unlabeled: Sequence[Sample], labeled: Sequence[Sample]
 ) -> Report:
-    """Stages 2 and 5: the most probable class of every pixel, averaged over teachers, as PNGs."""
+    """Stages 2 and 5: the most probable class of every pixel by teachers and votes, as PNGs."""
     config, palette = stage.config, describe(stage.config.dataset).palette()
     nets = [_teacher(stage, checkpoint_of(teacher)) for teacher in teachers]
     predictors = [Predictor(n, stage.device, config.inference, config.pseudo_label) for n in nets]
@@ -248,7 +248,10 @@ class Neighbours:
 
     Args:
         stage: its config and device.
-        labeled: at most ``PATCHES`` of their patches are kept, drawn at random.
+        labeled: about ``PATCHES`` of their patches are kept at most, drawn at random by batch.
+
+    Raises:
+        UserError: no patch is labeled on more than half of its pixels.
     """
 
     def __init__(self, stage: Stage, labeled: Sequence[Sample]) -> None:
@@ -260,11 +263,17 @@ class Neighbours:
         found = []
         for batch in passes(_whole(config, labeled, net.preprocessing), stage.device, stage.name):
             patches = labeled_patches(self._maps(batch.image), batch.label, classes)
-            found.append([rows.cpu() for rows in patches])
+            limit = math.ceil(PATCHES * len(batch.index) / len(labeled))
+            drawn = chance.of(int(batch.index[0])).permutation(len(patches.features))[:limit]
+            found.append([rows[drawn].cpu() for rows in patches])
         features, shares = map(torch.cat, zip(*gathered(found), strict=True))
-        drawn = chance.of(0).permutation(len(features))[:PATCHES]
-        chosen = (rows[drawn].to(stage.device.torch_device) for rows in (features, shares))
-        self._patches = LabeledPatches(*chosen)
+        if not len(features):
+            raise UserError(
+                "pseudo_label.neighbours: no patch of the labeled images is labeled on more than "
+                "half of its pixels; set pseudo_label.neighbours=0"
+            )
+        device = stage.device.torch_device
+        self._patches = LabeledPatches(features.to(device), shares.to(device))
 
     def votes(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         """Vote on (B, 3, h, w) images at the size of their files: (B, C, H, W), of a size."""
@@ -273,7 +282,10 @@ class Neighbours:
     def _maps(self, images: Tensor) -> Tensor:
         config = self._stage.config
         base = base_size(images.shape[-2:], config.inference.long_side)
-        size = tuple(round(side * config.pseudo_label.neighbour_scale) for side in base)
+        # Multiples of the stride: labels and votes then lie where the maps are.
+        stride = patch_size_of(config.model.backbone) or config.model.output_stride
+        scale = config.pseudo_label.neighbour_scale / stride
+        size = tuple(stride * math.ceil(side * scale) for side in base)
         with self._stage.device.autocast():
             images = resize_images(images, size, self._preprocessing.interpolation)
             return self._encoder(images)[-1]
@@ -333,7 +345,8 @@ def _stability(
             for name, predicted, label in zip(scores, ids, batch.label, strict=True):
                 matrix = ConfusionMatrix(classes, stage.device.torch_device)
                 matrix.update(predicted, label)
-                scores[name] += matrix.mean_iou()
+                miou = matrix.mean_iou()
+                scores[name] += miou if math.isfinite(miou) else -math.inf  # all is ignored
         yield scores
 
 
@@ -436,20 +449,22 @@ class ClassThresholds(nn.Module):
         super().__init__()
         self.settings = settings
         self.register_buffer("mean", torch.ones(num_classes))
+        self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
 
     def forward(self, confidence: Tensor, label: Tensor) -> Tensor:
         """Tell which (B, H, W) pixels reach their class's threshold: bool. Collective."""
         if not self.settings.threshold_by_class:
             return confidence >= self.settings.threshold
-        valid = label != IGNORE
-        shown, found = label[valid], confidence[valid].float()
-        sums = torch.zeros_like(self.mean).index_add_(0, shown, found)
-        counts = torch.zeros_like(self.mean).index_add_(0, shown, torch.ones_like(found))
-        sums, counts = reduced(torch.stack([sums, counts]))
+        regions = [label == class_id for class_id in range(len(self.mean))]  # deterministic sums
+        sums = torch.stack([(confidence * region).sum() for region in regions])
+        counts = torch.stack([region.sum() for region in regions])
+        sums, counts = reduced(torch.stack([sums.float(), counts.float()]))
         moved = self.mean.lerp(sums / counts.clamp_min(1), 1 - self.settings.average_decay)
         self.mean.copy_(torch.where(counts > 0, moved, self.mean))
-        limits = self.settings.threshold * self.mean / self.mean.max()
-        return confidence >= limits[label.where(valid, 0)]
+        self.seen |= counts > 0
+        highest = self.mean.where(self.seen, 0).max().clamp_min(1e-6)
+        limits = self.settings.threshold * self.mean / highest
+        return confidence >= limits[label.where(label != IGNORE, 0)]
 
 
 def retrain_objective(

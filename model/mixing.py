@@ -1,4 +1,7 @@
-"""Boxes cut from and pasted into the student's images, with their labels and weights."""
+"""Boxes cut from and pasted into the student's images, with their labels and weights.
+
+Losses are divided by the valid pixels before mixing: a blanked box lowers the loss.
+"""
 
 import math
 from typing import NamedTuple

@@ -67,11 +67,19 @@ def test_wrong_value_names_key_value_and_what_is_allowed(setting, message):
         "augment.strong.blur=[-1.0, 2.0]",
         "optimizer.lr=.inf",
         "name=..",  # the run folder would be outdir's parent, whose stages --from-stage removes
+        "retrain.threshold_by_class=true",  # of no threshold
     ],
 )
 def test_value_that_would_fail_later_is_refused_now(setting):
     with pytest.raises(UserError, match="is not allowed"):
         config_from(SMALL, "a checkpoint", [setting])
+
+
+def test_queries_need_stored_labels():
+    words = ["stages=[1, 6]", "retrain.labels=average"]
+    for setting in ("retrain.mix=queried", "retrain.learn_queried=true"):
+        with pytest.raises(UserError, match="stages without 2 do not have"):
+            config_from(SMALL, "a checkpoint", [*words, setting])
 
 
 def test_class_map_is_kept_and_changed_id_by_id():

@@ -89,6 +89,8 @@ def test_a_run_is_diagnosed_by_true_masks(finished, demo_root, run_program, tmp_
     assert all(0 <= number <= 1 for number in (auroc, error, wrong))
     assert -1 <= float(done.stdout.rsplit(" ", 1)[1]) <= 1
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()} == before
+    done = run_program("eval.py", run, "--diagnose", demo_root / "truth.txt", "precision=bf16")
+    assert done.returncode == 0, done.stderr
     done = run_program("eval.py", run, "--diagnose", demo_root / "labeled.txt")
     assert done.returncode == 2
     assert "names no unlabeled image" in done.stderr

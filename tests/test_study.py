@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+import yaml
 
 from utils import study
 from utils.config.reading import METHODS, read_config
@@ -68,10 +69,31 @@ def test_a_section_of_a_document_is_replaced(tmp_path):
     assert "old" not in content
 
 
+def test_stages_of_other_settings_are_not_taken_over(tmp_path):
+    """A folder of an earlier study with another learning rate is no source."""
+    words = [f"outdir={tmp_path}"]
+    old = study.plan("demo.yaml", ["supervised"], [0], [*words, "optimizer.lr=0.1"])[0]
+    (old.folder / "1_supervised").mkdir(parents=True)
+    (old.folder / "1_supervised" / "stage.json").write_text("{}")
+    for name in ("lists.json", "environment.json"):
+        (old.folder / name).write_text("{}")
+    (old.folder / "metrics.jsonl").touch()
+
+    def taken(settings):
+        (old.folder / "config.yaml").write_text(yaml.safe_dump(old.config.model_dump(mode="json")))
+        jobs = study.plan("demo.yaml", ["supervised", "self_training"], [0], settings)
+        study.take_over(jobs[-1], jobs)
+        return (jobs[-1].folder / "1_supervised" / "stage.json").is_file()
+
+    assert not taken(words)
+    assert taken([*words, "optimizer.lr=0.1"])
+
+
 def test_wrong_words_are_refused(complaint):
     words = ("--config", "demo.yaml", "--methods")
     assert "'magic' is not one of" in complaint(study, *words, "magic")
     assert "numbers" in complaint(study, *words, "supervised", "--seeds", "a")
+    assert "use --seeds" in complaint(study, *words, "supervised", "seed=5")
     assert "below 1" in complaint(study, *words, "supervised", "--processes", "0")
 
 

@@ -129,7 +129,10 @@ def test_classes_of_low_confidence_have_lower_thresholds():
     kept = thresholds(confidence, label)
     # Running means: (1 + 0.8) / 2, (1 + 0.5) / 2, and 1 for the class that is not there.
     torch.testing.assert_close(thresholds.mean, torch.tensor([0.9, 0.75, 1.0]))
-    assert kept[0, 0, :3].tolist() == [True, False, False]  # 0.72, 0.72, 0.6
+    # 0.8, 0.8 and 0.8 * 0.75 / 0.9; the class that was never seen does not count as the highest.
+    assert kept[0, 0, :3].tolist() == [True, False, False]
+    again = thresholds(torch.full((1, 1, 4), 0.73), label)[0, 0]  # means 0.815 and 0.74
+    assert again[:3].tolist() == [False, False, True]  # limits 0.8 and 0.8 * 0.74 / 0.815
     assert ClassThresholds(3, RetrainSection(threshold=0.6))(confidence, label).sum() == 2
 
 

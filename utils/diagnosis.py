@@ -60,5 +60,5 @@ class WeightQuality:
 
 def rank_correlation(one: Tensor, other: Tensor) -> float:
     """Spearman's correlation of two (N,) float tensors; equal values rank in their order."""
-    ranks = torch.stack([values.argsort().argsort().double() for values in (one, other)])
+    ranks = torch.stack([values.argsort(stable=True).argsort().double() for values in (one, other)])
     return torch.corrcoef(ranks)[0, 1].item()

@@ -56,11 +56,15 @@ def plan(
 ) -> list[Job]:
     """List the runs: every method with every seed; supervised training at several lengths.
 
-    A method with one retraining stage gets twice its length: as many iterations as one with two.
+    A method with one retraining stage gets twice its length: as many iterations as one with two
+    (of epochs a third more: those of stage 4 pass the reliable half alone).
 
     Raises:
-        UserError: a setting is wrong, or ``supervised.iterations`` is needed and missing.
+        UserError: a setting is wrong, or one of those that the study makes.
     """
+    for setting in settings:
+        if setting.partition("=")[0] in ("seed", "name"):
+            raise UserError(f"'{setting}': a study names its runs and seeds; use --seeds")
     jobs = []
     name = read_config(config, settings).name
     rows = [
@@ -116,7 +120,7 @@ def take_over(job: Job, jobs: Sequence[Job]) -> None:
             for stage in shared_stages(job.config, other.config)
             if (other.folder / stage / "stage.json").is_file()
         ]
-        if other is job or not stages:
+        if other is job or not stages or not _is_of(other):
             continue
         partial_copy = job.folder.with_name(f"{job.folder.name}.partial")
         rmtree(partial_copy, ignore_errors=True)
@@ -136,8 +140,11 @@ def take_over(job: Job, jobs: Sequence[Job]) -> None:
 
 def is_done(job: Job) -> bool:
     """Tell whether a run has results, of these settings."""
-    if not (job.folder / "results.json").is_file():
-        return False
+    return (job.folder / "results.json").is_file() and _is_of(job)
+
+
+def _is_of(job: Job) -> bool:
+    """Tell whether a run folder was made with the settings that are planned for it."""
     return not differing_keys(read_config(str(job.folder / "config.yaml")), job.config)
 
 

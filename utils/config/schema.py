@@ -289,6 +289,13 @@ class Config(Section):
     def _labels_have_a_source(self) -> "Config":
         if 2 not in self.stages and 6 in self.stages and self.retrain.labels == "stored":
             raise ValueError("stages without 2 store no pseudo labels; set retrain.labels=average")
+        if self.retrain.threshold_by_class and not self.retrain.threshold:
+            raise ValueError("retrain.threshold_by_class needs a retrain.threshold, such as 0.95")
+        if 2 not in self.stages and (self.retrain.mix == "queried" or self.retrain.learn_queried):
+            raise ValueError(
+                "retrain.mix=queried and retrain.learn_queried query by stored pseudo labels, "
+                "which stages without 2 do not have"
+            )
         if self.retrain.labels == "average" and self.retrain.weight in ("image", "bank"):
             raise ValueError(
                 f"retrain.weight '{self.retrain.weight}' queries by stored pseudo labels; with "
