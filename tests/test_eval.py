@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # or exhaustive
 
 
 def weights_file(run):
@@ -89,8 +89,13 @@ def test_a_run_is_diagnosed_by_true_masks(finished, demo_root, run_program, tmp_
     assert all(0 <= number <= 1 for number in (auroc, error, wrong))
     assert -1 <= float(done.stdout.rsplit(" ", 1)[1]) <= 1
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()} == before
-    done = run_program("eval.py", run, "--diagnose", demo_root / "truth.txt", "precision=bf16")
-    assert done.returncode == 0, done.stderr
     done = run_program("eval.py", run, "--diagnose", demo_root / "labeled.txt")
     assert done.returncode == 2
     assert "names no unlabeled image" in done.stderr
+
+
+@pytest.mark.exhaustive
+def test_a_run_is_diagnosed_in_bf16(finished, demo_root, run_program):
+    words = ["--diagnose", demo_root / "truth.txt", "precision=bf16"]
+    done = run_program("eval.py", finished[0], *words)
+    assert done.returncode == 0, done.stderr
