@@ -20,6 +20,7 @@ from dataset.catalog import describe
 from dataset.lists import Sample, SampleReader, Splits, mask_file, read_splits, with_pseudo_masks
 from dataset.loader import Chance, batch_keys, training_batches, whole_images
 from dataset.query import (
+    QueriedImage,
     Querier,
     QueryIndex,
     QueryRule,
@@ -103,6 +104,7 @@ class Crops(NamedTuple):
 
 
 Objective = Callable[[nn.Module, Any, Any], Loss]  # of the student, a part of a batch, the batch
+Prepare = Callable[[Any], Any]  # of a batch as it was read
 
 
 def train(config: Config, from_stage: int | None = None, fresh: bool = False) -> None:
@@ -364,10 +366,8 @@ def retrain(
     if settings.start == "teacher":
         load_weights(net, checkpoint_of(teacher))
     average = deepcopy(net).requires_grad_(False) if settings.labels == "average" else None
-    labeled_loss, preprocessing = _labeled_loss(config.ohem), net.preprocessing
     read = sample_reader(config.cache, [*pseudo_labeled, *splits.labeled], config.workers)
-    querier = _querier(config, splits, index, read)
-    rule, mix = weighting(stage, frozen_teacher, splits.labeled), MIXES[settings.mix]
+    querier, preprocessing = _querier(config, splits, index, read), net.preprocessing
     with_image = settings.weight == "image" or settings.mix == "queried" or settings.learn_queried
     samples = RetrainSamples(
         pseudo_labeled,
@@ -380,40 +380,38 @@ def retrain(
         read,
         preprocessing,
     )
-    confident = rule.confident or settings.threshold > 0
+    rule = weighting(stage, frozen_teacher, splits.labeled)
     thresholds = ClassThresholds(len(describe(config.dataset).classes), settings)
     thresholds.to(stage.device.torch_device)
-
-    def objective(student: nn.Module, samples: RetrainSample, batch: RetrainSample) -> Loss:
-        with torch.no_grad():
-            features = confidence = queried = None
-            if rule.passes or (confident and average is None):
-                features = frozen_teacher.extract(samples.image)
-            if average is not None:
-                samples, confidence = predicted_labels(average, samples)
-            elif confident:
-                confidence = label_confidence(frozen_teacher, features, samples.pseudo_label)
-            weight = rule.weigh(features, samples, confidence)
-            if settings.threshold:
-                weight = weight * thresholds(confidence, samples.pseudo_label)
-            if with_image:
-                queried = View(
-                    samples.queried.image, samples.queried.label, torch.ones_like(weight)
-                )
-            views = [
-                mix(View(image, samples.pseudo_label, weight), queried)
-                for image in samples.student_image.unbind(1)
-            ]
-            perturbed = View(samples.image, samples.pseudo_label, weight)
-        return retrain_objective(student, views, perturbed, samples, batch, labeled_loss, settings)
-
-    size, labels_again = settings.batch_size, confident and average is None
+    prepare = partial(
+        student_batch,
+        teacher=frozen_teacher,
+        average=average,
+        rule=rule,
+        thresholds=thresholds,
+        settings=settings,
+    )
+    objective = partial(
+        retrain_objective, labeled_loss=_labeled_loss(config.ohem), dropout=settings.feature_dropout
+    )
+    size, confident = settings.batch_size, rule.confident or settings.threshold > 0
     crops = Crops(
         labeled=size * (1 + settings.learn_queried),
         unlabeled=size * (settings.views + (settings.feature_dropout > 0)),
-        teacher=size * (max(rule.passes, labels_again) + (average is not None)),
+        teacher=size * (max(rule.passes, confident and average is None) + (average is not None)),
     )
-    outcome = fit(stage, net, objective, samples, settings, splits.val, crops, average, thresholds)
+    outcome = fit(
+        stage,
+        net,
+        objective,
+        samples,
+        settings,
+        splits.val,
+        crops,
+        prepare=prepare,
+        average=average,
+        running=thresholds,
+    )
     return {"images": len(samples), **outcome}
 
 
@@ -465,60 +463,6 @@ class ClassThresholds(nn.Module):
         highest = self.mean.where(self.seen, 0).max().clamp_min(1e-6)
         limits = self.settings.threshold * self.mean / highest
         return confidence >= limits[label.where(label != IGNORE, 0)]
-
-
-def retrain_objective(
-    net: nn.Module,
-    views: Sequence[View],
-    perturbed: View,
-    samples: RetrainSample,
-    batch: RetrainSample,
-    labeled_loss: LabeledLoss,
-    settings: RetrainSection,
-) -> Loss:
-    """Rectified cross entropy of unlabeled images, and cross entropy of labeled ones.
-
-    Args:
-        net: the student; all images pass it as one batch.
-        views: of the unlabeled images; their losses are averaged.
-        perturbed: the weak view, which passes with ``feature_dropout`` of its features left out;
-            its loss and that of the views are averaged. Not used at 0.
-        samples: the batch of samples, or a part of it.
-        batch: all of this process's batch.
-        labeled_loss: cross entropy of logits and true labels.
-        settings: ``feature_dropout``; and ``learn_queried``, which adds the queried images.
-
-    Source: docs/method.md, sections 4 and 9.
-    """
-    known = [(samples.labeled_image, samples.labeled_label, batch.labeled_label)]
-    if settings.learn_queried:
-        known.append((samples.queried.image, samples.queried.label, batch.queried.label))
-    everyone = torch.ones_like(batch.queried.shared_class)
-    masks = [batch.pseudo_label != IGNORE, everyone, *(whole != IGNORE for *_, whole in known)]
-    pixels, images, *labeled_pixels = counted(*masks)
-    unknown = [*views, perturbed] if settings.feature_dropout else views
-    passed = [*(image for image, *_ in known), *(view.image for view in unknown)]
-    dropped = (len(perturbed.image), settings.feature_dropout) if settings.feature_dropout else ()
-    logits = net(torch.cat(passed), *dropped).logits.chunk(len(passed))
-    labeled = sum(
-        labeled_loss(answer, label, count)
-        for answer, (_, label, _), count in zip(logits, known, labeled_pixels, strict=False)
-    )
-    losses = [
-        rectified_cross_entropy(answer, view.label, view.weight, pixels)
-        for answer, view in zip(logits[len(known) :], unknown, strict=True)
-    ]
-    unlabeled = sum(losses[: len(views)]) / len(views)
-    if settings.feature_dropout:
-        unlabeled = (unlabeled + losses[-1]) / 2
-    weight, valid = perturbed.weight, perturbed.label != IGNORE
-    terms = {
-        "unlabeled": unlabeled,
-        "labeled": labeled,
-        "weight": (weight * valid).sum() / pixels.clamp_min(1),
-        "queried": (samples.queried.shared_class != IGNORE).sum() / images,
-    }
-    return Loss(unlabeled + labeled, terms)
 
 
 # The rules that weigh pixels of pseudo labels. Each takes the frozen teacher's features of the
@@ -592,6 +536,103 @@ def weighting(stage: Stage, teacher: nn.Module, labeled: Sequence[Sample]) -> Ru
     return Rule(weigh, 0, confident=rule == "confidence")
 
 
+class StudentBatch(NamedTuple):
+    """What a student passes and learns from in an iteration: K labeled images, V views."""
+
+    known_image: Tensor  # (B, K, 3, H, W) float, normalised: labeled images
+    known_label: Tensor  # (B, K, H, W) long, true, 255 = ignored
+    image: Tensor  # (B, V, 3, H, W) float, normalised: views of unlabeled images
+    label: Tensor  # (B, V, H, W) long, 255 = ignored
+    weight: Tensor  # (B, V, H, W) float in [0, 1]
+    shared_class: Tensor  # (B,) long, of the query, 255 = none
+
+
+def student_batch(
+    samples: RetrainSample,
+    teacher: nn.Module,
+    average: nn.Module | None,
+    rule: Rule,
+    thresholds: ClassThresholds,
+    settings: RetrainSection,
+) -> StudentBatch:
+    """Label, weigh and mix the unlabeled images of a batch. Collective.
+
+    Args:
+        samples: the batch, with the stored pseudo labels.
+        teacher: frozen.
+        average: running average of the student, which labels instead; None: the stored labels.
+        rule: weighs pixels.
+        thresholds: which pixels weigh at all; not used if ``retrain.threshold`` is 0.
+        settings: ``mix`` is applied to each of the ``views`` in strong colours; with
+            ``feature_dropout`` the weak view comes last, unmixed; with ``learn_queried`` the
+            queried images are labeled images too.
+    """
+    features = confidence = None
+    confident = rule.confident or settings.threshold > 0
+    if rule.passes or (confident and average is None):
+        features = teacher.extract(samples.image)
+    if average is not None:
+        samples, confidence = predicted_labels(average, samples)
+    elif confident:
+        confidence = label_confidence(teacher, features, samples.pseudo_label)
+    weight = rule.weigh(features, samples, confidence)
+    if settings.threshold:
+        weight = weight * thresholds(confidence, samples.pseudo_label)
+    known, queried = [(samples.labeled_image, samples.labeled_label)], None
+    if isinstance(samples.queried, QueriedImage):
+        image, label = samples.queried.image, samples.queried.label
+        queried = View(image, label, torch.ones_like(weight))
+        known += [(image, label)] * settings.learn_queried
+    views = [
+        MIXES[settings.mix](View(image, samples.pseudo_label, weight), queried)
+        for image in samples.student_image.unbind(1)
+    ]
+    if settings.feature_dropout:
+        views.append(View(samples.image, samples.pseudo_label, weight))
+    columns = [*zip(*known, strict=True), *zip(*views, strict=True)]
+    stacked = (torch.stack(column, dim=1) for column in columns)
+    return StudentBatch(*stacked, samples.queried.shared_class)
+
+
+def retrain_objective(
+    net: nn.Module,
+    part: StudentBatch,
+    batch: StudentBatch,
+    labeled_loss: LabeledLoss,
+    dropout: float = 0.0,
+) -> Loss:
+    """Rectified cross entropy of unlabeled images, and cross entropy of labeled ones.
+
+    Args:
+        net: the student; all images pass it as one batch.
+        part: the batch, or a part of it.
+        batch: all of this process's batch.
+        labeled_loss: cross entropy of logits and true labels.
+        dropout: share of the features that the last view loses; its loss then counts as much as
+            the mean of the others. 0: all views count alike.
+
+    Source: docs/method.md, sections 4 and 9.
+    """
+    known, views = part.known_image.unbind(1), part.image.unbind(1)
+    true, pseudo, weight = (maps.unbind(1) for maps in (part.known_label, part.label, part.weight))
+    counts = [maps != IGNORE for maps in (*batch.known_label.unbind(1), *batch.label.unbind(1))]
+    *pixels, images = counted(*counts, torch.ones_like(batch.shared_class))
+    dropped = (len(part.shared_class), dropout) if dropout else ()
+    logits = net(torch.cat([*known, *views]), *dropped).logits.chunk(len(pixels))
+    labeled = sum(map(labeled_loss, logits, true, pixels))
+    rest = logits[len(known) :], pseudo, weight, pixels[len(known) :]
+    losses = torch.stack([rectified_cross_entropy(*view) for view in zip(*rest, strict=True)])
+    unlabeled = (losses[:-1].mean() + losses[-1]) / 2 if dropout else losses.mean()
+    valid = sum(pixels[len(known) :]).clamp_min(1)
+    terms = {
+        "unlabeled": unlabeled,
+        "labeled": labeled,
+        "weight": (part.weight * (part.label != IGNORE)).sum() / valid,
+        "queried": (part.shared_class != IGNORE).sum() / images,
+    }
+    return Loss(unlabeled + labeled, terms)
+
+
 def training_step(
     student: nn.Module,
     objective: Objective,
@@ -600,6 +641,7 @@ def training_step(
     batch: Any,
     seed: int,
     count: int = 1,
+    prepare: Prepare | None = None,
 ) -> tuple[dict[str, Tensor], float | None]:
     """Update the weights once by the objective of a batch.
 
@@ -609,8 +651,9 @@ def training_step(
         optimization: of the student.
         device: its precision; the batch is there.
         batch: a record of tensors.
-        seed: of dropout.
+        seed: of dropout and mixing.
         count: parts that pass one after another; batch norm sees one at a time.
+        prepare: makes of the batch, without gradients, what the objective takes.
 
     Returns:
         This process's part of the logged terms; and None, or the loss where it or the gradient is
@@ -618,6 +661,9 @@ def training_step(
     """
     torch.manual_seed(seed)
     terms: dict[str, Any] = {}
+    if prepare is not None:
+        with torch.no_grad(), device.autocast():
+            batch = prepare(batch)
     for number, part in enumerate(parts(batch, count), start=1):
         with averaging(student, last=number == count):
             with device.autocast():
@@ -636,6 +682,7 @@ def fit(
     settings: TrainingSection,
     val: Sequence[Sample],
     crops: Crops,
+    prepare: Prepare | None = None,
     average: nn.Module | None = None,
     running: nn.Module | None = None,
     earlier: Sequence[float] = (),
@@ -650,8 +697,9 @@ def fit(
         settings: length and batch size of the stage.
         val: images to validate on.
         crops: images an iteration.
+        prepare: see ``training_step``.
         average: like the network; becomes its running average, and is validated and kept.
-        running: a module whose buffers the objective changes, to be resumed.
+        running: a module whose buffers ``prepare`` changes, to be resumed.
         earlier: shares of the stage after which ``earlier_1.pth`` and so on are written too.
 
     Returns:
@@ -680,7 +728,14 @@ def fit(
                 batch, rate = device.move(next(batches)), optimization.lr
                 seed = chance.torch_seed(epoch, step, rank())
                 terms, spoilt = training_step(
-                    student, objective, optimization, device, batch, seed, settings.accumulate
+                    student,
+                    objective,
+                    optimization,
+                    device,
+                    batch,
+                    seed,
+                    settings.accumulate,
+                    prepare,
                 )
                 if spoilt is not None:
                     keys = batch_keys(len(dataset), size, epoch, step, chance)

@@ -1,7 +1,4 @@
-"""Boxes cut from and pasted into the student's images, with their labels and weights.
-
-Losses are divided by the valid pixels before mixing: a blanked box lowers the loss.
-"""
+"""Boxes cut from and pasted into the student's images, with their labels and weights."""
 
 import math
 from typing import NamedTuple

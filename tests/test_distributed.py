@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from dataset.training import QueriedImage, QueryPair, RetrainSample
+from dataset.training import QueryPair
 from model import build_model
 from model.losses import cross_entropy
-from model.mixing import View
-from train import retrain_objective, supervised_objective, training_step
-from utils.config.schema import OptimizerSection, RetrainSection
+from train import StudentBatch, retrain_objective, supervised_objective, training_step
+from utils.config.schema import OptimizerSection
 from utils.device import Device
 from utils.distributed import (
     broadcast,
@@ -90,16 +89,11 @@ def pairs(chosen):
 
 def samples(chosen):
     images, labels, shared_class = batch_of(chosen)
-    queried = QueriedImage(shared_class, shared_class, images[3], labels[2])
-
-    def objective(net, part, batch):
-        weight = part.image.abs().mean(dim=1).clamp_max(1)
-        view = View(part.student_image[:, 0], part.pseudo_label, weight)
-        return retrain_objective(net, [view], view, part, batch, cross_entropy, RetrainSection())
-
-    student_image = images[1].unsqueeze(1)
-    sample = RetrainSample(images[0], labels[0], student_image, images[2], labels[1], queried)
-    return objective, sample
+    weight = images[0].abs().mean(dim=1).clamp_max(1)
+    known = images[[2, 3]].transpose(0, 1), labels[[1, 2]].transpose(0, 1)
+    unknown = images[[1, 0]].transpose(0, 1), labels[[0, 0]].transpose(0, 1)
+    batch = StudentBatch(*known, *unknown, weight.unsqueeze(1).expand(-1, 2, -1, -1), shared_class)
+    return partial(retrain_objective, labeled_loss=cross_entropy), batch
 
 
 @pytest.mark.parametrize(("kind", "count", "accumulate"), [(samples, 3, 1), (pairs, 2, 2)])

@@ -14,9 +14,11 @@ from model.ops.layers import SegmentationNetwork
 from train import (
     ClassThresholds,
     Loss,
+    Rule,
     label_confidence,
     predicted_labels,
     retrain_objective,
+    student_batch,
     supervised_objective,
     training_step,
     weight_by_anchors,
@@ -74,12 +76,19 @@ def samples(pair):
     )
 
 
-def retrained(student, samples, batch, settings=None, weight=None):
+def prepared(samples, weight=None, **settings):
+    """Views, unmixed unless the settings say so, with weights that differ from pixel to pixel."""
     weight = samples.image.mean(dim=1).sigmoid() if weight is None else weight
-    views = [View(image, samples.pseudo_label, weight) for image in samples.student_image.unbind(1)]
-    perturbed = View(samples.image, samples.pseudo_label, weight)
-    settings = settings or RetrainSection()
-    return retrain_objective(student, views, perturbed, samples, batch, cross_entropy, settings)
+    rule = Rule(lambda *_: weight, passes=0, confident=False)
+    section = RetrainSection(**{"mix": "none", **settings})
+    thresholds = ClassThresholds(CLASSES, section)
+    return student_batch(samples, None, None, rule, thresholds, section)
+
+
+def retrained(net, samples, weight=None, **settings):
+    batch = prepared(samples, weight, **settings)
+    dropout = settings.get("feature_dropout", 0.0)
+    return retrain_objective(net, batch, batch, cross_entropy, dropout)
 
 
 def test_supervised_objective_adds_its_terms(net, pair):
@@ -94,14 +103,14 @@ def test_supervised_objective_adds_its_terms(net, pair):
 
 
 def test_retrain_objective_adds_both_kinds_of_images_with_weight_one(net, samples):
-    loss = retrained(net, samples, samples, weight=weight_one(None, samples, None))
+    ones = weight_one(None, samples, None)
+    loss = retrained(net, samples, ones)
     unlabeled = cross_entropy(net(samples.student_image[:, 0]).logits, samples.pseudo_label)
     labeled = cross_entropy(net(samples.labeled_image).logits, samples.labeled_label)
     close(loss.total, unlabeled + labeled)
     assert loss.terms["weight"] == 1.0
     assert loss.terms["queried"] == 0.75
-    settings = RetrainSection(learn_queried=True)
-    more = retrained(net, samples, samples, settings, weight_one(None, samples, None))
+    more = retrained(net, samples, ones, learn_queried=True)
     queried = cross_entropy(net(samples.queried.image).logits, samples.queried.label)
     close(more.total, loss.total + queried)
 
@@ -110,15 +119,26 @@ def test_views_are_averaged_and_count_as_much_as_the_perturbed_one(net, samples)
     torch.manual_seed(0)
     two = samples._replace(student_image=torch.randn(4, 2, 3, 9, 9))
     first, second = (
-        retrained(net, samples._replace(student_image=two.student_image[:, [view]]), samples)
+        retrained(net, samples._replace(student_image=two.student_image[:, [view]]))
         for view in (0, 1)
     )
-    both = retrained(net, two, two)
+    both = retrained(net, two)
     close(both.terms["unlabeled"], (first.terms["unlabeled"] + second.terms["unlabeled"]) / 2)
-    dropped = retrained(net, two, two, RetrainSection(feature_dropout=1e-12))  # nothing is dropped
-    weak = retrained(net, samples._replace(student_image=samples.image.unsqueeze(1)), samples)
+    dropped = retrained(net, two, feature_dropout=1e-12)  # nothing is dropped
+    weak = retrained(net, samples._replace(student_image=samples.image.unsqueeze(1)))
     expected = (both.terms["unlabeled"] + weak.terms["unlabeled"]) / 2
     close(dropped.terms["unlabeled"], expected)
+
+
+def test_pixels_that_mixing_ignores_do_not_count_in_the_mean(net, samples):
+    torch.manual_seed(0)
+    ones = weight_one(None, samples, None)
+    view = prepared(samples, ones, mix="cutout")
+    assert (view.label == IGNORE).sum() > (samples.pseudo_label == IGNORE).sum()
+    torch.manual_seed(0)
+    loss = retrained(net, samples, ones, mix="cutout")
+    close(loss.terms["unlabeled"], cross_entropy(net(view.image[:, 0]).logits, view.label[:, 0]))
+    assert loss.terms["weight"] == 1.0
 
 
 def test_classes_of_low_confidence_have_lower_thresholds():
@@ -215,9 +235,15 @@ def test_parts_of_a_batch_give_the_update_of_the_batch(pair, samples, kind, coun
         net = Net()
         optimization = Optimization(net, OptimizerSection(lr=0.1), 9, CPU.scaler())
         supervised = partial(supervised_objective, labeled_loss=cross_entropy, consistency=0.7)
-        objective, batch = (supervised, pair) if kind == "pairs" else (retrained, samples)
+        student = partial(retrain_objective, labeled_loss=cross_entropy)
+        mixed = partial(prepared, mix="unlabeled")  # as one batch, whatever the parts
+        objective, batch, prepare = (
+            (supervised, pair, None) if kind == "pairs" else (student, samples, mixed)
+        )
         for step in range(3):
-            terms, spoilt = training_step(net, objective, optimization, CPU, batch, step, count)
+            terms, spoilt = training_step(
+                net, objective, optimization, CPU, batch, step, count, prepare
+            )
             assert spoilt is None
         return dict(net.state_dict()), terms
 

@@ -22,7 +22,6 @@ from dataset.training import LabeledPairs, RetrainSamples
 from eval import evaluate
 from model import network_of
 from model.losses import cross_entropy
-from model.mixing import View
 from model.ops.frozen import frozen
 from tests.benchmarks import plain
 from utils.checkpoint import save
@@ -110,36 +109,41 @@ class Bench:
             for part in batch
         )
 
-    def step(self, net: nn.Module, objective: Callable[..., train.Loss], batch: tuple) -> Callable:
+    def step(
+        self,
+        net: nn.Module,
+        objective: train.Objective,
+        batch: tuple,
+        prepare: train.Prepare | None = None,
+    ) -> Callable:
         """Build the step that ``train.fit`` repeats."""
         optimization = Optimization(net, self.config.optimizer, 10_000, self.device.scaler())
 
         def step() -> None:
             moved = self.device.move(batch)
-            train.training_step(net, objective, optimization, self.device, moved, seed=0)
+            train.training_step(
+                net, objective, optimization, self.device, moved, seed=0, prepare=prepare
+            )
 
         return step
 
     def retrain_step(self, rule: str, batch: tuple) -> Callable:
-        net, teacher, settings = (
-            self.ours(),
-            frozen(self.network(), self.device),
-            self.config.retrain,
+        net, teacher = self.ours(), frozen(self.network(), self.device)
+        section = {"weight": rule, "mix": "none", "threshold": 0.0}
+        settings = self.config.retrain.model_copy(update=section)
+        stage = replace(
+            self.stage("bank"), config=self.config.model_copy(update={"retrain": settings})
         )
-        stage = self.stage("bank")
-        section = settings.model_copy(update={"weight": rule})
-        stage = replace(stage, config=self.config.model_copy(update={"retrain": section}))
-        weigh = train.weighting(stage, teacher, self.splits.labeled).weigh
-
-        def objective(student: nn.Module, part: tuple, whole: tuple) -> train.Loss:
-            with torch.no_grad():
-                weight = weigh(teacher.extract(part.image), part, None)
-            view = View(part.student_image[:, 0], part.pseudo_label, weight)
-            return train.retrain_objective(
-                student, [view], view, part, whole, cross_entropy, settings
-            )
-
-        return self.step(net, objective, batch)
+        prepare = partial(
+            train.student_batch,
+            teacher=teacher,
+            average=None,
+            rule=train.weighting(stage, teacher, self.splits.labeled),
+            thresholds=None,
+            settings=settings,
+        )
+        objective = partial(train.retrain_objective, labeled_loss=cross_entropy)
+        return self.step(net, objective, batch, prepare)
 
     def plain_step(self, net: nn.Module, work: Callable, batch: tuple, *more: object) -> Callable:
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
