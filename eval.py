@@ -166,7 +166,7 @@ def _weight_qualities(
         with device.autocast():
             features = teacher.extract(images)
         similarity = anchor_weight(features, ids, anchors)
-        both = pooled(probability, votes, config.pseudo_label.neighbours or 0.5)
+        both = pooled(probability, votes, ask.prior)
         voted, pool = (maps.gather(1, ids.unsqueeze(1)).squeeze(1) for maps in (votes, both))
         weights = (confidence, similarity, confidence * similarity, voted, pool)
         known = batch.label != IGNORE

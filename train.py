@@ -54,7 +54,14 @@ from model.mixing import View, cut_mix, cut_out, keep_whole, paste_queried
 from model.ops.bilinear import resize
 from model.ops.frozen import frozen
 from model.ops.layers import full_size
-from model.retrieval import LabeledPatches, labeled_patches, neighbour_votes, pooled
+from model.retrieval import (
+    LabeledPatches,
+    calibrate,
+    labeled_patches,
+    neighbour_votes,
+    pooled,
+    sharpened,
+)
 from utils import IGNORE, Preprocessing
 from utils.checkpoint import load_weights
 from utils.config.reading import METHODS, read_config
@@ -228,8 +235,7 @@ def write_pseudo_labels(
             size = tuple(batch.label.shape[-2:])
             probabilities = sum(predict(batch.image, size) for predict in predictors) / len(nets)
             if ask is not None:
-                share = config.pseudo_label.neighbours
-                probabilities = pooled(probabilities, ask.votes(batch.image, size), share)
+                probabilities = pooled(probabilities, ask.votes(batch.image, size), ask.prior)
             probabilities, ids = probabilities.max(dim=1)
             ids = ids.where(probabilities >= config.pseudo_label.threshold, IGNORE)
             chosen = [unlabeled[index] for index in batch.index.tolist()]
@@ -249,11 +255,14 @@ class Neighbours:
     """Labeled patches in the features of the encoder as it was before training.
 
     Args:
-        stage: its config and device.
+        stage: its config and device; which of ``pseudo_label.neighbour_scales`` fits the labeled
+            images best is said in its log.
         labeled: about ``PATCHES`` of their patches are kept at most, drawn at random by batch.
 
     Raises:
         UserError: no patch is labeled on more than half of its pixels.
+
+    Source: docs/method.md, section 13.
     """
 
     def __init__(self, stage: Stage, labeled: Sequence[Sample]) -> None:
@@ -262,32 +271,51 @@ class Neighbours:
         classes = len(describe(config.dataset).classes)
         net = frozen(network_of(config.model, classes, config.model.pretrained), stage.device)
         self._encoder, self._preprocessing = net.backbone, net.preprocessing
-        found = []
-        for batch in passes(_whole(config, labeled, net.preprocessing), stage.device, stage.name):
-            patches = labeled_patches(self._maps(batch.image), batch.label, classes)
-            limit = math.ceil(PATCHES * len(batch.index) / len(labeled))
-            drawn = chance.of(int(batch.index[0])).permutation(len(patches.features))[:limit]
-            found.append([rows[drawn].cpu() for rows in patches])
-        features, shares = map(torch.cat, zip(*gathered(found), strict=True))
-        if not len(features):
-            raise UserError(
-                "pseudo_label.neighbours: no patch of the labeled images is labeled on more than "
-                "half of its pixels; set pseudo_label.neighbours=0"
+        fits = []
+        for scale in config.pseudo_label.neighbour_scales:
+            patches = self._patches_of(labeled, scale, classes, chance)
+            fits.append((calibrate(patches), scale, patches))
+        fit, self._scale, self._patches = min(fits, key=lambda each: each[0].cross_entropy)
+        self._exponent = fit.exponent
+        self.prior = self._patches.shares.mean(dim=0)
+        if stage.log is not None:
+            stage.log.say(
+                f"{stage.name}: {len(self._patches.image)} labeled patches, {self._scale:g} times "
+                f"the images' size, exponent {fit.exponent:.1f}, cross entropy "
+                f"{fit.cross_entropy:.3f} between images"
             )
-        device = stage.device.torch_device
-        self._patches = LabeledPatches(features.to(device), shares.to(device))
 
     def votes(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         """Vote on (B, 3, h, w) images at the size of their files: (B, C, H, W), of a size."""
-        return resize(neighbour_votes(self._maps(images), self._patches), size)
+        votes = neighbour_votes(self._maps(images, self._scale), self._patches)
+        return resize(sharpened(votes, self._exponent), size)
 
-    def _maps(self, images: Tensor) -> Tensor:
+    def _patches_of(
+        self, labeled: Sequence[Sample], scale: float, classes: int, chance: Chance
+    ) -> LabeledPatches:
+        stage, found = self._stage, []
+        loader = _whole(stage.config, labeled, self._preprocessing)
+        for batch in passes(loader, stage.device, f"{stage.name} labeled"):
+            maps = self._maps(batch.image, scale)
+            patches = labeled_patches(maps, batch.label, batch.index, classes)
+            limit = math.ceil(PATCHES * len(batch.index) / len(labeled))
+            drawn = chance.of(int(batch.index[0])).permutation(len(patches.image))[:limit]
+            found.append([rows[drawn].cpu() for rows in patches])
+        columns = map(torch.cat, zip(*gathered(found), strict=True))
+        patches = LabeledPatches(*(rows.to(stage.device.torch_device) for rows in columns))
+        if not len(patches.image):
+            raise UserError(
+                "pseudo_label.neighbours: no patch of the labeled images is labeled on more than "
+                "half of its pixels; set pseudo_label.neighbours=false"
+            )
+        return patches
+
+    def _maps(self, images: Tensor, scale: float) -> Tensor:
         config = self._stage.config
         base = base_size(images.shape[-2:], config.inference.long_side)
         # Multiples of the stride: labels and votes then lie where the maps are.
         stride = patch_size_of(config.model.backbone) or config.model.output_stride
-        scale = config.pseudo_label.neighbour_scale / stride
-        size = tuple(stride * math.ceil(side * scale) for side in base)
+        size = tuple(stride * math.ceil(side * scale / stride) for side in base)
         with self._stage.device.autocast():
             images = resize_images(images, size, self._preprocessing.interpolation)
             return self._encoder(images)[-1]

@@ -5,21 +5,28 @@ import math
 import pytest
 import torch
 
-from model.retrieval import LabeledPatches, labeled_patches, neighbour_votes, pooled
+from model.retrieval import (
+    LabeledPatches,
+    calibrate,
+    labeled_patches,
+    neighbour_votes,
+    pooled,
+)
 from utils import IGNORE
 
 
 def test_patches_hold_the_shares_of_their_labeled_pixels():
     features = torch.tensor([[[[3.0, 0.0]], [[4.0, 2.0]]]])  # (1, 2, 1, 2)
     label = torch.tensor([[[0, 1, 2, IGNORE], [0, IGNORE, IGNORE, IGNORE]]])
-    patches = labeled_patches(features, label, num_classes=3)
+    patches = labeled_patches(features, label, torch.tensor([7]), num_classes=3)
     # The right patch is ignored at three pixels of four, and left out.
     torch.testing.assert_close(patches.features, torch.tensor([[0.6, 0.8]]))
     torch.testing.assert_close(patches.shares, torch.tensor([[2 / 3, 1 / 3, 0.0]]))
+    assert patches.image.tolist() == [7]
 
 
 def test_nearer_patches_have_more_votes():
-    patches = LabeledPatches(torch.eye(2), torch.eye(2))
+    patches = LabeledPatches(torch.eye(2), torch.eye(2), torch.arange(2))
     features = torch.tensor([4.0, 3.0]).view(1, 2, 1, 1)
     votes = neighbour_votes(features, patches)
     odds = math.exp((0.8 - 0.6) / 0.05)
@@ -30,7 +37,7 @@ def test_nearer_patches_have_more_votes():
 def test_thirty_neighbours_of_many_agree_with_float64():
     torch.manual_seed(0)
     rows, shares = torch.randn(500, 6), torch.rand(500, 3).softmax(dim=1)
-    patches = LabeledPatches(torch.nn.functional.normalize(rows, dim=1), shares)
+    patches = LabeledPatches(torch.nn.functional.normalize(rows, dim=1), shares, None)
     features = torch.randn(2, 6, 4, 5)
     place = torch.nn.functional.normalize(features[1, :, 2, 3].double(), dim=0)
     cosines = patches.features.double() @ place
@@ -41,11 +48,27 @@ def test_thirty_neighbours_of_many_agree_with_float64():
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
 
 
-def test_pooling_multiplies_powers():
+def test_pooling_counts_the_prior_once():
     probability = torch.tensor([0.8, 0.2]).view(1, 2, 1, 1)
-    votes = torch.tensor([0.08, 0.88]).view(1, 2, 1, 1)  # 0.1 and 0.9 with the floor
-    both = pooled(probability, votes, 0.5).flatten()
-    ratio = math.sqrt(0.8 * 0.1) / math.sqrt(0.2 * 0.9)
-    assert (both[0] / both[1]).item() == pytest.approx(ratio, rel=1e-5)
-    assert torch.equal(pooled(probability, votes, 0.0), probability)
-    assert pooled(probability, votes, 1.0).argmax(dim=1) == 1
+    votes = torch.tensor([0.3, 0.7]).view(1, 2, 1, 1)
+    both = pooled(probability, votes, torch.tensor([0.88, 0.08])).flatten()  # 0.9, 0.1 floored
+    odds = (0.8 / 0.2) * (0.3 / 0.7) / (0.9 / 0.1)
+    assert (both[0] / both[1]).item() == pytest.approx(odds, rel=1e-5)
+    neutral = pooled(probability, torch.full((1, 2, 1, 1), 0.5), torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(neutral, probability)
+
+
+def test_votes_are_sharpened_until_they_fit_patches_of_other_images():
+    torch.manual_seed(0)
+    places, image = torch.randn(4, 8), torch.arange(400) % 2
+    kind = torch.arange(400) // 2 % 4
+    features = torch.nn.functional.normalize(places[kind] + 0.01 * torch.randn(400, 8), dim=1)
+    sure = torch.nn.functional.one_hot(kind, 4).float()
+    fit = calibrate(LabeledPatches(features, sure, image))
+    assert fit.exponent == 3.0  # the other image has the same patches: the sharpest is the best
+    unsure = calibrate(LabeledPatches(features, sure[torch.randperm(400)], image))
+    assert unsure.exponent < 1.5
+    assert unsure.cross_entropy > fit.cross_entropy
+    own = LabeledPatches(features, sure, kind % 2)  # classes 0 and 2 are of image 0, 1 and 3 of 1
+    assert calibrate(own).cross_entropy > math.log(4)  # no other image shows the class
+    assert calibrate(LabeledPatches(features, sure, torch.zeros(400))).exponent == 1.0

@@ -87,7 +87,7 @@ def test_halves_and_masks_fit_together(finished, demo_root):
 
 def test_labeled_images_vote_for_their_own_labels(demo_root, tmp_path, tiny_settings):
     model = "model={backbone: timm/tf_efficientnet_lite0, output_stride: 32, pretrained: auto}"
-    words = [*tiny_settings(demo_root, tmp_path), model, "pseudo_label.neighbour_scale=6"]
+    words = [*tiny_settings(demo_root, tmp_path), model, "pseudo_label.neighbour_scales=[6]"]
     config = read_config("demo.yaml", words)
     labeled = read_splits(config.dataset).labeled
     stage = Stage("2_pseudo_label", tmp_path, config, Device("cpu", "fp32"), log=None, watch=None)

@@ -67,7 +67,7 @@ class Bench:
             "model.channels=null",
             f"augment.crop_size={typed.crop}",
             "query.exclude=[]",
-            "pseudo_label.neighbours=0",
+            "pseudo_label.neighbours=false",
         ]
         words += ["augment.base_size=480", f"inference.batch_size={images}"]
         self.config = read_config("demo.yaml", [*words, f"pseudo_label.scales={SCALES}"])

@@ -204,10 +204,11 @@ class PseudoLabelSection(Section):
 
     scales: list[Positive] = Field([0.5, 0.75, 1.0, 1.5, 2.0], min_length=1)
     flip: bool = True
-    # Share, in the logarithm, of the votes of the nearest labeled patches in the features of the
-    # encoder as it was before training; 0: the teacher's probabilities alone.
-    neighbours: Share = 0.5
-    neighbour_scale: Positive = 2.0  # of the images whose patches are compared
+    # Combine the teacher's probabilities with the votes of the nearest labeled patches in the
+    # features of the encoder as it was before training.
+    neighbours: bool = True
+    # Of the images whose patches are compared: the one that fits the labeled images best is taken.
+    neighbour_scales: list[Positive] = Field([1.0, 2.0, 3.0], min_length=1)
     threshold: float = Field(0.6, ge=0, lt=1)  # less probable pixels are stored as ignored
 
 
