@@ -1,7 +1,10 @@
 """Studies: which runs there are, what they share, and their table."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -25,18 +28,23 @@ def test_supervised_training_is_planned_at_three_lengths(jobs):
     assert len({job.folder for job in jobs}) == len(jobs)
 
 
-def test_stages_are_shared_as_far_as_settings_agree(jobs):
+def test_stage_1_is_shared_where_its_settings_agree(jobs):
     once, twice, _, self_training, published = (job.config for job in jobs[::2])
-    assert study.shared_stages(once, self_training) == ["1_supervised"]
-    assert study.shared_stages(once, twice) == []
-    assert study.shared_stages(once, jobs[1].config) == []  # another seed
-    assert study.shared_stages(self_training, published) == []  # consistency
-    settings = ["supervised.consistency=0"]
-    published = read_config("demo.yaml", settings, "cisc_published")
-    two = read_config("demo.yaml", [*settings, "select.keep=0.3"], "cisc_published")
-    assert study.shared_stages(published, two) == ["1_supervised", "2_pseudo_label"]
+    assert study.share_stage_1(once, self_training)
+    assert not study.share_stage_1(once, twice)
+    assert not study.share_stage_1(once, jobs[1].config)  # another seed
+    assert not study.share_stage_1(self_training, published)  # consistency
     stable = read_config("demo.yaml", [], "st++")
-    assert study.shared_stages(published, stable) == []  # stage 1 keeps more checkpoints
+    assert not study.share_stage_1(once, stable)  # stage 1 keeps more checkpoints
+
+
+def test_a_method_may_have_settings_of_its_own(tmp_path):
+    method = "cisc stages=[1,2,6] pseudo_label.neighbours=false"
+    (job,) = study.plan("demo.yaml", [method], [0], [f"outdir={tmp_path}"])
+    assert job.row == method
+    assert not job.config.pseudo_label.neighbours
+    assert job.config.retrain.iterations == 2 * read_config("demo.yaml").retrain.iterations
+    assert job.folder.name == "cisc-stages-1-2-6-pseudo_label.neighbours-false_0"
 
 
 def test_the_table_compares_equal_seeds_with_the_best_supervised_row(jobs):
@@ -92,6 +100,7 @@ def test_stages_of_other_settings_are_not_taken_over(tmp_path):
 def test_wrong_words_are_refused(complaint):
     words = ("--config", "demo.yaml", "--methods")
     assert "'magic' is not one of" in complaint(study, *words, "magic")
+    assert "pseudo_label.neighbors" in complaint(study, *words, "cisc pseudo_label.neighbors=1")
     assert "numbers" in complaint(study, *words, "supervised", "--seeds", "a")
     assert "use --seeds" in complaint(study, *words, "supervised", "seed=5")
     assert "below 1" in complaint(study, *words, "supervised", "--processes", "0")
@@ -121,6 +130,29 @@ def test_every_method_runs_and_the_study_continues(demo_root, tmp_path, tiny_set
     study.main()
     assert (folder / "fixmatch_3" / "results.json").is_file()
     assert (folder / "unimatch_3" / "results.json").stat().st_mtime_ns == done
+
+
+@pytest.mark.slow
+def test_an_interrupted_study_ends_its_runs(demo_root, tmp_path, tiny_settings, monkeypatch):
+    settings = [*tiny_settings(demo_root, tmp_path), "supervised.epochs=10000"]
+    jobs = study.plan("demo.yaml", ["supervised"], [0], settings)[:1]
+    started, interrupted = [], []
+
+    class Process(subprocess.Popen):
+        def __init__(self, *words, **more):
+            super().__init__(*words, **more)
+            started.append(self)
+
+        def poll(self):
+            if (jobs[0].folder / "log.txt").is_file() and not interrupted:
+                interrupted.append(True)
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().poll()
+
+    monkeypatch.setattr(study.subprocess, "Popen", Process)
+    with pytest.raises(KeyboardInterrupt):
+        study.work(jobs, 1)
+    assert started[0].wait() != 0
 
 
 @pytest.mark.slow

@@ -1,18 +1,20 @@
 """Compare methods over seeds, each run a ``train.py`` of its own.
 
-python -m utils.study --config demo.yaml --methods supervised,cisc [--seeds 0,1,2]
-    [--processes 1] [--write docs/results.md] [section.key=value ...]
+python -m utils.study --config demo.yaml --methods supervised,cisc,"cisc select.keep=0.7"
+    [--seeds 0,1,2] [--processes 1] [--write docs/results.md] [section.key=value ...]
 
-Runs are in ``<outdir>/<name>_study``. The same command continues where it was stopped; stages 1 to
-3 of equal settings are done once and copied.
+Runs are in ``<outdir>/<name>_study``. The same command continues where it was stopped; stage 1 of
+equal settings is done once and copied.
 """
 
 import json
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,9 +35,8 @@ from utils.run.comparison import differing_keys
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 LENGTHS = (1, 2, 4)  # of supervised training; the best one is what other methods are compared with
-# What stages read beside that which all of them read, in their order.
-SECTIONS = {"1_supervised": "supervised", "2_pseudo_label": "pseudo_label", "3_select": "select"}
-_OF_LATER_STAGES = {"pseudo_label", "select", "retrain", "stages", "relabel"}
+STAGE = "1_supervised"  # which runs share
+_OF_LATER_STAGES = {"name", "pseudo_label", "select", "retrain", "stages", "relabel"}
 
 
 class Job(NamedTuple):
@@ -56,8 +57,9 @@ def plan(
 ) -> list[Job]:
     """List the runs: every method with every seed; supervised training at several lengths.
 
-    A method with one retraining stage gets twice its length: as many iterations as one with two
-    (of epochs a third more: those of stage 4 pass the reliable half alone).
+    A method is the name of an overlay, and settings of its own after spaces. One with one
+    retraining stage gets twice its length: as many iterations as one with two (of epochs a third
+    more: those of stage 4 pass the reliable half alone).
 
     Raises:
         UserError: a setting is wrong, or one of those that the study makes.
@@ -70,20 +72,22 @@ def plan(
     rows = [
         (method, length)
         for method in methods
-        for length in (LENGTHS if method == "supervised" else (1,))
+        for length in (LENGTHS if method.split()[0] == "supervised" else (1,))
     ]
-    for (method, length), seed in product(
-        rows, seeds
-    ):  # runs of one seed share stages: not in a row
+    for (method, length), seed in product(rows, seeds):  # those that share stage 1: not in a row
         row = method if length == 1 else f"{method} x {length}"
-        own = [*settings, f"seed={seed}", f"name={row.replace(' ', '')}_{seed}"]
-        made = read_config(config, own, method)
+        overlay, *special = method.split()
+        if overlay not in METHODS:
+            raise UserError(f"--methods: '{overlay}' is not one of {', '.join(METHODS)}")
+        run = re.sub(r"[^\w.+-]+", "-", row.replace(" x ", "x"))
+        own = [*settings, *special, f"seed={seed}", f"name={run}_{seed}"]
+        made = read_config(config, own, overlay)
         own.append(f"outdir={Path(made.outdir) / f'{name}_study'}")
         own.append(_times(made, "supervised", length))
         if 6 in made.stages and 4 not in made.stages:
             own.append(_times(made, "retrain", 2))
-        made = read_config(config, own, method)
-        jobs.append(Job(row, ["--config", config, "--method", method, *own], made))
+        made = read_config(config, own, overlay)
+        jobs.append(Job(row, ["--config", config, "--method", overlay, *own], made))
     return jobs
 
 
@@ -94,43 +98,29 @@ def _times(config: Config, section: str, length: int) -> str:
     return f"{section}.{key}={length * getattr(settings, key)}"
 
 
-def shared_stages(one: Config, other: Config) -> list[str]:
-    """Return which of the first three stages two configs describe alike."""
-    differing = {key.split(".")[0] for key in differing_keys(one, other)} - {"name"}
-    if differing - _OF_LATER_STAGES:
-        return []
-    if "stability" in (one.select.score, other.select.score) and "select" in differing:
-        return []  # stage 1 keeps more checkpoints for it
-    shared = []
-    for stage, section in SECTIONS.items():
-        wanted = all(int(stage[0]) in config.stages for config in (one, other))
-        if section in differing or not wanted:
-            break
-        shared.append(stage)
-    return shared
+def share_stage_1(one: Config, other: Config) -> bool:
+    """Tell whether two configs describe the same stage 1."""
+    differing = {key.split(".")[0] for key in differing_keys(one, other)}
+    # For stability it keeps more checkpoints.
+    stability = [config.select.score == "stability" for config in (one, other)]
+    return not differing - _OF_LATER_STAGES and stability[0] == stability[1]
 
 
 def take_over(job: Job, jobs: Sequence[Job]) -> None:
-    """Copy stages that another run has finished into the folder of a run that has none yet."""
+    """Copy stage 1 of another run into the folder of a run that has none yet."""
     if job.folder.exists():
         return
     for other in jobs:
-        stages = [
-            stage
-            for stage in shared_stages(job.config, other.config)
-            if (other.folder / stage / "stage.json").is_file()
-        ]
-        if other is job or not stages or not _is_of(other):
+        there = (other.folder / STAGE / "stage.json").is_file()
+        if not there or not share_stage_1(job.config, other.config) or not _is_of(other):
             continue
         partial_copy = job.folder.with_name(f"{job.folder.name}.partial")
         rmtree(partial_copy, ignore_errors=True)
-        partial_copy.mkdir(parents=True)
-        for stage in stages:
-            copytree(other.folder / stage, partial_copy / stage)
+        copytree(other.folder / STAGE, partial_copy / STAGE)
         for name in ("lists.json", "environment.json"):
             write_json(partial_copy / name, read_json(other.folder / name))
         records = read_records(other.folder / "metrics.jsonl")
-        lines = [f"{json.dumps(r)}\n" for r in records if r.get("stage") in stages]
+        lines = [f"{json.dumps(r)}\n" for r in records if r.get("stage") == STAGE]
         write_text(partial_copy / "metrics.jsonl", "".join(lines))
         settings = job.config.model_dump(mode="json")
         write_text(partial_copy / "config.yaml", yaml.safe_dump(settings))
@@ -149,35 +139,45 @@ def _is_of(job: Job) -> bool:
 
 
 def work(jobs: Sequence[Job], processes: int) -> None:
-    """Do the runs that are not done, so many at once; those that share stages one after another.
+    """Do the runs that are not done, so many at once; one that shares stage 1 waits for its end.
 
     Raises:
         UserError: runs failed; the others are done.
     """
-    locks: list[tuple[Job, Lock]] = []  # of the first of the runs that share stages
+    locks: list[tuple[Job, Lock]] = []  # of the first of the runs that share stage 1
+    started: list[subprocess.Popen] = []
 
     def lock_of(job: Job) -> Lock:
         for first, lock in locks:
-            if shared_stages(job.config, first.config):
+            if share_stage_1(job.config, first.config):
                 return lock
         locks.append((job, Lock()))
         return locks[-1][1]
 
     def run(job: Job, lock: Lock) -> Path | None:
+        if is_done(job):
+            return None
+        log = job.folder.with_suffix(".log")
         with lock:
-            if is_done(job):
-                return None
             take_over(job, jobs)
-            log = job.folder.with_suffix(".log")
             log.parent.mkdir(parents=True, exist_ok=True)
             print(f"{datetime.now():%H:%M} {job.folder}", flush=True)
             with log.open("a", encoding="utf-8") as out:
                 command = [sys.executable, str(TRAIN), *job.words]
-                code = subprocess.run(command, stdout=out, stderr=out, check=False).returncode
-            return log if code else None
+                process = subprocess.Popen(command, stdout=out, stderr=out)
+            started.append(process)
+            while process.poll() is None and not (job.folder / STAGE / "stage.json").is_file():
+                time.sleep(0.5)
+        return log if process.wait() else None
 
     with ThreadPoolExecutor(processes) as pool:
-        failed = [log for log in pool.map(run, jobs, map(lock_of, jobs)) if log]
+        try:
+            failed = [log for log in pool.map(run, jobs, map(lock_of, jobs)) if log]
+        except BaseException:  # Ctrl-C and SIGTERM end the runs, too; they save and continue
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in started:
+                process.terminate()
+            raise
     if failed:
         raise UserError(f"{len(failed)} runs failed; their logs: {', '.join(map(str, failed))}")
 
@@ -208,8 +208,8 @@ def table(jobs: Sequence[Job]) -> str:
             for kind in ("labeled", "unlabeled", "teacher")
         ]
         compared = "" if row == best or not best else _spread(differences, "+")
-        time = f"{statistics.mean(minutes):.1f}"
-        rows.append((row, _spread([*mious[row].values()]), compared, time, *map(str, crops)))
+        length = f"{statistics.mean(minutes):.1f}"
+        rows.append((row, _spread([*mious[row].values()]), compared, length, *map(str, crops)))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
@@ -222,7 +222,13 @@ def report(jobs: Sequence[Job], command: str) -> str:
     """Return the table with its title, command, machine and date."""
     config = jobs[0].config
     seeds = sorted({job.config.seed for job in jobs})
-    made = read_json(jobs[0].folder / "environment.json")
+    environments = [read_json(job.folder / "environment.json") for job in jobs]
+    machines = {
+        f"{made['machine']}, {made['cores']} cores, {made['threads']} threads a run, "
+        f"{made['device']}, {made['precision']}, torch {made['torch']}"
+        for made in environments
+    }
+    commits = {str(made["commit"])[:7] for made in environments}
     kind, labeled = config.dataset.kind, config.dataset.split or config.dataset.labeled
     return (
         f"## {Path(config.outdir).name.removesuffix('_study')}\n\n"
@@ -230,9 +236,8 @@ def report(jobs: Sequence[Job], command: str) -> str:
         f"Data `{kind}`, labeled `{labeled}`. Mean ± standard deviation over seeds "
         f"{', '.join(map(str, seeds))}; differences are of equal seeds. mIoU of the "
         f"{config.evaluate.checkpoint} checkpoint in %. Minutes are of all stages, shared ones "
-        f"too. {made['machine']}, {made['cores']} cores, {made['threads']} threads a run, "
-        f"{made['device']}, {made['precision']}, torch {made['torch']}, "
-        f"commit {str(made['commit'])[:7]}, {datetime.now(timezone.utc):%Y-%m-%d}.\n"
+        f"too. {'; '.join(sorted(machines))}. Commit {', '.join(sorted(commits))}, "
+        f"{datetime.now(timezone.utc):%Y-%m-%d}.\n"
     )
 
 
@@ -257,17 +262,21 @@ def main() -> None:
     """Read the command line, do the runs, print and write the table."""
     parser = Parser(prog="python -m utils.study", description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, help="a YAML file, here or in configs/")
-    parser.add_argument("--methods", required=True, help=f"some of {','.join(METHODS)}")
+    parser.add_argument(
+        "--methods",
+        required=True,
+        help=f"some of {','.join(METHODS)}, with commas between them; settings of one after spaces",
+    )
     parser.add_argument("--seeds", default="0,1,2", help="numbers with commas between them")
     parser.add_argument("--processes", type=int, default=1, help="runs at once")
     parser.add_argument("--write", type=Path, help="a Markdown file, such as docs/results.md")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="for every run")
     arguments = parser.parse_intermixed_args()
-    methods, seeds = arguments.methods.split(","), _list_of(int, arguments.seeds)
-    for method in {*methods} - {*METHODS}:
-        raise UserError(f"--methods: '{method}' is not one of {', '.join(METHODS)}")
+    methods = re.split(r",(?![^\[]*\])", arguments.methods)  # not at commas of stages=[1,2,6]
+    seeds = _list_of(int, arguments.seeds)
     if arguments.processes < 1:
         raise UserError(f"--processes: {arguments.processes} is below 1; take a larger one")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     jobs = plan(arguments.config, methods, seeds, arguments.settings)
     work(jobs, arguments.processes)
     text = report(jobs, f"python -m utils.study {shlex.join(sys.argv[1:])}")
