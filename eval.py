@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from dataset.catalog import describe
 from dataset.lists import (
@@ -28,13 +30,22 @@ from dataset.lists import (
     read_splits,
     read_val,
 )
-from dataset.loader import photographs, whole_images
+from dataset.loader import Chance, photographs, whole_images
+from dataset.query import Querier, QueryRule, build_query_index
 from dataset.reading import read_mask, read_photograph, to_label
+from dataset.training import RetrainSample
 from model import network_of
 from model.cisc import anchor_weight
 from model.ops.frozen import frozen
 from model.retrieval import pooled
-from train import Neighbours, class_anchors, trained_network
+from train import (
+    Neighbours,
+    class_anchors,
+    prototype_bank,
+    trained_network,
+    weight_by_bank,
+    weight_by_image,
+)
 from utils import IGNORE, checkpoint
 from utils.config.reading import config_from, read_config
 from utils.config.schema import Config
@@ -99,9 +110,9 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> str:
 
     Returns:
         Tables: accuracy and IoU of stored labels by stage, over pixels that are not ignored, and
-        the share of these; AUROC, calibration error and share of the weight on wrong pixels, of
-        rules that need no query, for the teacher's most probable classes; rank correlation of
-        image scores and mIoU.
+        the share of these; of the most probable classes of teacher 1, of the votes and of both,
+        over all pixels; AUROC, calibration error and share of the weight on wrong pixels, of every
+        rule, for the teacher's most probable classes; rank correlation of image scores and mIoU.
 
     Raises:
         UserError: the list names no unlabeled image with a mask; a mask that training would refuse.
@@ -130,8 +141,12 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> str:
             share = matrix.counts.sum().item() / max(1, valid)
             lines += [f"labels of {stage}: {len(mious[stage])} images, {share:.1%} of the pixels"]
             lines += [table(matrix.report(kind.classes)), ""]
-    qualities = _weight_qualities(run, config, device, samples, splits)
-    lines.append(f"{'weight rule':<20}{'AUROC':>8}{'calibration error':>20}{'weight on wrong':>18}")
+    matrices, qualities = _judged(run, config, device, samples, splits)
+    lines.append(f"{'most probable class':<20}{'mIoU':>8}{'pixel accuracy':>20}")
+    for source, matrix in matrices.items():
+        result = matrix.report(kind.classes)
+        lines.append(f"{source:<20}{result['miou']:>8.3f}{result['pixel_accuracy']:>20.3f}")
+    lines += ["", f"{'weight':<20}{'AUROC':>8}{'calibration error':>20}{'weight on wrong':>18}"]
     for rule, quality in qualities.items():
         numbers = quality.auroc(), quality.calibration_error(), quality.share_on_wrong()
         lines.append("{:<20}{:>8.3f}{:>20.3f}{:>18.3f}".format(rule, *numbers))
@@ -145,34 +160,63 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> str:
     return "\n".join(lines)
 
 
-def _weight_qualities(
+def _judged(
     run: Path, config: Config, device: Device, samples: Sequence[Sample], splits: Splits
-) -> dict[str, WeightQuality]:
-    """Weigh the most probable classes of the teacher of stage 1 by every rule."""
+) -> tuple[dict[str, ConfusionMatrix], dict[str, WeightQuality]]:
+    """Judge teacher 1, votes, and both; and every weight of the teacher's most probable classes."""
     stage = Stage("diagnosis", run, config, device, log=None, watch=None)
     teacher = frozen(trained_network(config, checkpoint_of(run / "1_supervised")), device)
     settings, preprocessing = config.inference, teacher.preprocessing
-    anchors, ask = class_anchors(stage, teacher, splits.labeled), Neighbours(stage, splits.labeled)
+    kind, chance = describe(config.dataset), Chance(config.seed, "diagnosis")
+    anchors, bank = (
+        make(stage, teacher, splits.labeled) for make in (class_anchors, prototype_bank)
+    )
+    ask, rule = Neighbours(stage, splits.labeled), QueryRule.of(config.query, kind)
+    index = build_query_index(splits.labeled, rule)
+    querier = Querier(splits.labeled, index, rule, config.augment)
     loader = whole_images(samples, settings, config.workers, preprocessing=preprocessing)
     predict = Predictor(teacher, device, settings)
-    names = ("confidence", "anchors", "confidence_anchors", "neighbours", "pooled")
-    qualities = {name: WeightQuality() for name in names}  # in every process: they are reduced
+    qualities = defaultdict(WeightQuality)
+    matrices = {name: ConfusionMatrix(len(kind.classes)) for name in ("teacher", "votes", "pooled")}
     for batch in passes(loader, device, "diagnosis"):
-        size = tuple(batch.label.shape[-2:])
+        size, known = tuple(batch.label.shape[-2:]), batch.label != IGNORE
         probability, votes = predict(batch.image, size), ask.votes(batch.image, size)
+        both = pooled(probability, votes, ask.prior)
+        for name, maps in zip(matrices, (probability, votes, both), strict=True):
+            matrices[name].update(maps.argmax(dim=1).cpu(), batch.label.cpu())
         confidence, ids = probability.max(dim=1)
         base = base_size(batch.image.shape[-2:], settings.long_side)
         images = resize_images(batch.image, base, preprocessing.interpolation)
+        queried = [
+            querier.draw(
+                samples[index].name,
+                Image.fromarray(label),
+                chance.of(index),
+                preprocessing,
+            )
+            for index, label in zip(batch.index.tolist(), ids.byte().cpu().numpy(), strict=True)
+        ]
+        labeled = RetrainSample(
+            images, ids, None, None, None, device.move(default_collate(queried))
+        )
         with device.autocast():
             features = teacher.extract(images)
-        similarity = anchor_weight(features, ids, anchors)
-        both = pooled(probability, votes, ask.prior)
-        voted, pool = (maps.gather(1, ids.unsqueeze(1)).squeeze(1) for maps in (votes, both))
-        weights = (confidence, similarity, confidence * similarity, voted, pool)
-        known = batch.label != IGNORE
-        for name, weight in zip(names, weights, strict=True):
+            weights = {
+                "confidence": confidence,
+                "image": weight_by_image(features, labeled, None, teacher),
+                "bank": weight_by_bank(features, labeled, None, bank),
+                "anchors": anchor_weight(features, ids, anchors),
+            }
+        weights["confidence_anchors"] = confidence * weights["anchors"]
+        for name, maps in {"votes": votes, "pooled": both}.items():
+            weights[name] = maps.gather(1, ids.unsqueeze(1)).squeeze(1)
+        for name, weight in weights.items():
             qualities[name].update(weight[known].cpu(), (ids == batch.label)[known].cpu())
-    return {rule: quality.reduce() for rule, quality in qualities.items()}
+    names = broadcast(list, qualities)  # of rank 0, which has an image; others may have none
+    return (
+        {name: matrix.reduce() for name, matrix in matrices.items()},
+        {name: qualities[name].reduce() for name in names},
+    )
 
 
 def table(results: dict[str, Any]) -> str:
