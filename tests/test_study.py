@@ -4,15 +4,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
+import time
+from threading import Timer
 
 import pytest
 import yaml
 
 from utils import study
 from utils.config.reading import METHODS, read_config
-from utils.errors import UserError
+from utils.errors import Stopped, UserError
 
 
 @pytest.fixture
@@ -34,6 +35,8 @@ def test_stage_1_is_shared_where_its_settings_agree(jobs):
     assert not study.share_stage_1(once, twice)
     assert not study.share_stage_1(once, jobs[1].config)  # another seed
     assert not study.share_stage_1(self_training, published)  # consistency
+    other = read_config("demo.yaml", ["precision=bf16"], "self_training")
+    assert not study.share_stage_1(self_training, other)
     stable = read_config("demo.yaml", [], "st++")
     assert not study.share_stage_1(once, stable)  # stage 1 keeps more checkpoints
 
@@ -103,6 +106,9 @@ def test_wrong_words_are_refused(complaint):
     assert "pseudo_label.neighbors" in complaint(study, *words, "cisc pseudo_label.neighbors=1")
     assert "numbers" in complaint(study, *words, "supervised", "--seeds", "a")
     assert "use --seeds" in complaint(study, *words, "supervised", "seed=5")
+    assert "use --seeds" in complaint(study, *words, "cisc seed=5")
+    assert "'' is not one of" in complaint(study, *words, "cisc,")
+    assert "twice" in complaint(study, *words, "cisc,cisc")
     assert "below 1" in complaint(study, *words, "supervised", "--processes", "0")
 
 
@@ -132,32 +138,27 @@ def test_every_method_runs_and_the_study_continues(demo_root, tmp_path, tiny_set
     assert (folder / "unimatch_3" / "results.json").stat().st_mtime_ns == done
 
 
-@pytest.mark.slow
-def test_an_interrupted_study_ends_its_runs(demo_root, tmp_path, tiny_settings, monkeypatch):
-    settings = [*tiny_settings(demo_root, tmp_path), "supervised.epochs=10000"]
-    jobs = study.plan("demo.yaml", ["supervised"], [0], settings)[:1]
-    started, interrupted = [], []
-
-    class Process(subprocess.Popen):
-        def __init__(self, *words, **more):
-            super().__init__(*words, **more)
-            started.append(self)
-
-        def poll(self):
-            if (jobs[0].folder / "log.txt").is_file() and not interrupted:
-                interrupted.append(True)
-                os.kill(os.getpid(), signal.SIGINT)
-            return super().poll()
-
-    monkeypatch.setattr(study.subprocess, "Popen", Process)
-    with pytest.raises(KeyboardInterrupt):
-        study.work(jobs, 1)
-    assert started[0].wait() != 0
+def test_a_signal_ends_the_runs_and_starts_no_other(tmp_path, monkeypatch):
+    """Two runs that share stage 1: the second waits for the first, which the signal ends."""
+    program = tmp_path / "train.py"
+    program.write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setattr(study, "TRAIN", program)
+    words = [f"outdir={tmp_path}"]
+    jobs = study.plan("demo.yaml", ["self_training", "fixmatch"], [0], words)
+    Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    before = signal.signal(signal.SIGTERM, study._stop)
+    begin = time.monotonic()
+    with pytest.raises(Stopped):
+        study.work(jobs, 2)
+    signal.signal(signal.SIGTERM, before)
+    assert time.monotonic() - begin < 60
+    logs = [job.folder.with_suffix(".log").is_file() for job in jobs]
+    assert logs == [True, True]  # opened before it is known that no other run starts
 
 
 @pytest.mark.slow
 def test_a_run_that_fails_is_named_with_its_log(tmp_path):
     jobs = study.plan("demo.yaml", ["supervised"], [0], [f"outdir={tmp_path}", "dataset.root=none"])
-    with pytest.raises(UserError, match=r"1 runs failed.*supervised_0\.log"):
+    with pytest.raises(UserError, match=r"1 runs failed: see .*supervised_0\.log"):
         study.work(jobs[:1], 1)
     assert "none" in (jobs[0].folder.with_suffix(".log")).read_text()

@@ -21,15 +21,15 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
-from shutil import copytree, rmtree
+from shutil import copytree, ignore_patterns, rmtree
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
 from utils.config.reading import METHODS, read_config
 from utils.config.schema import Config
-from utils.errors import Parser, UserError, exit_with_one_line
+from utils.errors import Parser, Stopped, UserError, exit_with_one_line
 from utils.files import read_json, read_records, write_json, write_text
 from utils.run.comparison import differing_keys
 
@@ -64,9 +64,17 @@ def plan(
     Raises:
         UserError: a setting is wrong, or one of those that the study makes.
     """
-    for setting in settings:
+    for setting in [*settings, *(word for method in methods for word in method.split()[1:])]:
         if setting.partition("=")[0] in ("seed", "name"):
             raise UserError(f"'{setting}': a study names its runs and seeds; use --seeds")
+    for method in methods:
+        overlay, *special = method.split() or [""]
+        if overlay not in METHODS:
+            raise UserError(f"--methods: '{overlay}' is not one of {', '.join(METHODS)}")
+        if any(word.startswith("outdir=") for word in special):
+            raise UserError(f"--methods: '{method}': all runs are in one outdir")
+    if len(set(methods)) < len(methods):
+        raise UserError("--methods: one is named twice")
     jobs = []
     name = read_config(config, settings).name
     rows = [
@@ -74,11 +82,9 @@ def plan(
         for method in methods
         for length in (LENGTHS if method.split()[0] == "supervised" else (1,))
     ]
-    for (method, length), seed in product(rows, seeds):  # those that share stage 1: not in a row
+    for (method, length), seed in product(rows, seeds):  # neighbours share no stage 1
         row = method if length == 1 else f"{method} x {length}"
         overlay, *special = method.split()
-        if overlay not in METHODS:
-            raise UserError(f"--methods: '{overlay}' is not one of {', '.join(METHODS)}")
         run = re.sub(r"[^\w.+-]+", "-", row.replace(" x ", "x"))
         own = [*settings, *special, f"seed={seed}", f"name={run}_{seed}"]
         made = read_config(config, own, overlay)
@@ -99,11 +105,13 @@ def _times(config: Config, section: str, length: int) -> str:
 
 
 def share_stage_1(one: Config, other: Config) -> bool:
-    """Tell whether two configs describe the same stage 1."""
-    differing = {key.split(".")[0] for key in differing_keys(one, other)}
-    # For stability it keeps more checkpoints.
-    stability = [config.select.score == "stability" for config in (one, other)]
-    return not differing - _OF_LATER_STAGES and stability[0] == stability[1]
+    """Tell whether two configs describe the same stage 1, in the same arithmetic."""
+    differing = {key.split(".")[0] for key in differing_keys(one, other)} - _OF_LATER_STAGES
+    alike = [
+        (config.precision, config.device, config.select.score == "stability")  # more checkpoints
+        for config in (one, other)
+    ]
+    return not differing and alike[0] == alike[1]
 
 
 def take_over(job: Job, jobs: Sequence[Job]) -> None:
@@ -116,7 +124,8 @@ def take_over(job: Job, jobs: Sequence[Job]) -> None:
             continue
         partial_copy = job.folder.with_name(f"{job.folder.name}.partial")
         rmtree(partial_copy, ignore_errors=True)
-        copytree(other.folder / STAGE, partial_copy / STAGE)
+        left_out = ignore_patterns("unfinished", "*.partial")  # the other run may still be there
+        copytree(other.folder / STAGE, partial_copy / STAGE, ignore=left_out)
         for name in ("lists.json", "environment.json"):
             write_json(partial_copy / name, read_json(other.folder / name))
         records = read_records(other.folder / "metrics.jsonl")
@@ -138,48 +147,74 @@ def _is_of(job: Job) -> bool:
     return not differing_keys(read_config(str(job.folder / "config.yaml")), job.config)
 
 
+class Children:
+    """Processes that are started by threads, until all are ended."""
+
+    def __init__(self) -> None:
+        self._started: list[subprocess.Popen] = []
+        self._ended, self._lock = False, Lock()
+
+    def start(self, command: Sequence[str], log: Path) -> subprocess.Popen | None:
+        """Start a process that appends its output to a log; None after ``end``."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock, log.open("a", encoding="utf-8") as out:
+            if self._ended:
+                return None
+            self._started.append(subprocess.Popen(command, stdout=out, stderr=out))
+            return self._started[-1]
+
+    def end(self) -> None:
+        """Ask all processes to end, and start no other."""
+        with self._lock:
+            self._ended = True
+            for process in self._started:
+                process.terminate()
+
+
+def _locks(jobs: Sequence[Job]) -> list[Lock]:
+    """Return a lock for each run, the same one for runs that share stage 1."""
+    locks: list[Lock] = []
+    for number, job in enumerate(jobs):
+        earlier = zip(jobs[:number], locks, strict=True)
+        shared = (lock for other, lock in earlier if share_stage_1(job.config, other.config))
+        locks.append(next(shared, Lock()))
+    return locks
+
+
 def work(jobs: Sequence[Job], processes: int) -> None:
     """Do the runs that are not done, so many at once; one that shares stage 1 waits for its end.
 
     Raises:
         UserError: runs failed; the others are done.
     """
-    locks: list[tuple[Job, Lock]] = []  # of the first of the runs that share stage 1
-    started: list[subprocess.Popen] = []
+    children = Children()
 
-    def lock_of(job: Job) -> Lock:
-        for first, lock in locks:
-            if share_stage_1(job.config, first.config):
-                return lock
-        locks.append((job, Lock()))
-        return locks[-1][1]
-
-    def run(job: Job, lock: Lock) -> Path | None:
-        if is_done(job):
-            return None
+    def run(job: Job, lock: Lock) -> str | None:
         log = job.folder.with_suffix(".log")
         with lock:
-            take_over(job, jobs)
-            log.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                if is_done(job):
+                    return None
+                take_over(job, jobs)
+                process = children.start([sys.executable, str(TRAIN), *job.words], log)
+            except (OSError, UserError) as error:
+                return f"{job.folder}: {error}"
+            if process is None:
+                return None
             print(f"{datetime.now():%H:%M} {job.folder}", flush=True)
-            with log.open("a", encoding="utf-8") as out:
-                command = [sys.executable, str(TRAIN), *job.words]
-                process = subprocess.Popen(command, stdout=out, stderr=out)
-            started.append(process)
             while process.poll() is None and not (job.folder / STAGE / "stage.json").is_file():
                 time.sleep(0.5)
-        return log if process.wait() else None
+        return f"see {log}" if process.wait() else None
 
     with ThreadPoolExecutor(processes) as pool:
         try:
-            failed = [log for log in pool.map(run, jobs, map(lock_of, jobs)) if log]
+            failed = [why for why in pool.map(run, jobs, _locks(jobs)) if why]
         except BaseException:  # Ctrl-C and SIGTERM end the runs, too; they save and continue
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in started:
-                process.terminate()
+            children.end()
             raise
     if failed:
-        raise UserError(f"{len(failed)} runs failed; their logs: {', '.join(map(str, failed))}")
+        raise UserError(f"{len(failed)} runs failed: {'; '.join(failed)}")
 
 
 def table(jobs: Sequence[Job]) -> str:
@@ -258,6 +293,10 @@ def _list_of(kind: type, text: str) -> list[Any]:
         raise UserError(f"'{text}': give numbers with commas between them") from None
 
 
+def _stop(number: int, _: object) -> NoReturn:
+    raise Stopped(number)
+
+
 def main() -> None:
     """Read the command line, do the runs, print and write the table."""
     parser = Parser(prog="python -m utils.study", description=__doc__.split("\n")[0])
@@ -265,20 +304,25 @@ def main() -> None:
     parser.add_argument(
         "--methods",
         required=True,
-        help=f"some of {','.join(METHODS)}, with commas between them; settings of one after spaces",
+        help=f"some of {','.join(METHODS)} with commas between them, and settings of one method "
+        "after spaces, without spaces in their values",
     )
     parser.add_argument("--seeds", default="0,1,2", help="numbers with commas between them")
     parser.add_argument("--processes", type=int, default=1, help="runs at once")
     parser.add_argument("--write", type=Path, help="a Markdown file, such as docs/results.md")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="for every run")
     arguments = parser.parse_intermixed_args()
-    methods = re.split(r",(?![^\[]*\])", arguments.methods)  # not at commas of stages=[1,2,6]
+    # Not at commas of stages=[1,2,6].
+    methods = re.split(r",(?![^\[{]*[\]}])", arguments.methods)
     seeds = _list_of(int, arguments.seeds)
     if arguments.processes < 1:
         raise UserError(f"--processes: {arguments.processes} is below 1; take a larger one")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     jobs = plan(arguments.config, methods, seeds, arguments.settings)
-    work(jobs, arguments.processes)
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        work(jobs, arguments.processes)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     text = report(jobs, f"python -m utils.study {shlex.join(sys.argv[1:])}")
     print(text)
     folder = Path(jobs[0].config.outdir)

@@ -26,7 +26,7 @@ class ResNet(torchvision_resnet.ResNet):
         channels: channels of the stride-4 map and of the last one.
 
     Source: He et al., CVPR 2016 (torchvision's V1 weights load as they are); dilation as in
-    Chen et al., ECCV 2018; deep stem as in FACTS.md, after He et al., CVPR 2019.
+    Chen et al., ECCV 2018; deep stem after He et al., CVPR 2019.
     """
 
     def __init__(self, name: str, output_stride: int, deep_stem: bool = False) -> None:

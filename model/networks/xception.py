@@ -15,7 +15,7 @@ class Xception65(nn.Module):
     Attributes:
         channels: channels of the stride-4 map and of the last one.
 
-    Source: Chollet, CVPR 2017; modified as in Chen et al., ECCV 2018. FACTS.md has the layout.
+    Source: Chollet, CVPR 2017; modified as in Chen et al., ECCV 2018; docs/method.md, section 12.
     """
 
     def __init__(self, output_stride: int) -> None:
