@@ -10,6 +10,7 @@ import argparse
 import csv
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from dataset.lists import (
     read_val,
 )
 from dataset.loader import Chance, photographs, whole_images
-from dataset.query import Querier, QueryRule, build_query_index
+from dataset.query import Querier, QueryRule, build_query_index, read_selection
 from dataset.reading import read_mask, read_photograph, to_label
 from dataset.training import RetrainSample
 from model import network_of
@@ -163,7 +164,10 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> str:
 def _judged(
     run: Path, config: Config, device: Device, samples: Sequence[Sample], splits: Splits
 ) -> tuple[dict[str, ConfusionMatrix], dict[str, WeightQuality]]:
-    """Judge teacher 1, votes, and both; and every weight of the teacher's most probable classes."""
+    """Judge teacher 1, votes and both; and every weight of the teacher's most probable classes.
+
+    The teacher sees the views of ``pseudo_label``. Queries are those of stages 4 and 6.
+    """
     stage = Stage("diagnosis", run, config, device, log=None, watch=None)
     teacher = frozen(trained_network(config, checkpoint_of(run / "1_supervised")), device)
     settings, preprocessing = config.inference, teacher.preprocessing
@@ -171,51 +175,52 @@ def _judged(
     anchors, bank = (
         make(stage, teacher, splits.labeled) for make in (class_anchors, prototype_bank)
     )
-    ask, rule = Neighbours(stage, splits.labeled), QueryRule.of(config.query, kind)
+    ask = Neighbours(stage, splits.labeled) if config.pseudo_label.neighbours else None
+    rule, selected = QueryRule.of(config.query, kind), run / "3_select"
     index = build_query_index(splits.labeled, rule)
+    if (selected / "stage.json").is_file():
+        index = read_selection(selected, splits.unlabeled, kind.classes).index
     querier = Querier(splits.labeled, index, rule, config.augment)
     loader = whole_images(samples, settings, config.workers, preprocessing=preprocessing)
-    predict = Predictor(teacher, device, settings)
+    predict = Predictor(teacher, device, settings, config.pseudo_label)
+    matrices = defaultdict(partial(ConfusionMatrix, len(kind.classes)))
     qualities = defaultdict(WeightQuality)
-    matrices = {name: ConfusionMatrix(len(kind.classes)) for name in ("teacher", "votes", "pooled")}
     for batch in passes(loader, device, "diagnosis"):
         size, known = tuple(batch.label.shape[-2:]), batch.label != IGNORE
-        probability, votes = predict(batch.image, size), ask.votes(batch.image, size)
-        both = pooled(probability, votes, ask.prior)
-        for name, maps in zip(matrices, (probability, votes, both), strict=True):
+        opinions = {"teacher": predict(batch.image, size)}
+        if ask is not None:
+            opinions["votes"] = ask.votes(batch.image, size)
+            opinions["both"] = pooled(*opinions.values(), ask.prior)
+        for name, maps in opinions.items():
             matrices[name].update(maps.argmax(dim=1).cpu(), batch.label.cpu())
-        confidence, ids = probability.max(dim=1)
+        confidence, ids = opinions["teacher"].max(dim=1)
         base = base_size(batch.image.shape[-2:], settings.long_side)
         images = resize_images(batch.image, base, preprocessing.interpolation)
         queried = [
             querier.draw(
-                samples[index].name,
-                Image.fromarray(label),
-                chance.of(index),
-                preprocessing,
+                samples[number].name, Image.fromarray(mask), chance.of(number), preprocessing
             )
-            for index, label in zip(batch.index.tolist(), ids.byte().cpu().numpy(), strict=True)
+            for number, mask in zip(batch.index.tolist(), ids.byte().cpu().numpy(), strict=True)
         ]
-        labeled = RetrainSample(
-            images, ids, None, None, None, device.move(default_collate(queried))
-        )
+        queried = device.move(default_collate(queried))
+        sample = RetrainSample(images, ids, None, None, None, queried)
         with device.autocast():
             features = teacher.extract(images)
             weights = {
                 "confidence": confidence,
-                "image": weight_by_image(features, labeled, None, teacher),
-                "bank": weight_by_bank(features, labeled, None, bank),
+                "image": weight_by_image(features, sample, None, teacher),
+                "bank": weight_by_bank(features, sample, None, bank),
                 "anchors": anchor_weight(features, ids, anchors),
             }
         weights["confidence_anchors"] = confidence * weights["anchors"]
-        for name, maps in {"votes": votes, "pooled": both}.items():
-            weights[name] = maps.gather(1, ids.unsqueeze(1)).squeeze(1)
+        for name, maps in list(opinions.items())[1:]:
+            weights[f"{name}' probability"] = maps.gather(1, ids.unsqueeze(1)).squeeze(1)
         for name, weight in weights.items():
             qualities[name].update(weight[known].cpu(), (ids == batch.label)[known].cpu())
-    names = broadcast(list, qualities)  # of rank 0, which has an image; others may have none
-    return (
-        {name: matrix.reduce() for name, matrix in matrices.items()},
-        {name: qualities[name].reduce() for name in names},
+    names = broadcast(lambda: ([*matrices], [*qualities]))  # rank 0 has an image; others may not
+    return tuple(
+        {name: found[name].reduce() for name in own}
+        for found, own in zip((matrices, qualities), names, strict=True)
     )
 
 

@@ -88,7 +88,7 @@ from utils.run.resume import Journal, Progress
 from utils.run.stages import Report, Run, Stage, checkpoint_of
 
 EXAMPLES = 4  # validation images in a run's picture
-PATCHES = 20_000  # labeled patches that vote on pseudo labels
+VOTERS, PATCHES = 512, 20_000  # labeled images and patches that vote on pseudo labels, at most
 EARLIER = (1 / 3, 2 / 3)  # of stage 1: checkpoints that stability compares (ST++)
 LabeledLoss = Callable[..., Tensor]  # of logits, labels and the valid pixels of the batch
 # What the student's views of unlabeled images are mixed with.
@@ -255,9 +255,9 @@ class Neighbours:
     """Labeled patches in the features of the encoder as it was before training.
 
     Args:
-        stage: its config and device; which of ``pseudo_label.neighbour_scales`` fits the labeled
-            images best is said in its log.
-        labeled: about ``PATCHES`` of their patches are kept at most, drawn at random by batch.
+        stage: its config and device; its log is told which of ``pseudo_label.neighbour_scales``
+            fits the labeled images best.
+        labeled: patches of at most ``VOTERS`` images, drawn at random, vote, ``PATCHES`` in all.
 
     Raises:
         UserError: no patch is labeled on more than half of its pixels.
@@ -271,24 +271,31 @@ class Neighbours:
         classes = len(describe(config.dataset).classes)
         net = frozen(network_of(config.model, classes, config.model.pretrained), stage.device)
         self._encoder, self._preprocessing = net.backbone, net.preprocessing
+        drawn = chance.of(0, 0, 0).permutation(len(labeled))[:VOTERS]
+        labeled = [labeled[number] for number in sorted(drawn)]
         fits = []
         for scale in config.pseudo_label.neighbour_scales:
             patches = self._patches_of(labeled, scale, classes, chance)
-            fits.append((calibrate(patches), scale, patches))
+            if len(patches.image):
+                fits.append((broadcast(calibrate, patches), scale, patches))
+        if not fits:
+            raise UserError(
+                "pseudo_label.neighbours: no patch of the labeled images is labeled on more than "
+                "half of its pixels; set pseudo_label.neighbours=false"
+            )
         fit, self._scale, self._patches = min(fits, key=lambda each: each[0].cross_entropy)
-        self._exponent = fit.exponent
-        self.prior = self._patches.shares.mean(dim=0)
+        self._exponent, self.prior = fit.exponent, self._patches.prior()
         if stage.log is not None:
             stage.log.say(
-                f"{stage.name}: {len(self._patches.image)} labeled patches, {self._scale:g} times "
-                f"the images' size, exponent {fit.exponent:.1f}, cross entropy "
-                f"{fit.cross_entropy:.3f} between images"
+                f"{stage.name}: {len(self._patches.image)} labeled patches vote, images enlarged "
+                f"{self._scale:g} times, exponent {fit.exponent:.1f}, cross entropy "
+                f"{fit.cross_entropy:.3f} on labeled images left out"
             )
 
     def votes(self, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """Vote on (B, 3, h, w) images at the size of their files: (B, C, H, W), of a size."""
+        """Return probabilities of (B, 3, h, w) images, of their files' size: (B, C, H, W)."""
         votes = neighbour_votes(self._maps(images, self._scale), self._patches)
-        return resize(sharpened(votes, self._exponent), size)
+        return resize(sharpened(votes, self.prior, self._exponent), size)
 
     def _patches_of(
         self, labeled: Sequence[Sample], scale: float, classes: int, chance: Chance
@@ -296,19 +303,13 @@ class Neighbours:
         stage, found = self._stage, []
         loader = _whole(stage.config, labeled, self._preprocessing)
         for batch in passes(loader, stage.device, f"{stage.name} labeled"):
-            maps = self._maps(batch.image, scale)
-            patches = labeled_patches(maps, batch.label, batch.index, classes)
             limit = math.ceil(PATCHES * len(batch.index) / len(labeled))
-            drawn = chance.of(int(batch.index[0])).permutation(len(patches.image))[:limit]
-            found.append([rows[drawn].cpu() for rows in patches])
+            rng = chance.of(int(batch.index[0]))
+            maps = self._maps(batch.image, scale)
+            patches = labeled_patches(maps, batch.label, batch.index, classes, limit, rng)
+            found.append([rows.cpu() for rows in patches])
         columns = map(torch.cat, zip(*gathered(found), strict=True))
-        patches = LabeledPatches(*(rows.to(stage.device.torch_device) for rows in columns))
-        if not len(patches.image):
-            raise UserError(
-                "pseudo_label.neighbours: no patch of the labeled images is labeled on more than "
-                "half of its pixels; set pseudo_label.neighbours=false"
-            )
-        return patches
+        return LabeledPatches(*(rows.to(stage.device.torch_device) for rows in columns))
 
     def _maps(self, images: Tensor, scale: float) -> Tensor:
         config = self._stage.config
@@ -422,11 +423,11 @@ def retrain(
     objective = partial(
         retrain_objective, labeled_loss=_labeled_loss(config.ohem), dropout=settings.feature_dropout
     )
-    size, confident = settings.batch_size, rule.confident or settings.threshold > 0
+    size, of_teacher = settings.batch_size, rule.confident and average is None
     crops = Crops(
         labeled=size * (1 + settings.learn_queried),
         unlabeled=size * (settings.views + (settings.feature_dropout > 0)),
-        teacher=size * (max(rule.passes, confident and average is None) + (average is not None)),
+        teacher=size * (max(rule.passes, of_teacher) + (average is not None)),
     )
     outcome = fit(
         stage,
@@ -545,33 +546,34 @@ class Rule(NamedTuple):
 
     weigh: Callable[[Tensor | None, RetrainSample, Tensor | None], Tensor]
     passes: int  # images that pass the frozen teacher for each unlabeled one
-    confident: bool  # takes the probability of the labels
+    confident: bool  # it, or ``retrain.threshold``, takes the probability of the labels
 
 
 def weighting(stage: Stage, teacher: nn.Module, labeled: Sequence[Sample]) -> Rule:
     """Return the rule that ``retrain.weight`` names."""
-    rule = stage.config.retrain.weight
+    rule, confident = stage.config.retrain.weight, stage.config.retrain.threshold > 0
     if rule == "image":
-        return Rule(partial(weight_by_image, teacher=teacher), 2, confident=False)
+        return Rule(partial(weight_by_image, teacher=teacher), 2, confident)
     if rule == "bank":
         bank = prototype_bank(stage, teacher, labeled)
-        return Rule(partial(weight_by_bank, bank=bank), 1, confident=False)
+        return Rule(partial(weight_by_bank, bank=bank), 1, confident)
     if rule.endswith("anchors"):
-        anchors, confident = class_anchors(stage, teacher, labeled), rule != "anchors"
-        weigh = partial(weight_by_anchors, anchors=anchors, confident=confident)
-        return Rule(weigh, 1, confident)
-    weigh = weight_one if rule == "ones" else weight_by_confidence
-    return Rule(weigh, 0, confident=rule == "confidence")
+        anchors, times = class_anchors(stage, teacher, labeled), rule != "anchors"
+        weigh = partial(weight_by_anchors, anchors=anchors, confident=times)
+        return Rule(weigh, 1, times or confident)
+    if rule == "confidence":
+        return Rule(weight_by_confidence, 0, confident=True)
+    return Rule(weight_one, 0, confident)
 
 
 class StudentBatch(NamedTuple):
     """What a student passes and learns from in an iteration: K labeled images, V views."""
 
-    known_image: Tensor  # (B, K, 3, H, W) float, normalised: labeled images
-    known_label: Tensor  # (B, K, H, W) long, true, 255 = ignored
-    image: Tensor  # (B, V, 3, H, W) float, normalised: views of unlabeled images
-    label: Tensor  # (B, V, H, W) long, 255 = ignored
-    weight: Tensor  # (B, V, H, W) float in [0, 1]
+    labeled_image: Tensor  # (B, K, 3, H, W) float, normalised
+    labeled_label: Tensor  # (B, K, H, W) long, true, 255 = ignored
+    view_image: Tensor  # (B, V, 3, H, W) float, normalised: of unlabeled images
+    view_label: Tensor  # (B, V, H, W) long, 255 = ignored
+    view_weight: Tensor  # (B, V, H, W) float in [0, 1]
     shared_class: Tensor  # (B,) long, of the query, 255 = none
 
 
@@ -593,33 +595,47 @@ def student_batch(
         thresholds: which pixels weigh at all; not used if ``retrain.threshold`` is 0.
         settings: ``mix`` is applied to each of the ``views`` in strong colours; with
             ``feature_dropout`` the weak view comes last, unmixed; with ``learn_queried`` the
-            queried images are labeled images too.
+            queried images are labeled images too. Networks see ``accumulate`` parts in turn.
+    """
+    columns = zip(
+        *(judged(part, teacher, average, rule) for part in parts(samples, settings.accumulate)),
+        strict=True,
+    )
+    label, weight, *confidence = (torch.cat(column) for column in columns)
+    if settings.threshold:
+        weight = weight * thresholds(*confidence, label)
+    labeled, queried = [(samples.labeled_image, samples.labeled_label)], None
+    if isinstance(samples.queried, QueriedImage):
+        queried = View(samples.queried.image, samples.queried.label, torch.ones_like(weight))
+    if settings.learn_queried:
+        labeled.append(queried[:2])
+    mix = MIXES[settings.mix]
+    views = [mix(View(image, label, weight), queried) for image in samples.student_image.unbind(1)]
+    if settings.feature_dropout:
+        views.append(View(samples.image, label, weight))
+    images, labels = (torch.stack(column, dim=1) for column in zip(*labeled, strict=True))
+    mixed = View(*(torch.stack(column, dim=1) for column in zip(*views, strict=True)))
+    return StudentBatch(images, labels, *mixed, samples.queried.shared_class)
+
+
+def judged(
+    samples: RetrainSample, teacher: nn.Module, average: nn.Module | None, rule: Rule
+) -> tuple[Tensor, ...]:
+    """Label and weigh unlabeled images as ``student_batch`` says.
+
+    Returns:
+        Labels (B, H, W) long, their weights (B, H, W) float in [0, 1]; and, if the rule is
+        confident, their probabilities, (B, H, W) float.
     """
     features = confidence = None
-    confident = rule.confident or settings.threshold > 0
-    if rule.passes or (confident and average is None):
+    if rule.passes or (rule.confident and average is None):
         features = teacher.extract(samples.image)
     if average is not None:
         samples, confidence = predicted_labels(average, samples)
-    elif confident:
+    elif rule.confident:
         confidence = label_confidence(teacher, features, samples.pseudo_label)
     weight = rule.weigh(features, samples, confidence)
-    if settings.threshold:
-        weight = weight * thresholds(confidence, samples.pseudo_label)
-    known, queried = [(samples.labeled_image, samples.labeled_label)], None
-    if isinstance(samples.queried, QueriedImage):
-        image, label = samples.queried.image, samples.queried.label
-        queried = View(image, label, torch.ones_like(weight))
-        known += [(image, label)] * settings.learn_queried
-    views = [
-        MIXES[settings.mix](View(image, samples.pseudo_label, weight), queried)
-        for image in samples.student_image.unbind(1)
-    ]
-    if settings.feature_dropout:
-        views.append(View(samples.image, samples.pseudo_label, weight))
-    columns = [*zip(*known, strict=True), *zip(*views, strict=True)]
-    stacked = (torch.stack(column, dim=1) for column in columns)
-    return StudentBatch(*stacked, samples.queried.shared_class)
+    return samples.pseudo_label, weight, *([confidence] if rule.confident else [])
 
 
 def retrain_objective(
@@ -641,21 +657,24 @@ def retrain_objective(
 
     Source: docs/method.md, sections 4 and 9.
     """
-    known, views = part.known_image.unbind(1), part.image.unbind(1)
-    true, pseudo, weight = (maps.unbind(1) for maps in (part.known_label, part.label, part.weight))
-    counts = [maps != IGNORE for maps in (*batch.known_label.unbind(1), *batch.label.unbind(1))]
-    *pixels, images = counted(*counts, torch.ones_like(batch.shared_class))
+    true, pseudo, weights = (
+        maps.unbind(1) for maps in (part.labeled_label, part.view_label, part.view_weight)
+    )
+    masks = [*(batch.labeled_label != IGNORE).unbind(1), *(batch.view_label != IGNORE).unbind(1)]
+    *pixels, images = counted(*masks, torch.ones_like(batch.shared_class))
+    labeled_pixels, view_pixels = pixels[: len(true)], pixels[len(true) :]
+    passed = torch.cat([*part.labeled_image.unbind(1), *part.view_image.unbind(1)])
     dropped = (len(part.shared_class), dropout) if dropout else ()
-    logits = net(torch.cat([*known, *views]), *dropped).logits.chunk(len(pixels))
-    labeled = sum(map(labeled_loss, logits, true, pixels))
-    rest = logits[len(known) :], pseudo, weight, pixels[len(known) :]
-    losses = torch.stack([rectified_cross_entropy(*view) for view in zip(*rest, strict=True)])
+    logits = net(passed, *dropped).logits.chunk(len(pixels))
+    labeled_logits, view_logits = logits[: len(true)], logits[len(true) :]
+    labeled = sum(map(labeled_loss, labeled_logits, true, labeled_pixels))
+    losses = torch.stack([*map(rectified_cross_entropy, view_logits, pseudo, weights, view_pixels)])
     unlabeled = (losses[:-1].mean() + losses[-1]) / 2 if dropout else losses.mean()
-    valid = sum(pixels[len(known) :]).clamp_min(1)
+    weighed = (part.view_weight * (part.view_label != IGNORE)).sum()
     terms = {
         "unlabeled": unlabeled,
         "labeled": labeled,
-        "weight": (part.weight * (part.label != IGNORE)).sum() / valid,
+        "weight": weighed / sum(view_pixels).clamp_min(1),
         "queried": (part.shared_class != IGNORE).sum() / images,
     }
     return Loss(unlabeled + labeled, terms)
@@ -685,7 +704,7 @@ def training_step(
 
     Returns:
         This process's part of the logged terms; and None, or the loss where it or the gradient is
-        not finite: then nothing was updated.
+        not finite: then no weight was updated.
     """
     torch.manual_seed(seed)
     terms: dict[str, Any] = {}

@@ -153,6 +153,11 @@ def refuse_batch_sizes(config: Config, splits: Splits) -> None:
     """Raise a ``UserError`` if a batch exceeds an epoch or is no equal share for each process."""
     labeled = len(splits.labeled) * repeats(config.supervised, splits.labeled)
     reliable = count_kept(len(splits.unlabeled), config.select.keep)
+    if config.retrain.mix == "unlabeled" and config.retrain.batch_size < 2 * world():
+        raise UserError(
+            f"retrain.batch_size: {config.retrain.batch_size} gives {world()} processes less than "
+            "two images each, which retrain.mix=unlabeled mixes; raise it, or set retrain.mix=none"
+        )
     for key, samples in (("supervised", labeled), ("retrain", reliable)):
         size, cuts = getattr(config, key).batch_size, getattr(config, key).accumulate
         name = f"{key}.batch_size: {size}"

@@ -7,17 +7,19 @@ Source: ours; docs/method.md, section 13, and docs/rectifier.md for what else wa
 from a memory of labeled patches is Hummingbird's (Balazevic et al., NeurIPS 2023).
 """
 
+import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 NEIGHBOURS = 30  # patches that vote
 TEMPERATURE = 0.05  # of the cosines, for the weight of a vote
-EXPONENTS = [number / 10 for number in range(5, 31)]  # of the votes; the best one is taken
-_FLOOR = 0.02  # added to votes: a class without any is not impossible
-_JUDGED = 4096  # patches, about, by which an exponent is judged
+EXPONENTS = [number / 10 for number in range(31)]  # of which the best one is taken
+_SMOOTHING = 0.05  # share of the prior in votes: a class without any is not impossible
+_JUDGED = 4096  # patches by which an exponent is judged, at most
 _ROWS = 2048  # patches that are compared at once
 
 
@@ -28,16 +30,26 @@ class LabeledPatches(NamedTuple):
     shares: Tensor  # (N, C) float, sum to 1: the classes' shares of the labeled pixels
     image: Tensor  # (N,) long: which image they are of
 
+    def prior(self) -> Tensor:
+        """Return the classes' shares of all patches, (C,) positive float, sum 1."""
+        prior = self.shares.mean(dim=0).clamp_min(1e-4)
+        return prior / prior.sum()
+
 
 class Calibration(NamedTuple):
-    """How votes become probabilities, and how well that does."""
+    """How much votes tell: of the labels of images that do not vote."""
 
-    exponent: float  # above 1 votes are sharpened, below 1 flattened
-    cross_entropy: float  # nats a patch, of votes of the other images
+    exponent: float  # of the likelihood ratio; 0: nothing, 1: as much as they say
+    cross_entropy: float  # nats a patch
 
 
 def labeled_patches(
-    features: Tensor, label: Tensor, image: Tensor, num_classes: int
+    features: Tensor,
+    label: Tensor,
+    image: Tensor,
+    num_classes: int,
+    limit: int,
+    rng: np.random.Generator,
 ) -> LabeledPatches:
     """Cut the maps of labeled images into patches; those that are mostly ignored are left out.
 
@@ -46,6 +58,8 @@ def labeled_patches(
         label: (B, H, W) long in [0, C), or 255 = ignored.
         image: (B,) long, a number of each image.
         num_classes: C.
+        limit: of more patches so many are drawn at random.
+        rng: draws them.
     """
     size = tuple(features.shape[-2:])
     maps = [
@@ -53,9 +67,14 @@ def labeled_patches(
     ]
     shares = torch.stack(maps, dim=-1).flatten(0, 2)
     known = shares.sum(dim=1)
-    kept = known > 0.5
+    kept = (known > 0.5).nonzero().flatten()
+    if len(kept) > limit:
+        kept = kept[torch.from_numpy(rng.permutation(len(kept))[:limit]).to(kept.device)]
     image = image.to(kept.device).repeat_interleave(size[0] * size[1])
-    return LabeledPatches(_rows(features)[kept], (shares / known.unsqueeze(1))[kept], image[kept])
+    rows = features.permute(0, 2, 3, 1).flatten(0, 2)[kept].float()
+    return LabeledPatches(
+        F.normalize(rows, dim=1), (shares / known.unsqueeze(1))[kept], image[kept]
+    )
 
 
 def neighbour_votes(features: Tensor, patches: LabeledPatches) -> Tensor:
@@ -75,29 +94,40 @@ def calibrate(patches: LabeledPatches) -> Calibration:
 
     Returns:
         The exponent, of those in ``EXPONENTS``, with the least mean cross entropy between the
-        shares and the sharpened votes of about 4,000 patches. Exponent 1 and infinity for patches
-        of one image.
+        shares and ``sharpened`` votes, of 4,096 patches at most. For patches of one image
+        exponent 1, and infinity.
     """
     if len(patches.image.unique()) < 2:
-        return Calibration(1.0, torch.inf)
-    judged = LabeledPatches(*(rows[:: max(1, len(rows) // _JUDGED)] for rows in patches))
-    votes = torch.cat(
-        [
-            _votes(*rows, patches)
-            for rows in zip(judged.features.split(_ROWS), judged.image.split(_ROWS), strict=True)
-        ]
+        return Calibration(1.0, math.inf)
+    judged = LabeledPatches(*(rows[:: math.ceil(len(rows) / _JUDGED)] for rows in patches))
+    parts = zip(judged.features.split(_ROWS), judged.image.split(_ROWS), strict=True)
+    votes, prior = torch.cat([_votes(*rows, patches) for rows in parts]), patches.prior()
+    return min(
+        (
+            Calibration(
+                exponent,
+                -(judged.shares * sharpened(votes, prior, exponent).log()).sum(1).mean().item(),
+            )
+            for exponent in EXPONENTS
+        ),
+        key=lambda fit: fit.cross_entropy,
     )
-    losses = [
-        -(judged.shares * sharpened(votes, exponent).log()).sum(dim=1).mean().item()
-        for exponent in EXPONENTS
-    ]
-    best = min(range(len(losses)), key=losses.__getitem__)
-    return Calibration(EXPONENTS[best], losses[best])
 
 
-def sharpened(votes: Tensor, exponent: float) -> Tensor:
-    """Raise votes, (B, C, ...) float in [0, 1], to a power: positive, summing to 1 over C."""
-    return ((votes + _FLOOR).log() * exponent).softmax(dim=1)
+def sharpened(votes: Tensor, prior: Tensor, exponent: float) -> Tensor:
+    """Turn votes into probabilities: the prior times the votes' likelihood ratio to a power.
+
+    Args:
+        votes: (B, C, ...) float in [0, 1], sums to 1 over C.
+        prior: (C,) positive float, sum 1. Votes that equal it tell nothing, whatever the exponent.
+        exponent: from ``calibrate``.
+
+    Returns:
+        Positive, (B, C, ...), sums to 1 over C.
+    """
+    prior = prior.view(-1, *[1] * (votes.dim() - 2))
+    ratio = (1 - _SMOOTHING) * votes / prior + _SMOOTHING
+    return (prior.log() + exponent * ratio.log()).softmax(dim=1)
 
 
 def pooled(probability: Tensor, votes: Tensor, prior: Tensor) -> Tensor:
@@ -106,13 +136,12 @@ def pooled(probability: Tensor, votes: Tensor, prior: Tensor) -> Tensor:
     Args:
         probability: (B, C, H, W) float in [0, 1], sums to 1 over C: a network's.
         votes: the same, positive: ``sharpened`` votes.
-        prior: (C,) float in [0, 1]: the classes' shares of the labeled patches. Both opinions hold
-            it; it must count once.
+        prior: (C,) positive float, sum 1. Both opinions hold it; it must count once.
 
     Returns:
         (B, C, H, W) float32, sums to 1 over C: probability * votes / prior, normalised.
     """
-    prior = (prior + _FLOOR).log().view(-1, 1, 1)
+    prior = prior.log().view(-1, 1, 1)
     return (probability.clamp_min(1e-6).log() + votes.log() - prior).softmax(dim=1)
 
 

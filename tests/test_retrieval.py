@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from model.retrieval import (
     labeled_patches,
     neighbour_votes,
     pooled,
+    sharpened,
 )
 from utils import IGNORE
 
@@ -18,11 +20,19 @@ from utils import IGNORE
 def test_patches_hold_the_shares_of_their_labeled_pixels():
     features = torch.tensor([[[[3.0, 0.0]], [[4.0, 2.0]]]])  # (1, 2, 1, 2)
     label = torch.tensor([[[0, 1, 2, IGNORE], [0, IGNORE, IGNORE, IGNORE]]])
-    patches = labeled_patches(features, label, torch.tensor([7]), num_classes=3)
+    rng = np.random.default_rng(0)
+    patches = labeled_patches(features, label, torch.tensor([7]), 3, 9, rng)
     # The right patch is ignored at three pixels of four, and left out.
     torch.testing.assert_close(patches.features, torch.tensor([[0.6, 0.8]]))
     torch.testing.assert_close(patches.shares, torch.tensor([[2 / 3, 1 / 3, 0.0]]))
     assert patches.image.tolist() == [7]
+    features, label = torch.randn(2, 2, 4, 5), torch.randint(0, 3, (2, 4, 5))
+    drawn = labeled_patches(features, label, torch.arange(2), 3, 6, rng)
+    assert len(drawn.features) == len(drawn.shares) == len(drawn.image) == 6
+    for patch, share, number in zip(*drawn, strict=True):  # each is a place of its image
+        own = torch.nn.functional.normalize(features[number], dim=0).flatten(1).T
+        (place,) = (own - patch).abs().sum(dim=1).lt(1e-6).nonzero().flatten()
+        assert share.argmax() == label[number].flatten()[place]
 
 
 def test_nearer_patches_have_more_votes():
@@ -50,25 +60,32 @@ def test_thirty_neighbours_of_many_agree_with_float64():
 
 def test_pooling_counts_the_prior_once():
     probability = torch.tensor([0.8, 0.2]).view(1, 2, 1, 1)
-    votes = torch.tensor([0.3, 0.7]).view(1, 2, 1, 1)
-    both = pooled(probability, votes, torch.tensor([0.88, 0.08])).flatten()  # 0.9, 0.1 floored
-    odds = (0.8 / 0.2) * (0.3 / 0.7) / (0.9 / 0.1)
-    assert (both[0] / both[1]).item() == pytest.approx(odds, rel=1e-5)
-    neutral = pooled(probability, torch.full((1, 2, 1, 1), 0.5), torch.tensor([0.5, 0.5]))
-    torch.testing.assert_close(neutral, probability)
+    votes, prior = torch.tensor([0.3, 0.7]).view(1, 2, 1, 1), torch.tensor([0.9, 0.1])
+    both = pooled(probability, votes, prior).flatten()
+    assert (both[0] / both[1]).item() == pytest.approx((0.8 / 0.2) * (0.3 / 0.7) / (0.9 / 0.1))
 
 
-def test_votes_are_sharpened_until_they_fit_patches_of_other_images():
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 3.0])
+def test_votes_that_equal_the_prior_tell_nothing(exponent):
+    prior = torch.tensor([0.9, 0.08, 0.02])
+    votes = sharpened(prior.view(1, 3, 1, 1), prior, exponent)
+    torch.testing.assert_close(votes.flatten(), prior)
+    probability = torch.tensor([0.5, 0.3, 0.2]).view(1, 3, 1, 1)
+    torch.testing.assert_close(pooled(probability, votes, prior), probability)
+    others = sharpened(torch.tensor([0.2, 0.3, 0.5]).view(1, 3, 1, 1), prior, 0.0)
+    torch.testing.assert_close(others.flatten(), prior)  # at exponent 0 all votes tell nothing
+
+
+def test_exponents_fit_patches_of_other_images():
     torch.manual_seed(0)
-    places, image = torch.randn(4, 8), torch.arange(400) % 2
-    kind = torch.arange(400) // 2 % 4
+    places, image, kind = torch.randn(4, 8), torch.arange(400) % 2, torch.arange(400) // 2 % 4
     features = torch.nn.functional.normalize(places[kind] + 0.01 * torch.randn(400, 8), dim=1)
     sure = torch.nn.functional.one_hot(kind, 4).float()
     fit = calibrate(LabeledPatches(features, sure, image))
     assert fit.exponent == 3.0  # the other image has the same patches: the sharpest is the best
     unsure = calibrate(LabeledPatches(features, sure[torch.randperm(400)], image))
-    assert unsure.exponent < 1.5
-    assert unsure.cross_entropy > fit.cross_entropy
+    assert unsure.exponent < 0.5
+    assert unsure.cross_entropy == pytest.approx(math.log(4), abs=0.01)
     own = LabeledPatches(features, sure, kind % 2)  # classes 0 and 2 are of image 0, 1 and 3 of 1
-    assert calibrate(own).cross_entropy > math.log(4)  # no other image shows the class
-    assert calibrate(LabeledPatches(features, sure, torch.zeros(400))).exponent == 1.0
+    assert calibrate(own) == (0.0, pytest.approx(math.log(4), abs=1e-5))  # none shows the class
+    assert calibrate(LabeledPatches(features, sure, torch.zeros(400))) == (1.0, math.inf)

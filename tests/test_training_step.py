@@ -134,10 +134,13 @@ def test_pixels_that_mixing_ignores_do_not_count_in_the_mean(net, samples):
     torch.manual_seed(0)
     ones = weight_one(None, samples, None)
     view = prepared(samples, ones, mix="cutout")
-    assert (view.label == IGNORE).sum() > (samples.pseudo_label == IGNORE).sum()
+    assert (view.view_label == IGNORE).sum() > (samples.pseudo_label == IGNORE).sum()
     torch.manual_seed(0)
     loss = retrained(net, samples, ones, mix="cutout")
-    close(loss.terms["unlabeled"], cross_entropy(net(view.image[:, 0]).logits, view.label[:, 0]))
+    close(
+        loss.terms["unlabeled"],
+        cross_entropy(net(view.view_image[:, 0]).logits, view.view_label[:, 0]),
+    )
     assert loss.terms["weight"] == 1.0
 
 

@@ -74,6 +74,7 @@ def _line_of(error: RuntimeError) -> str | None:
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return (
             f"memory: {what}; raise supervised.accumulate and retrain.accumulate, or lower "
-            "batch_size, augment.crop_size or inference.batch_size; what was done is kept"
+            "batch_size, augment.crop_size, inference.batch_size or, in stages 2 and 5, "
+            "pseudo_label.neighbour_scales; what was done is kept"
         )
     return None

@@ -178,7 +178,8 @@ class RetrainSection(TrainingSection):
     # The student begins with the weights of 'model.pretrained', or with those of its teacher.
     start: Literal["encoder", "teacher"] = "teacher"
     # Pseudo labels: stored by stages 2 and 5; or predicted in each iteration by the running average
-    # of the student, which is then the network that is validated and kept.
+    # of the student, which is then the network that is validated and kept. Pixels that a stored
+    # label ignores stay ignored.
     labels: Literal["stored", "average"] = "stored"
     average_decay: float = Field(0.99, ge=0, lt=1)  # of the running average, an iteration
     # Pixels of pseudo labels whose probability is lower count with weight 0.
@@ -205,9 +206,10 @@ class PseudoLabelSection(Section):
     scales: list[Positive] = Field([0.5, 0.75, 1.0, 1.5, 2.0], min_length=1)
     flip: bool = True
     # Combine the teacher's probabilities with the votes of the nearest labeled patches in the
-    # features of the encoder as it was before training.
+    # features of the encoder as it was before training. Whole images pass, without windows.
     neighbours: bool = True
-    # Of the images whose patches are compared: the one that fits the labeled images best is taken.
+    # Factors by which images are enlarged before their patches are compared: the one that fits the
+    # labeled images best is taken, the first one if there is only one labeled image.
     neighbour_scales: list[Positive] = Field([1.0, 2.0, 3.0], min_length=1)
     threshold: float = Field(0.6, ge=0, lt=1)  # less probable pixels are stored as ignored
 
