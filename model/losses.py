@@ -33,7 +33,7 @@ def rectified_cross_entropy(
     Args:
         logits: (B, C, H, W) float.
         pseudo_label: (B, H, W) long in [0, C), or 255 = ignored.
-        weight: (B, H, W) float in [0, 1], from ``rectification_weight``.
+        weight: (B, H, W) float in [0, 1].
         pixels: () number, see above.
 
     Returns:

@@ -65,6 +65,8 @@ OPTIONS = [
     ["precision=bf16", "ohem={threshold: 0.7, min_kept: 500}"],
     ["precision=bf16", "supervised.accumulate=2", "retrain.accumulate=2"],
     ["model.compile=true"],
+    ["retrain={labels: average, threshold: 0.2, threshold_by_class: true, views: 2}"],
+    ["retrain={mix: queried, learn_queried: true, feature_dropout: 0.5, threshold: 0.2}"],
 ]
 
 
