@@ -48,6 +48,7 @@ def test_a_method_may_have_settings_of_its_own(tmp_path):
     assert not job.config.pseudo_label.neighbours
     assert job.config.retrain.iterations == 2 * read_config("demo.yaml").retrain.iterations
     assert job.folder.name == "cisc-stages-1-2-6-pseudo_label.neighbours-false_0"
+    assert job.log.name == f"{job.folder.name}.log"
 
 
 def test_the_table_compares_equal_seeds_with_the_best_supervised_row(jobs):
@@ -152,7 +153,7 @@ def test_a_signal_ends_the_runs_and_starts_no_other(tmp_path, monkeypatch):
         study.work(jobs, 2)
     signal.signal(signal.SIGTERM, before)
     assert time.monotonic() - begin < 60
-    logs = [job.folder.with_suffix(".log").is_file() for job in jobs]
+    logs = [job.log.is_file() for job in jobs]
     assert logs == [True, True]  # opened before it is known that no other run starts
 
 
@@ -161,4 +162,4 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path):
     jobs = study.plan("demo.yaml", ["supervised"], [0], [f"outdir={tmp_path}", "dataset.root=none"])
     with pytest.raises(UserError, match=r"1 runs failed: see .*supervised_0\.log"):
         study.work(jobs[:1], 1)
-    assert "none" in (jobs[0].folder.with_suffix(".log")).read_text()
+    assert "none" in (jobs[0].log).read_text()

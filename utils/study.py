@@ -51,6 +51,11 @@ class Job(NamedTuple):
         """The run folder."""
         return Path(self.config.outdir) / self.config.name
 
+    @property
+    def log(self) -> Path:
+        """Takes what the run prints."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
 
 def plan(
     config: str, methods: Sequence[str], seeds: Sequence[int], settings: Sequence[str]
@@ -190,13 +195,12 @@ def work(jobs: Sequence[Job], processes: int) -> None:
     children = Children()
 
     def run(job: Job, lock: Lock) -> str | None:
-        log = job.folder.with_suffix(".log")
         with lock:
             try:
                 if is_done(job):
                     return None
                 take_over(job, jobs)
-                process = children.start([sys.executable, str(TRAIN), *job.words], log)
+                process = children.start([sys.executable, str(TRAIN), *job.words], job.log)
             except (OSError, UserError) as error:
                 return f"{job.folder}: {error}"
             if process is None:
@@ -204,7 +208,7 @@ def work(jobs: Sequence[Job], processes: int) -> None:
             print(f"{datetime.now():%H:%M} {job.folder}", flush=True)
             while process.poll() is None and not (job.folder / STAGE / "stage.json").is_file():
                 time.sleep(0.5)
-        return f"see {log}" if process.wait() else None
+        return f"see {job.log}" if process.wait() else None
 
     with ThreadPoolExecutor(processes) as pool:
         try:
