@@ -15,8 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tests.benchmarks.timing import seconds
 from tests.benchmarks.works import Bench, bench_parser
 from utils.device import Device
 
@@ -31,20 +31,12 @@ FORMS = ("plain", "ours")
 STAGES = {
     "supervised": Bench.supervised,
     "retrain, image": Bench.retrain,
-    "retrain, bank": Bench.retrain_by_bank,
+    "retrain, bank": partial(Bench.retrain, rule="bank"),
     "pseudo-label": Bench.pseudo_label,
     "select": Bench.select,
     "evaluate": Bench.evaluate,
 }
 STEPS = ("supervised", "retrain, image", "retrain, bank")
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def best_rate(device: Device, batch: int) -> float:

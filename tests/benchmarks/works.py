@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from dataset.catalog import describe
@@ -24,6 +23,7 @@ from model import network_of
 from model.losses import cross_entropy
 from model.ops.frozen import frozen
 from tests.benchmarks import plain
+from tests.benchmarks.timing import flop
 from utils.checkpoint import save
 from utils.config.reading import read_config
 from utils.device import Device
@@ -61,16 +61,19 @@ class Bench:
     def __init__(self, typed: argparse.Namespace, folder: Path) -> None:
         self.folder, root = folder, folder / "data"
         self.batch, images = typed.batch, max(IMAGES, typed.batch)
-        words = [f"dataset.root={root}", f"model.backbone={typed.backbone}", "workers=0"]
-        words += [
-            "model.output_stride=8",
-            "model.channels=null",
-            f"augment.crop_size={typed.crop}",
-            "query.exclude=[]",
-            "pseudo_label.neighbours=false",
-        ]
-        words += ["augment.base_size=480", f"inference.batch_size={images}"]
-        self.config = read_config("demo.yaml", [*words, f"pseudo_label.scales={SCALES}"])
+        self.crop, words = (
+            (typed.crop, typed.crop),
+            [
+                f"dataset.root={root}",
+                f"model={{backbone: {typed.backbone}, output_stride: 8, channels: null}}",
+                f"augment={{base_size: 480, crop_size: {typed.crop}}}",
+                f"pseudo_label={{scales: {SCALES}, neighbours: false}}",
+                f"inference.batch_size={images}",
+                "query.exclude=[]",
+                "workers=0",
+            ],
+        )
+        self.config = read_config("demo.yaml", words)
         kind = describe(self.config.dataset)
         write_demo(root, kind.palette(), 2 * images, images, images, size=SIZE)
         self.device = Device(typed.device, typed.precision)
@@ -118,22 +121,17 @@ class Bench:
     ) -> Callable:
         """Build the step that ``train.fit`` repeats."""
         optimization = Optimization(net, self.config.optimizer, 10_000, self.device.scaler())
-
-        def step() -> None:
-            moved = self.device.move(batch)
-            train.training_step(
-                net, objective, optimization, self.device, moved, seed=0, prepare=prepare
-            )
-
-        return step
+        common = net, objective, optimization, self.device
+        return lambda: train.training_step(
+            *common, self.device.move(batch), seed=0, prepare=prepare
+        )
 
     def retrain_step(self, rule: str, batch: tuple) -> Callable:
         net, teacher = self.ours(), frozen(self.network(), self.device)
         section = {"weight": rule, "mix": "none", "threshold": 0.0}
         settings = self.config.retrain.model_copy(update=section)
-        stage = replace(
-            self.stage("bank"), config=self.config.model_copy(update={"retrain": settings})
-        )
+        config = self.config.model_copy(update={"retrain": settings})
+        stage = replace(self.stage("bank"), config=config)
         prepare = partial(
             train.student_batch,
             teacher=teacher,
@@ -157,28 +155,18 @@ class Bench:
             "plain": lambda: self.plain_step(self.plain(), plain.supervised_step, batch),
             "ours": lambda: self.step(self.ours(), loss, batch),
         }
-        return Row(forms, 2 * self.batch, 3 * self.flop(self.config.augment.crop_size))
+        return Row(forms, 2 * self.batch, 3 * flop(self.network, self.crop))
 
-    def retrain(self) -> Row:
+    def retrain(self, rule: str = "image") -> Row:
         batch = self.retrain_batch(self.querier.draw)
+        ours = self.retrain_batch(self.querier.choose) if rule == "bank" else batch
 
         def naive() -> Callable:
             return self.plain_step(self.plain(), plain.retrain_step, batch, self.plain().eval())
 
-        forms = {"plain": naive, "ours": lambda: self.retrain_step("image", batch)}
-        crop = self.config.augment.crop_size
-        return Row(forms, self.batch, (2 * 3 + 2) * self.flop(crop))
-
-    def retrain_by_bank(self) -> Row:
-        batch = self.retrain_batch(self.querier.choose)
-
-        row = self.retrain()
-        flop = (2 * 3 + 1) * self.flop(self.config.augment.crop_size)
-        return Row(
-            {"plain": row.forms["plain"], "ours": lambda: self.retrain_step("bank", batch)},
-            self.batch,
-            flop,
-        )
+        forms = {"plain": naive, "ours": lambda: self.retrain_step(rule, ours)}
+        passes = 2 * 3 + (1 if rule == "bank" else 2)
+        return Row(forms, self.batch, passes * flop(self.network, self.crop))
 
     def retrain_batch(self, query: Callable) -> tuple:
         # The true masks of val stand for pseudo labels.
@@ -198,8 +186,9 @@ class Bench:
             folder.mkdir(exist_ok=True)
             return partial(plain.pseudo_label, net, samples, SCALES, device, folder)
 
-        flop = sum(2 * self.flop(*(round(side * scale) for side in SIZE)) for scale in SCALES)
-        return Row({"plain": naive, "ours": lambda: ours}, len(samples), flop)
+        sizes = [[round(side * scale) for side in SIZE] for scale in SCALES]
+        passes = 2 * sum(flop(self.network, size) for size in sizes)
+        return Row({"plain": naive, "ours": lambda: ours}, len(samples), passes)
 
     def select(self) -> Row:
         # The true masks of val stand for pseudo labels.
@@ -213,7 +202,7 @@ class Bench:
             net = self.plain().eval()
             return partial(plain.select, net, labeled, unlabeled, self.device.torch_device)
 
-        return Row({"plain": naive, "ours": lambda: ours}, 2 * self.batch, self.flop(*SIZE))
+        return Row({"plain": naive, "ours": lambda: ours}, 2 * self.batch, flop(self.network, SIZE))
 
     def evaluate(self) -> Row:
         val, settings = self.splits.val, (self.config, self.device)
@@ -223,12 +212,4 @@ class Bench:
             return partial(plain.evaluate, net, val, self.classes, device)
 
         forms = {"plain": naive, "ours": lambda: partial(evaluate, self.ours(), *settings)}
-        return Row(forms, len(val), self.flop(*SIZE))
-
-    def flop(self, height: int, width: int | None = None) -> float:
-        """Count the multiplications and additions of a pass of one image."""
-        with torch.device("meta"):
-            net, image = self.network(), torch.empty(1, 3, height, width or height)
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                net.eval()(image)
-        return counter.get_total_flops()
+        return Row(forms, len(val), flop(self.network, SIZE))
