@@ -1,15 +1,10 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import train as train_program
 from utils import checkpoint
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -73,6 +68,17 @@ BAD_DATA = {
 }
 
 
+@pytest.fixture
+def no_step(monkeypatch):
+    """Fail where an iteration is done."""
+
+    def trained(*_):
+        raise AssertionError("trained before it looked")
+
+    monkeypatch.setattr(train_program.Optimization, "step", trained)
+    return trained
+
+
 @pytest.mark.parametrize("case", BAD_DATA)
 def test_bad_data(train, demo_copy, case):
     spoil, told = BAD_DATA[case]
@@ -82,12 +88,10 @@ def test_bad_data(train, demo_copy, case):
 
 
 def test_unlabeled_image_that_cannot_be_read_is_found_before_anything_trains(
-    train, demo_copy, monkeypatch
+    train, demo_copy, monkeypatch, no_step
 ):
-    def trained(*_):
-        raise AssertionError("stage 1 trained for hours before stage 2 opened this image")
-
-    monkeypatch.setattr(train_program, "fit", trained)
+    """And not hours later, when stage 2 opens it."""
+    monkeypatch.setattr(train_program, "fit", no_step)
     (demo_copy / "JPEGImages/0009.jpg").write_text("not a picture")
     assert "0009.jpg: cannot read this picture" in train()
 
@@ -114,13 +118,9 @@ def test_unlabeled_image_that_cannot_be_read_is_found_before_anything_trains(
         ("precision=fp16", ["precision", "'fp16'", "fp32 or bf16"]),
     ],
 )
-def test_bad_settings(train, monkeypatch, setting, told):
-    def trained(*_):
-        raise AssertionError("trained before it looked")
-
+def test_bad_settings(train, monkeypatch, no_step, setting, told):
     if "batch_size" not in setting:
-        monkeypatch.setattr(train_program, "fit", trained)
-    monkeypatch.setattr(train_program.Optimization, "step", trained)
+        monkeypatch.setattr(train_program, "fit", no_step)
     line = train(setting)
     assert [part for part in told if part not in line] == []
 
@@ -151,23 +151,11 @@ def test_run_folder_that_cannot_be_made(train, tmp_path):
     assert f"{tmp_path / 'file' / 'demo' / 'lock'}: cannot write this file" in line
 
 
-def test_config_that_is_not_there(complaint):
-    line = complaint(train_program, "--config", "nowhere.yaml")
-    assert "nowhere.yaml: no such config here or in configs/" in line
-    assert "demo.yaml" in line
-
-
-def test_settings_may_stand_on_both_sides_of_an_option(complaint):
-    line = complaint(train_program, "seed=1", "--config", "demo.yaml", "sead=2")
-    assert "unknown key 'sead'" in line
-
-
-def test_program_as_typed(demo_copy, tmp_path):
+def test_program_as_typed(demo_copy, tmp_path, run_program):
     truncate(demo_copy, "JPEGImages/00*.jpg", 700)  # met in a worker
     settings = [f"dataset.root={demo_copy}", "workers=1", "device=cpu", "outdir=out"]
     settings += ["supervised.batch_size=4", "retrain.batch_size=4"]
-    command = [sys.executable, ROOT / "train.py", "--config", "demo.yaml", *settings]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_program(ROOT / "train.py", "--config", "demo.yaml", *settings, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {demo_copy}/JPEGImages/")

@@ -157,22 +157,17 @@ def test_garbage_in_metrics_is_left_out_when_stages_are_done_again(train, run):
         (["--config", "demo.yaml", "name=a/b"], ["name", "'a/b' is not allowed"]),
         (["--config", "demo.yaml", "checkpoint_every=0"], ["checkpoint_every", "greater than 0"]),
         (["--config", "."], [".: no such config here"]),
+        (["--config", "no.yaml"], ["no.yaml: no such config here or in configs/", "demo.yaml"]),
+        (["seed=1", "--config", "demo.yaml", "sead=2"], ["unknown key 'sead'"]),  # on both sides
+        (["eval"], ["the following arguments are required: checkpoint"]),
+        (["eval", "nowhere.pth"], ["nowhere.pth: no such checkpoint"]),
+        (["eval", "nowhere.pth", "--jsn", "x"], ["unrecognized arguments: --jsn"]),
+        (["eval", "nowhere.pth", "--out", "x"], ["--images and --out go together"]),
+        (["eval", "nowhere.pth", "--images", "x"], ["--images and --out go together"]),
     ],
 )
-def test_bad_command_line_of_train(complaint, words, told):
-    line = complaint(train_program, *words)
-    assert [part for part in told if part not in line] == []
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        ([], ["the following arguments are required: checkpoint"]),
-        (["nowhere.pth"], ["nowhere.pth: no such checkpoint"]),
-        (["nowhere.pth", "--jsn", "x"], ["unrecognized arguments: --jsn"]),
-        (["nowhere.pth", "--out", "x"], ["--images and --out go together"]),
-    ],
-)
-def test_bad_command_line_of_eval(complaint, words, told):
-    line = complaint(eval_program, *words)
+def test_bad_command_line(complaint, words, told):
+    """Of ``eval.py`` if that is the first word, else of ``train.py``."""
+    program = eval_program if words[:1] == ["eval"] else train_program
+    line = complaint(program, *(word for word in words if word != "eval"))
     assert [part for part in told if part not in line] == []

@@ -9,20 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, same
 
 import train
 from utils.config.reading import read_config
 from utils.errors import Stopped, UserError
 
-ROOT = Path(__file__).parents[1]
-
 
 def weights(stage):
     return torch.load(stage / "checkpoint.pth", weights_only=True)["model"]
-
-
-def same(one, other):
-    return all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.fixture
@@ -62,10 +57,8 @@ def test_an_image_that_is_gone_for_a_while_changes_nothing(
             stage_one("name=cut")
     image.write_bytes(content)
     assert same(weights(stage_one("name=cut")), weights(expected))
-    lines = [
-        (run.parent / "metrics.jsonl").read_text() for run in (expected, stage_one("name=cut"))
-    ]
-    assert [text.count("\n") for text in lines] == [2, 2]
+    runs = expected.parent, stage_one("name=cut").parent
+    assert [(run / "metrics.jsonl").read_text().count("\n") for run in runs] == [2, 2]
 
 
 def wait_for(path, process):

@@ -1,11 +1,9 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from conftest import ROOT
 from torch.utils.data import DataLoader
 
 from utils.errors import Stopped
@@ -50,9 +48,8 @@ def test_outside_of_the_block_signals_are_as_before():
         ([signal.SIGTERM, signal.SIGTERM], 0, 2),  # of a scheduler, and of torchrun
     ],
 )
-def test_a_second_signal(numbers, code, passed):
-    command = [sys.executable, "-c", TWICE, *(str(int(number)) for number in numbers)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def test_a_second_signal(run_program, numbers, code, passed):
+    done = run_program("-c", TWICE, *map(int, numbers))
     assert (done.returncode, done.stdout) == (code, "still here\n" * passed)
 
 
