@@ -19,7 +19,10 @@ from torch import multiprocessing
 from dataset.catalog import KINDS
 from dataset.demo.writing import write_demo
 from dataset.lists import Splits, read_splits
-from utils.config.schema import AugmentSection, DatasetSection
+from dataset.loader import Chance
+from dataset.query import Querier, QueryRule, build_query_index
+from dataset.training import RetrainSamples
+from utils.config.schema import AugmentSection, DatasetSection, QuerySection
 from utils.errors import UserError, exit_with_one_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,6 +129,24 @@ def demo_overrides(demo_root, tmp_path, tiny_settings) -> list[str]:
 @pytest.fixture
 def augment() -> AugmentSection:
     return AugmentSection(base_size=64, crop_size=48)
+
+
+@pytest.fixture
+def splits(demo_root) -> Splits:
+    return read_splits(DatasetSection(kind="demo", root=str(demo_root)))
+
+
+@pytest.fixture
+def querier(splits, augment) -> Querier:
+    rule = QueryRule.of(QuerySection(), KINDS["demo"])
+    return Querier(splits.labeled, build_query_index(splits.labeled, rule), rule, augment)
+
+
+@pytest.fixture
+def retrain(splits, querier, augment) -> RetrainSamples:
+    """A retraining set in which the true masks of val stand for pseudo labels."""
+    chance = Chance(0, "4_retrain")
+    return RetrainSamples(splits.val, splits.labeled, querier.draw, augment, chance)
 
 
 @pytest.fixture

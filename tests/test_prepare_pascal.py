@@ -4,6 +4,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from conftest import refusal
 from PIL import Image
 
 from dataset.catalog import KINDS
@@ -11,7 +12,6 @@ from dataset.prepare import __main__ as program
 from dataset.prepare.pascal import PASCAL
 from dataset.prepare.work import prepare
 from dataset.reading import read_mask
-from utils.errors import UserError
 
 scipy_io = pytest.importorskip("scipy.io", reason="scipy reads and writes SBD's .mat files")
 
@@ -71,17 +71,14 @@ def test_trainaug_is_the_union_without_val(root, read_back):
         assert ids_of(root, name) == VOC_IDS.tolist()
     for name in ("2008_3", "2008_4"):
         assert ids_of(root, name) == SBD_IDS.tolist()
-        with Image.open(root / f"SegmentationClass/{name}.png") as mask:
-            assert (mask.mode, bytes(mask.getpalette())) == ("P", KINDS["pascal"].palette())
 
 
 @pytest.mark.parametrize("content", [b"not a .mat", b""])
 def test_damaged_mat_is_named(root, content):
     damaged = root / SBD / "cls/2008_3.mat"
     damaged.write_bytes(content)
-    with pytest.raises(UserError) as refused:
-        prepare(SMALL, root, False, 0)
-    assert str(refused.value).startswith(f"{damaged}: cannot read SBD's mask in it (")
+    line = refusal(prepare, SMALL, root, False, 0)
+    assert line.startswith(f"{damaged}: cannot read SBD's mask in it (")
 
 
 def test_archives_in_the_root_are_unpacked_if_their_digest_is_right(root):
@@ -90,8 +87,8 @@ def test_archives_in_the_root_are_unpacked_if_their_digest_is_right(root):
         archive.add(root / "benchmark_RELEASE", "benchmark_RELEASE")
         archive.addfile(tarfile.TarInfo("._benchmark_RELEASE"), io.BytesIO())
     (root / "benchmark_RELEASE").rename(root.parent / "gone")
-    with pytest.raises(UserError, match=f"{path}: a damaged or another file: its md5 begins with"):
-        prepare(SMALL, root, False, 0)
+    line = refusal(prepare, SMALL, root, False, 0)
+    assert line.startswith(f"{path}: a damaged or another file: its md5 begins with")
     unchecked = [archive._replace(digest="") for archive in PASCAL.archives]
     prepare(SMALL._replace(archives=unchecked), root, False, 0)
     assert ids_of(root, "2008_3") == SBD_IDS.tolist()

@@ -1,14 +1,12 @@
 import hashlib
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 
 from dataset.prepare import __main__ as program
 from dataset.prepare import weights as prepare
 
-ROOT = Path(__file__).parents[1]
 HASHES = {
     "resnet18": "f37072fd",
     "resnet34": "b627a593",
@@ -25,7 +23,15 @@ def test_table_of_the_readme_agrees():
     assert all(f"| `{name}.pth` |" in readme for name in prepare.BY_HAND)
 
 
-def test_writes_each_name_from_the_mirror(mirror, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def calls(monkeypatch):
+    """What ``download`` is called with, instead of downloading."""
+    found = []
+    monkeypatch.setattr(prepare, "download", lambda *call: found.append(call))
+    return found
+
+
+def test_writes_each_name_from_the_mirror(mirror, tmp_path, monkeypatch, answer):
     prefixes = {}
     for name in ("resnet18", "resnet50"):
         prefixes[name] = hashlib.sha256(name.encode()).hexdigest()[:8]
@@ -38,24 +44,17 @@ def test_writes_each_name_from_the_mirror(mirror, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(prepare, "get_model_weights", weights_of)
     to = tmp_path / "weights"
     words = ["weights", "resnet18", "resnet50", "--to", to, "--mirror", f"{mirror.url}/"]
-    monkeypatch.setattr(sys, "argv", ["prepare", *map(str, words)])
-    program.main()
-    assert {file.name: file.read_bytes() for file in to.iterdir()} == {
-        "resnet18.pth": b"resnet18",
-        "resnet50.pth": b"resnet50",
-    }
-    assert capsys.readouterr().out.splitlines() == [
+    assert answer(program, *words) == [
         f"{to / name}.pth: ready, its sha256 begins with {prefix}"
         for name, prefix in prefixes.items()
     ]
+    made = {file.name: file.read_bytes() for file in to.iterdir()}
+    assert made == {"resnet18.pth": b"resnet18", "resnet50.pth": b"resnet50"}
 
 
 @pytest.mark.parametrize("name", prepare.WEIGHTS)
-def test_goes_from_torchvision_to_the_projects_folder(monkeypatch, name):
-    calls = []
-    monkeypatch.setattr(prepare, "download", lambda *call: calls.append(call))
-    monkeypatch.setattr(sys, "argv", ["prepare", "weights", name])
-    program.main()
+def test_goes_from_torchvision_to_the_projects_folder(calls, answer, name):
+    answer(program, "weights", name)
     url = f"https://download.pytorch.org/models/{name}-{HASHES[name]}.pth"
     assert calls == [(url, ROOT / f"pretrained/{name}.pth", HASHES[name])]
 
@@ -72,9 +71,7 @@ def test_xception_is_fetched_by_hand(complaint, tmp_path):
     assert line.endswith(f"save it as {tmp_path / 'xception65.pth'}")
 
 
-def test_unknown_name_is_refused_before_anything_is_fetched(complaint, monkeypatch):
-    calls = []
-    monkeypatch.setattr(prepare, "download", lambda *call: calls.append(call))
+def test_unknown_name_is_refused_before_anything_is_fetched(complaint, calls):
     line = complaint(program, "weights", "resnet18", "resnet1O1")
     assert line == (
         "error: resnet1O1: no such weights; known are resnet18, resnet34, resnet50, resnet101, "

@@ -1,4 +1,5 @@
 import pytest
+from conftest import refusal
 
 from dataset.prepare.work import DataSet, Step, prepare, read_words, refuse_missing
 from utils.errors import UserError
@@ -13,11 +14,8 @@ def step(tmp_path):
     (tmp_path / "from").mkdir()
     for name in NAMES:
         (tmp_path / f"from/{name}").write_text(name)
-    return Step(
-        "files",
-        write_or_break,
-        {tmp_path / f"to/{name}": tmp_path / f"from/{name}" for name in NAMES},
-    )
+    sources = {tmp_path / f"to/{name}": tmp_path / f"from/{name}" for name in NAMES}
+    return Step("files", write_or_break, sources)
 
 
 def run(root, step, workers=0, count=4):
@@ -56,9 +54,7 @@ def test_broken_off_run_goes_on_and_leaves_whole_files_alone(tmp_path, step, wor
 
 
 def test_other_count_is_refused_before_anything_is_written(tmp_path, step):
-    with pytest.raises(UserError) as refused:
-        run(tmp_path, step, count=5)
-    assert str(refused.value) == (
+    assert refusal(run, tmp_path, step, count=5) == (
         f"{tmp_path}: 4 images for train.txt where the data set has 5; nothing is written: "
         "complete the files and run it again"
     )
@@ -74,11 +70,7 @@ def test_list_of_the_users_own_is_not_overwritten(tmp_path, step):
 
 def test_missing_files_are_named_and_counted(tmp_path):
     (tmp_path / "a").touch()
-    with pytest.raises(UserError) as refused:
-        refuse_missing(tmp_path / name for name in NAMES)
-    assert str(refused.value).startswith(f"{tmp_path / 'b'}: no such file (3 are missing in all); ")
-
-
-def test_missing_list_is_named(tmp_path):
+    line = refusal(refuse_missing, (tmp_path / name for name in NAMES))
+    assert line.startswith(f"{tmp_path / 'b'}: no such file (3 are missing in all); ")
     with pytest.raises(UserError, match=r"none\.txt: no such file .*unpack its archive again"):
         read_words(tmp_path / "none.txt")
