@@ -22,24 +22,12 @@ def trained(demo_root, tmp_path_factory) -> Path:
     return path
 
 
-def no_file(path):
-    path.unlink()
-
-
-def half_a_file(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 def text_file(path):
     path.write_text("not a checkpoint")
 
 
 def bare_weights(path):
     checkpoint.save(path, {"conv1.weight": torch.zeros(1)})
-
-
-def pickled_code(path):
-    torch.save({"model": Path}, path)
 
 
 def no_mapping(path):
@@ -59,11 +47,8 @@ def keys_that_are_numbers(path):
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (no_file, ["no such checkpoint"]),
-        (half_a_file, ["not a whole checkpoint", "again"]),
         (text_file, ["not a whole checkpoint", "again"]),
         (bare_weights, ["holds no config", "--config"]),
-        (pickled_code, ["not a whole checkpoint"]),
         (no_mapping, ["holds a list"]),
         (weights_that_are_none, ["weights"]),
         (keys_that_are_numbers, ["weights of another network"]),
@@ -130,6 +115,7 @@ def test_program_as_typed(trained, tmp_path, run_program):
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: c.pth: not a whole checkpoint")
+    assert "again" in line
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,10 @@ def half(name):
 
 AGAIN_1 = "--from-stage 1"
 AGAIN_2 = "--from-stage 2"
+CHANGED = (
+    "1_supervised/checkpoint.pth: changed or gone since 1_supervised ended; restore, or do the "
+    f"stage and later ones again with {AGAIN_1}"
+)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +103,8 @@ AGAIN_2 = "--from-stage 2"
         (garbage("1_supervised/stage.json"), ["1_supervised/stage.json: holds no JSON"]),
         (text("1_supervised/stage.json", "3"), ["stage.json: is no report of a stage", AGAIN_1]),
         (text("2_pseudo_label/stage.json", "{}"), ["is no report of a stage", AGAIN_2]),
-        (gone("1_supervised/checkpoint.pth"), ["checkpoint.pth: changed or gone", AGAIN_1]),
-        (half("1_supervised/checkpoint.pth"), ["checkpoint.pth: changed or gone", AGAIN_1]),
+        (gone("1_supervised/checkpoint.pth"), [CHANGED]),
+        (half("1_supervised/checkpoint.pth"), [CHANGED]),
         (garbage("2_pseudo_label/masks/b.png"), ["masks/b.png: changed or gone", AGAIN_2]),
         (
             file_for_a_folder("2_pseudo_label/masks"),
@@ -120,6 +124,10 @@ def test_bad_run_folder(train, run, spoil, told):
 
 def test_the_way_out_leads_out(train, run):
     train()
+    text("2_pseudo_label/masks/b.png", "else")(run)
+    assert AGAIN_2 in train()
+    text("2_pseudo_label/masks/b.png", "b")(run)
+    assert train() == "error: as far as this goes"
     gone("2_pseudo_label/masks/b.png")(run)
     assert AGAIN_2 in train()
     assert train("--from-stage", "2") == "error: as far as this goes"

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import same
 from torch import nn
 
 from model import build_model
@@ -22,8 +23,7 @@ def test_formats_of_the_family_load(tmp_path, wrap, prefix):
     weights = {prefix + key: value for key, value in source.state_dict().items()}
     checkpoint.save(tmp_path / "net.pth", wrap(weights))
     checkpoint.load_weights(net, tmp_path / "net.pth")
-    for ours, theirs in zip(net.state_dict().values(), source.state_dict().values(), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    assert same(net.state_dict(), source.state_dict())
 
 
 class Net(nn.Module):
@@ -33,10 +33,6 @@ class Net(nn.Module):
         super().__init__()
         self.backbone = nn.Sequential(nn.Conv2d(3, width, 1), nn.BatchNorm2d(width))
         self.classifier = nn.Conv2d(width, num_classes, 1)
-
-
-def same(one, other):
-    return all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_weights_of_another_network_are_listed_and_change_nothing(tmp_path):
@@ -78,10 +74,8 @@ def test_another_number_of_classes_is_said_and_can_be_left_out(tmp_path):
 def test_a_backbone_takes_its_part(tmp_path, whole):
     """Of a whole network, or of an image classifier with its fc."""
     source, backbone = Net(), Net().backbone
-    weights = source.state_dict() if whole else source.backbone.state_dict()
-    checkpoint.save(
-        tmp_path / "w.pth", {**weights} if whole else {**weights, "fc.bias": torch.ones(9)}
-    )
+    classifier = {**source.backbone.state_dict(), "fc.bias": torch.ones(9)}
+    checkpoint.save(tmp_path / "w.pth", source.state_dict() if whole else classifier)
     checkpoint.load_weights(backbone, tmp_path / "w.pth")
     assert same(source.backbone.state_dict(), backbone.state_dict())
 
@@ -117,7 +111,7 @@ def test_files_without_batch_counters_load(tmp_path):
     weights = {k: v for k, v in source.state_dict().items() if "num_batches" not in k}
     checkpoint.save(tmp_path / "net.pth", weights)
     checkpoint.load_weights(net, tmp_path / "net.pth")
-    assert same(weights, net.state_dict())
+    assert same(source.state_dict(), net.state_dict())
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
@@ -131,11 +125,6 @@ def test_truncated_files_are_named(tmp_path, keep, suffix):
     path.write_bytes(whole[: int(len(whole) * keep) if isinstance(keep, float) else keep])
     with pytest.raises(UserError, match=rf"net\.{suffix}: not a whole checkpoint"):
         checkpoint.load(path)
-
-
-def test_missing_files_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"net\.pth: no such checkpoint"):
-        checkpoint.load(tmp_path / "net.pth")
 
 
 @pytest.mark.parametrize("name", ["numpy.core.multiarray", "numpy._core.multiarray"])

@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from model.cisc import (
     class_prototypes,
@@ -14,20 +13,8 @@ from model.cisc import (
     reliability,
     similarity_map,
 )
+from tests.benchmarks.plain import pool, similarity
 from utils import IGNORE
-
-
-def naive_pooling(features, mask):
-    """docs/method.md, section 1, as it is written."""
-    resized = F.interpolate(features, mask.shape[-2:], mode="bilinear", align_corners=False)
-    mask = mask.to(features.dtype).unsqueeze(1)
-    return (resized * mask).sum(dim=(2, 3)) / (mask.sum(dim=(2, 3)) + 0.0005)
-
-
-def naive_map(features, prototype, size):
-    """docs/method.md, section 2, as it is written."""
-    cosine = F.cosine_similarity(features, prototype[:, :, None, None], dim=1).clamp(0, 1)
-    return F.interpolate(cosine.unsqueeze(1), size, mode="bilinear", align_corners=False)[:, 0]
 
 
 def naive_entropy(probability, region, label):
@@ -62,7 +49,7 @@ def test_adjoint_pooling_and_its_gradient_are_those_of_resized_features(size):
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(3, 16, 5, 7, generator=generator).requires_grad_()
     mask = torch.rand(3, *size, generator=generator) < 0.3
-    pooled, expected = masked_average_pooling(features, mask), naive_pooling(features, mask)
+    pooled, expected = masked_average_pooling(features, mask), pool(features, mask)
     torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-5)
     slopes = [torch.autograd.grad(p.square().sum(), features)[0] for p in (pooled, expected)]
     torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-5)
@@ -80,7 +67,7 @@ def test_similarity_matches_hand_count_and_definition(pair):
     shown = similarity_map(features, torch.tensor([[5.0, 0.0]]), (1, 3))
     torch.testing.assert_close(shown, torch.tensor([[[0.6, 0.0, 0.0]]]))
     features, query, *_ = pair
-    expected = naive_map(features, query[:, :, 0, 0], (17, 26))
+    expected = similarity(features, query[:, :, 0, 0], (17, 26))
     torch.testing.assert_close(similarity_map(features, query[:, :, 0, 0], (17, 26)), expected)
 
 
@@ -98,8 +85,8 @@ def test_consistency_equals_the_definition(pair):
     for i in range(2):
         one, other = slice(i, i + 1), shared[i]
         region, query_region = label[one] == other, query_label[one] == other
-        maps = naive_map(features[one], naive_pooling(query[one], query_region), (17, 26))
-        back = naive_map(query[one], naive_pooling(features[one], region), (17, 26))
+        maps = similarity(features[one], pool(query[one], query_region), (17, 26))
+        back = similarity(query[one], pool(features[one], region), (17, 26))
         expected += naive_entropy(maps, region, label[one]) / 2
         expected += naive_entropy(back, query_region, query_label[one]) / 2
     ours = consistency_loss(features, query, label, query_label, shared)
@@ -138,11 +125,11 @@ def test_rectification_weight_matches_hand_count():
 def test_cross_image_weight_equals_the_definition_and_is_one_without_a_query(pair):
     features, query, label, query_label, _ = pair
     shared = torch.tensor([IGNORE, 2])
-    prototype = naive_pooling(query, query_label == 2)
+    prototype = pool(query, query_label == 2)
     weight = cross_image_weight(features, prototype, label, shared)
     assert (weight[0] == 1).all()
     region = label[1:] == 2
-    cisc_map = naive_map(features[1:], prototype[1:], (17, 26))
+    cisc_map = similarity(features[1:], prototype[1:], (17, 26))
     torch.testing.assert_close(weight[1:], 1 - (region.double() - cisc_map).abs())
 
 
@@ -150,7 +137,7 @@ def test_class_prototypes_are_pooling_class_by_class(pair):
     features, _, label, *_ = pair
     prototypes, present = class_prototypes(features, label, 4)
     for class_id in range(3):
-        expected = naive_pooling(features, label == class_id)
+        expected = pool(features, label == class_id)
         torch.testing.assert_close(prototypes[:, class_id], expected)
     assert present.tolist() == [[True, True, True, False]] * 2
     assert prototypes[:, 3].abs().max() == 0
@@ -163,7 +150,7 @@ def test_reliability_equals_the_definition(pair):
     scores = reliability(features, label, anchors)
     for i in range(2):
         for class_id in (0, 2):
-            shown = naive_map(features[i : i + 1], anchors[class_id][None], (17, 26))
+            shown = similarity(features[i : i + 1], anchors[class_id][None], (17, 26))
             expected = naive_entropy(shown, label[i] == class_id, label[i])
             assert scores[i, class_id].item() == pytest.approx(-expected, rel=1e-9)
     assert scores[:, [1, 3]].isnan().all()  # no anchor; class absent

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataset.transforms import View, random_view, recolour
+from tests.benchmarks.loader import whole_then_crop
 from utils.config.schema import AugmentSection, StrongSection
 
 SIDES, SCALES = st.integers(1, 60), st.floats(0.2, 3.0)
@@ -25,22 +26,12 @@ def views(draw):
     return size, View(scaled, top, left, crop, draw(st.booleans()))
 
 
-def reference(picture, view, resample, padding):
-    """Resize all, crop, pad, mirror: what a view stands for."""
-    whole = np.asarray(picture.resize(view.scaled[::-1], resample))
-    window = whole[view.top : view.top + view.crop, view.left : view.left + view.crop]
-    window = window[:, ::-1] if view.flip else window
-    result = np.full((view.crop, view.crop, *whole.shape[2:]), padding, np.uint8)
-    result[: window.shape[0], : window.shape[1]] = window
-    return result
-
-
 @given(views())
 def test_image_is_resized_then_cropped(case):
     size, view = case
     image = noise(size)
     ours = np.asarray(view.image(image), np.float64)
-    theirs = reference(image, view, Image.Resampling.BILINEAR, 0)
+    theirs = np.asarray(whole_then_crop(view, image, Image.Resampling.BILINEAR, 0))
     assert ours.shape == theirs.shape
     assert np.abs(ours - theirs).max() <= 2  # Pillow rounds twice: after rows, after columns
     assert np.abs(ours - theirs).mean() <= 1
@@ -51,7 +42,7 @@ def test_mask_is_resized_then_cropped(case):
     size, view = case
     mask = noise(size, channels=1)
     ours = np.asarray(view.mask(mask))
-    assert np.array_equal(ours, reference(mask, view, Image.Resampling.NEAREST, 255))
+    assert np.array_equal(ours, whole_then_crop(view, mask, Image.Resampling.NEAREST, 255))
 
 
 @given(SIDES, SIDES, st.integers(1, 80), st.integers(1, 80), st.data())
