@@ -2,11 +2,13 @@ import os
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
-from utils.errors import Stopped
+from utils.errors import Stopped, exit_with_one_line
 from utils.run.signals import ignore_interrupts, stop_here, stopping_later
 
 TWICE = """
@@ -85,3 +87,27 @@ def test_a_worker_that_dies_alone_is_an_error():
     with pytest.raises(RuntimeError, match="DataLoader worker"), stopping_later():  # noqa: PT012
         for pid in loader:
             kill("TERM", pid)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+)
+def test_memory_that_runs_out_is_told_with_what_takes_less(error, complaint):
+    def main():
+        raise error
+
+    line = complaint(SimpleNamespace(main=main, __file__="program.py"))
+    assert line.startswith("error: memory: ")
+    assert "raise supervised.accumulate and retrain.accumulate, or lower batch_size" in line
+
+
+def test_an_error_of_ours_keeps_its_traceback():
+    def program():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        exit_with_one_line(program)

@@ -14,11 +14,13 @@ import statistics
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
+from contextlib import nullcontext
+from cProfile import Profile
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from pstats import Stats
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -30,7 +32,6 @@ from torchvision.io import ImageReadMode, decode_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset import training
 from dataset.cache import Memory
 from dataset.catalog import KINDS
 from dataset.demo.writing import write_demo
@@ -134,42 +135,34 @@ def samples_a_second(splits: Splits, case: Case, pairs: int, workers: int) -> di
     return rates
 
 
-WATCHED = (
-    (View, "image", "resample"),
-    (View, "mask", "resample"),
-    (training, "recolour", "colour jitter"),  # and blur
-    (Image.Image, "filter", "blur"),
-    (training, "to_input", "to tensor"),
-    (training, "to_label", "to tensor"),
-)
+PARTS = {  # functions, by file, and what goes into them; collate calls itself, once a tensor
+    ("dataset/training.py", "__getitem__"): "query, chance",  # and all of what follows but collate
+    ("dataset/lists.py", "read_sample"): "decode",
+    ("dataset/transforms.py", "image"): "resample",
+    ("dataset/transforms.py", "mask"): "resample",
+    ("dataset/transforms.py", "recolour"): "colour jitter",  # and blur
+    ("PIL/Image.py", "filter"): "blur",
+    ("dataset/reading.py", "to_input"): "to tensor",
+    ("dataset/reading.py", "to_label"): "to tensor",
+    ("_utils/collate.py", "default_collate"): "collate",
+}
 
 
 def shares(splits: Splits, case: Case) -> dict[str, float]:
     """Milliseconds a sample by what they go into, in one process."""
-    spent: dict[str, float] = defaultdict(float)
-
-    def timed(title: str, function: Callable) -> Callable:
-        def call(*words: object, **more: object) -> object:
-            results = []
-            spent[title] += seconds(lambda: results.append(function(*words, **more)))
-            return results[0]
-
-        return call
-
-    dataset = build_set(splits, case, timed("decode", read_sample))
-    draw_sample, collate = timed("all", dataset.__getitem__), timed("collate", default_collate)
-    with ExitStack() as stack:
-        for place, name, title in WATCHED:
-            patched = patch.object(place, name, timed(title, getattr(place, name)))
-            stack.enter_context(patched)
-        for epoch in range(case.batches + 1):
-            if epoch == 1:
-                spent.clear()  # the first batch warms up
-            collate([draw_sample(SampleKey(epoch, index)) for index in range(BATCH)])
+    dataset, profile = build_set(splits, case, read_sample), Profile()
+    for epoch in range(case.batches + 1):
+        with profile if epoch else nullcontext():  # the first batch warms up
+            default_collate([dataset[SampleKey(epoch, index)] for index in range(BATCH)])
+    spent = dict.fromkeys(sorted(PARTS.values()), 0.0)
+    for (file, _, name), (_, _, _, cumulative, _) in Stats(profile).stats.items():
+        for (end, function), title in PARTS.items():
+            if name == function and file.endswith(end):
+                spent[title] += 1e3 * cumulative / BATCH / case.batches
     spent["colour jitter"] -= spent["blur"]
-    inside = sum(spent.values()) - spent["all"] - spent["collate"]
-    spent["query, chance"] = spent.pop("all") - inside
-    return {title: 1e3 * total / BATCH / case.batches for title, total in sorted(spent.items())}
+    inside = spent.keys() - {"collate", "query, chance"}
+    spent["query, chance"] -= sum(spent[part] for part in inside)
+    return spent
 
 
 def decode_milliseconds(path: Path, repeats: int) -> dict[str, float]:
