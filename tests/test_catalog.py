@@ -14,10 +14,6 @@ from utils.config.schema import DatasetSection, InferenceSection, QuerySection
 from utils.errors import UserError
 
 
-def section(**keys):
-    return DatasetSection(root="data", **keys)
-
-
 def test_voc_colours_are_pascals():
     # Read off the palette of VOC's own masks: background, aeroplane, bicycle, ..., tvmonitor.
     colours = voc_colours(21)
@@ -38,7 +34,7 @@ def test_voc_colours_are_pascals():
     ],
 )
 def test_classes_stand_at_their_ids(kind, count, some):
-    classes = describe(section(kind=kind)).classes
+    classes = describe(DatasetSection(root="data", kind=kind)).classes
     assert len(classes) == len(set(classes)) == count
     assert {label: classes[label] for label in some} == some
 
@@ -56,7 +52,7 @@ def test_palette_gives_each_class_its_own_colour(kind):
 
 
 def test_custom_classes_come_from_the_config():
-    kind = describe(section(kind="custom", classes=["cat", "dog"]))
+    kind = describe(custom("data", classes=["cat", "dog"]))
     assert kind.classes == ("cat", "dog")
     assert kind.colours == ((0, 0, 0), (128, 0, 0))
 
@@ -71,13 +67,13 @@ def test_custom_classes_come_from_the_config():
 )
 def test_kind_and_classes_must_fit(keys, told):
     with pytest.raises(UserError, match=rf"^dataset\.{told}"):
-        describe(section(**keys))
+        describe(DatasetSection(root="data", **keys))
 
 
 def test_two_classes_of_one_name_are_refused():
     # Tables and the query index are keyed by name: the second would overwrite the first.
     with pytest.raises((UserError, ValueError), match="cat"):
-        describe(section(kind="custom", classes=["cat", "dog", "cat"]))
+        describe(custom("data", classes=["cat", "dog", "cat"]))
 
 
 CLASSES = ["ground", "thing"]
@@ -166,11 +162,9 @@ def test_palette_and_two_colours(own):
     assert label_of(section) == [[1, 0], [0, 255]]
 
 
-@pytest.mark.parametrize(
-    ("ids", "dtype"), [([[0, 70000]], np.int32), ([[0, -1]], np.int32)], ids=["large", "negative"]
-)
-def test_ids_beyond_sixteen_bits_are_refused(own, ids, dtype):
-    root = own(ids, dtype, mask="tif")
+@pytest.mark.parametrize("number", [70000, -1])
+def test_ids_beyond_sixteen_bits_are_refused(own, number):
+    root = own([[0, number]], np.int32, mask="tif")
     with pytest.raises(UserError, match=r"a_ids\.tif: ids go from -?\d+ to \d+, not from 0 to 65"):
         read_splits(custom(root))
 
@@ -178,10 +172,7 @@ def test_ids_beyond_sixteen_bits_are_refused(own, ids, dtype):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (
-            {},
-            r"no meaning for id 3, 9; classes are from 0 to 1: add .* dataset\.ignore",
-        ),
+        ({}, r"no meaning for id 3, 9; classes are from 0 to 1: add .* dataset\.ignore"),
         ({"class_map": {3: "thing"}}, r"no meaning for id 0, 9; .* in dataset\.class_map"),
         ({"ignore": [3, 255]}, r"no meaning for id 9; .*'other: null'"),
     ],

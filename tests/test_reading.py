@@ -130,17 +130,15 @@ def test_label_is_rows_by_columns_of_ids():
 def test_grey_mask_of_few_bits_whose_ids_pillow_would_spread_is_refused(tmp_path, bits, header):
     path = tmp_path / "m.png"
     rows = b"".join(b"\0" + bytes([0b00011011] * bits) for _ in range(4))  # 8 pixels a row
-    chunks = (
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, body in (
         (b"IHDR", struct.pack(">II", 8, 4) + header + b"\0\0\0"),
         (b"IDAT", zlib.compress(rows)),
-    )
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + b"".join(
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-            for kind, body in (*chunks, (b"IEND", b""))
-        )
-    )
+        (b"IEND", b""),
+    ):
+        crc = zlib.crc32(kind + body)
+        content += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
+    path.write_bytes(content)
     with pytest.raises(UserError, match=r"m\.png: a mask of 2 or 4 grey bits; save it with 8"):
         read_mask(path)
     assert read_image(path).size == (8, 4)
