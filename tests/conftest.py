@@ -224,22 +224,6 @@ def answer(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="session")
-def value_or_line():
-    """Read a file; None if it is refused, which must be in one line that begins with its path."""
-
-    def attempt(read, path, *arguments):
-        try:
-            return read(path, *arguments)
-        except UserError as error:
-            line = str(error)
-        assert line.startswith(str(path))
-        assert "\n" not in line
-        return None
-
-    return attempt
-
-
-@pytest.fixture(scope="session")
 def run_program() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a program of the project as a user types it, in the project's folder or another."""
 

@@ -22,10 +22,6 @@ def trained(demo_root, tmp_path_factory) -> Path:
     return path
 
 
-def text_file(path):
-    path.write_text("not a checkpoint")
-
-
 def bare_weights(path):
     checkpoint.save(path, {"conv1.weight": torch.zeros(1)})
 
@@ -47,7 +43,6 @@ def keys_that_are_numbers(path):
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (text_file, ["not a whole checkpoint", "again"]),
         (bare_weights, ["holds no config", "--config"]),
         (no_mapping, ["holds a list"]),
         (weights_that_are_none, ["weights"]),

@@ -1,6 +1,7 @@
 """Run folders that someone spoilt, and command lines that make no sense: each earns a line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,9 +63,7 @@ def folder_for_a_file(name):
 
 def file_for_a_folder(name):
     def spoil(run):
-        for file in sorted((run / name).rglob("*"), reverse=True):
-            file.unlink() if file.is_file() else file.rmdir()
-        (run / name).rmdir()
+        shutil.rmtree(run / name)
         (run / name).write_text("")
 
     return spoil

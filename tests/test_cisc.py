@@ -3,16 +3,7 @@ import math
 import pytest
 import torch
 
-from model.cisc import (
-    class_prototypes,
-    consistency_loss,
-    cross_image_weight,
-    image_reliability,
-    masked_average_pooling,
-    rectification_weight,
-    reliability,
-    similarity_map,
-)
+from model import cisc
 from tests.benchmarks.plain import pool, similarity
 from utils import IGNORE
 
@@ -41,7 +32,9 @@ def test_pooling_of_a_resized_map_matches_hand_count():
     # A line of two, resized to four: 1, 1.5, 2.5, 3 (weights 1, 3/4, 1/4, 0); the last two count.
     features = torch.tensor([[[[1.0, 3.0]]]])
     mask = torch.tensor([[[False, False, True, True]]])
-    assert masked_average_pooling(features, mask).item() == pytest.approx(5.5 / 2.0005, abs=1e-6)
+    assert cisc.masked_average_pooling(features, mask).item() == pytest.approx(
+        5.5 / 2.0005, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("size", [(17, 26), (5, 7), (4, 3), (81, 81)])
@@ -49,7 +42,7 @@ def test_adjoint_pooling_and_its_gradient_are_those_of_resized_features(size):
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(3, 16, 5, 7, generator=generator).requires_grad_()
     mask = torch.rand(3, *size, generator=generator) < 0.3
-    pooled, expected = masked_average_pooling(features, mask), pool(features, mask)
+    pooled, expected = cisc.masked_average_pooling(features, mask), pool(features, mask)
     torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-5)
     slopes = [torch.autograd.grad(p.square().sum(), features)[0] for p in (pooled, expected)]
     torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-5)
@@ -57,24 +50,24 @@ def test_adjoint_pooling_and_its_gradient_are_those_of_resized_features(size):
 
 def test_prototype_of_an_empty_region_is_zero_and_its_map_too():
     features = torch.rand(1, 4, 3, 3)
-    prototype = masked_average_pooling(features, torch.zeros(1, 6, 6, dtype=torch.bool))
+    prototype = cisc.masked_average_pooling(features, torch.zeros(1, 6, 6, dtype=torch.bool))
     assert prototype.abs().max() == 0
-    assert similarity_map(features, prototype, (6, 6)).abs().max() == 0
+    assert cisc.similarity_map(features, prototype, (6, 6)).abs().max() == 0
 
 
 def test_similarity_matches_hand_count_and_definition(pair):
     features = torch.tensor([[[[3.0, -1.0, 0.0]], [[4.0, 0.0, 2.0]]]])  # (3, 4), (-1, 0), (0, 2)
-    shown = similarity_map(features, torch.tensor([[5.0, 0.0]]), (1, 3))
+    shown = cisc.similarity_map(features, torch.tensor([[5.0, 0.0]]), (1, 3))
     torch.testing.assert_close(shown, torch.tensor([[[0.6, 0.0, 0.0]]]))
     features, query, *_ = pair
     expected = similarity(features, query[:, :, 0, 0], (17, 26))
-    torch.testing.assert_close(similarity_map(features, query[:, :, 0, 0], (17, 26)), expected)
+    torch.testing.assert_close(cisc.similarity_map(features, query[:, :, 0, 0], (17, 26)), expected)
 
 
 def test_similarity_is_float32_and_bounded_under_autocast():
     features = torch.randn(2, 64, 9, 9).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        shown = similarity_map(features, features[:, :, 4, 4], (33, 33))
+        shown = cisc.similarity_map(features, features[:, :, 4, 4], (33, 33))
     assert shown.dtype == torch.float32
     assert 0 <= shown.min() <= shown.max() <= 1
 
@@ -89,17 +82,17 @@ def test_consistency_equals_the_definition(pair):
         back = similarity(query[one], pool(features[one], region), (17, 26))
         expected += naive_entropy(maps, region, label[one]) / 2
         expected += naive_entropy(back, query_region, query_label[one]) / 2
-    ours = consistency_loss(features, query, label, query_label, shared)
+    ours = cisc.consistency_loss(features, query, label, query_label, shared)
     assert ours.item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_pairs_that_share_nothing_do_not_count(pair):
     features, query, label, query_label, shared = pair
-    alone = consistency_loss(features[:1], query[:1], label[:1], query_label[:1], shared[:1])
-    beside = consistency_loss(features, query, label, query_label, torch.tensor([1, IGNORE]))
+    alone = cisc.consistency_loss(features[:1], query[:1], label[:1], query_label[:1], shared[:1])
+    beside = cisc.consistency_loss(features, query, label, query_label, torch.tensor([1, IGNORE]))
     torch.testing.assert_close(alone, beside)
     nothing = torch.tensor([IGNORE, IGNORE])
-    assert consistency_loss(features, query, label, query_label, nothing) == 0
+    assert cisc.consistency_loss(features, query, label, query_label, nothing) == 0
 
 
 def test_consistency_gradient_is_finite_where_a_cosine_is_zero_or_one():
@@ -108,7 +101,7 @@ def test_consistency_gradient_is_finite_where_a_cosine_is_zero_or_one():
     features[:, 1, 1] = 1.0
     features.requires_grad_()
     label = torch.tensor([[[0, 0], [1, 1]]])
-    loss = consistency_loss(features, features, label, 1 - label, torch.tensor([0]))
+    loss = cisc.consistency_loss(features, features, label, 1 - label, torch.tensor([0]))
     (gradient,) = torch.autograd.grad(loss, features)
     assert torch.isfinite(loss)
     assert torch.isfinite(gradient).all()
@@ -117,7 +110,7 @@ def test_consistency_gradient_is_finite_where_a_cosine_is_zero_or_one():
 def test_rectification_weight_matches_hand_count():
     region = torch.tensor([[[True, True, False, False]]])
     cisc_map = torch.tensor([[[1.0, 0.25, 0.25, 1.0]]], requires_grad=True)
-    weight = rectification_weight(region, cisc_map)
+    weight = cisc.rectification_weight(region, cisc_map)
     torch.testing.assert_close(weight, torch.tensor([[[1.0, 0.25, 0.75, 0.0]]]))
     assert not weight.requires_grad
 
@@ -126,7 +119,7 @@ def test_cross_image_weight_equals_the_definition_and_is_one_without_a_query(pai
     features, query, label, query_label, _ = pair
     shared = torch.tensor([IGNORE, 2])
     prototype = pool(query, query_label == 2)
-    weight = cross_image_weight(features, prototype, label, shared)
+    weight = cisc.cross_image_weight(features, prototype, label, shared)
     assert (weight[0] == 1).all()
     region = label[1:] == 2
     cisc_map = similarity(features[1:], prototype[1:], (17, 26))
@@ -135,7 +128,7 @@ def test_cross_image_weight_equals_the_definition_and_is_one_without_a_query(pai
 
 def test_class_prototypes_are_pooling_class_by_class(pair):
     features, _, label, *_ = pair
-    prototypes, present = class_prototypes(features, label, 4)
+    prototypes, present = cisc.class_prototypes(features, label, 4)
     for class_id in range(3):
         expected = pool(features, label == class_id)
         torch.testing.assert_close(prototypes[:, class_id], expected)
@@ -147,7 +140,7 @@ def test_reliability_equals_the_definition(pair):
     features, query, label, *_ = pair
     anchors = query[0, :, 0, :4].T.clone()
     anchors[1] = torch.nan  # a class that no labeled image shows
-    scores = reliability(features, label, anchors)
+    scores = cisc.reliability(features, label, anchors)
     for i in range(2):
         for class_id in (0, 2):
             shown = similarity(features[i : i + 1], anchors[class_id][None], (17, 26))
@@ -159,5 +152,5 @@ def test_reliability_equals_the_definition(pair):
 def test_image_reliability_sums_or_averages_the_classes_that_count():
     nan = torch.nan
     scores = torch.tensor([[-1.0, nan, -3.0], [-2.5, nan, nan], [nan, nan, nan]])
-    assert image_reliability(scores, average=False).tolist() == [-4.0, -2.5, -torch.inf]
-    assert image_reliability(scores, average=True).tolist() == [-2.0, -2.5, -torch.inf]
+    assert cisc.image_reliability(scores, average=False).tolist() == [-4.0, -2.5, -torch.inf]
+    assert cisc.image_reliability(scores, average=True).tolist() == [-2.0, -2.5, -torch.inf]

@@ -24,22 +24,10 @@ from model import build_model, network_of
 from model.losses import cross_entropy
 from train import StudentBatch, retrain_objective, supervised_objective, training_step
 from utils import checkpoint
+from utils import distributed as dist
 from utils.config.reading import read_config
 from utils.config.schema import InferenceSection, OptimizerSection
 from utils.device import Device
-from utils.distributed import (
-    broadcast,
-    by_first,
-    gathered,
-    is_first,
-    largest,
-    merged,
-    mine,
-    parallel,
-    rank,
-    reduced,
-    world,
-)
 from utils.errors import Stopped
 from utils.evaluation import ConfusionMatrix
 from utils.optimization import Optimization
@@ -50,7 +38,10 @@ from utils.run.stages import Run
 @pytest.mark.parametrize("count", [1, 3])
 def test_parts_lose_and_double_nothing_and_come_back_in_order(together, count):
     def work():
-        return [(mine(range(n)), gathered([i * i for i in mine(range(n))])) for n in range(8)]
+        return [
+            (dist.mine(range(n)), dist.gathered([i * i for i in dist.mine(range(n))]))
+            for n in range(8)
+        ]
 
     outcomes = together(count, work)
     for n in range(8):
@@ -62,16 +53,16 @@ def test_parts_lose_and_double_nothing_and_come_back_in_order(together, count):
 
 def test_two_processes_decide_reduce_and_write_as_one(together, tmp_path):
     def work():
-        by_first((tmp_path / "who").write_text)(str(rank()))
+        dist.by_first((tmp_path / "who").write_text)(str(dist.rank()))
         matrix = ConfusionMatrix(2)
-        matrix.update(torch.tensor([rank()]), torch.tensor([1]))
+        matrix.update(torch.tensor([dist.rank()]), torch.tensor([1]))
         return {
-            "reduced": reduced(torch.tensor(float(rank() + 2))).item(),
-            "largest": largest(7 * rank()),
-            "broadcast": broadcast(os.getpid),
-            "merged": merged([{number: rank()} for number in mine([10, 11, 12])]),
+            "reduced": dist.reduced(torch.tensor(float(dist.rank() + 2))).item(),
+            "largest": dist.largest(7 * dist.rank()),
+            "broadcast": dist.broadcast(os.getpid),
+            "merged": dist.merged([{number: dist.rank()} for number in dist.mine([10, 11, 12])]),
             "counts": matrix.reduce().counts.tolist(),
-            "place": (rank(), world(), is_first()),
+            "place": (dist.rank(), dist.world(), dist.is_first()),
         }
 
     one, two = together(2, work)
@@ -119,15 +110,21 @@ def test_a_step_of_several_processes_is_that_of_one(together, kind, count, accum
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d | nn.Dropout | nn.Dropout2d):
                 module.eval()  # parts of a batch have statistics and noise of their own
-        objective, batch = kind(mine([0, 1, 2, 3]))
-        student = parallel(net)  # gradients are averaged for as long as it lives
+        objective, batch = kind(dist.mine([0, 1, 2, 3]))
+        student = dist.parallel(net)  # gradients are averaged for as long as it lives
         device = Device("cpu", "fp32")
         optimization = Optimization(net, OptimizerSection(lr=0.01), 9, device.scaler())
         terms, spoilt = training_step(
-            student, objective, optimization, device, batch, 0, accumulate if world() > 1 else 1
+            student,
+            objective,
+            optimization,
+            device,
+            batch,
+            0,
+            accumulate if dist.world() > 1 else 1,
         )
         assert spoilt is None
-        values = {name: reduced(value) for name, value in terms.items()}
+        values = {name: dist.reduced(value) for name, value in terms.items()}
         return {**values, **{name: weight.detach() for name, weight in net.named_parameters()}}
 
     (expected,) = together(1, step)
@@ -149,9 +146,9 @@ def test_a_loss_that_is_finite_for_one_process_alone_stops_all(together):
         torch.manual_seed(0)
         net = Net()
         before = [weight.clone() for weight in net.parameters()]
-        whole = parallel(net)
+        whole = dist.parallel(net)
         sgd = Optimization(net, OptimizerSection(), 9, Device("cpu", "fp32").scaler())
-        sgd.backward(whole(torch.full((1, 1), torch.inf if is_first() else 1.0)))
+        sgd.backward(whole(torch.full((1, 1), torch.inf if dist.is_first() else 1.0)))
         return sgd.step() is None, all(map(torch.equal, before, net.parameters()))
 
     assert together(2, work) == [(False, True)] * 2
@@ -161,7 +158,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_place(together):
     def work():
         with stopping_later():
             stop_here()
-            if rank() == 1:
+            if dist.rank() == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             try:
                 stop_here()
@@ -220,7 +217,7 @@ def test_files_of_labeling_and_selection_are_those_of_one_process(together, conf
     checkpoint.save(teacher / "checkpoint.pth", {"model": net.state_dict()})
 
     def infer():
-        settings = config(f"name=of{world()}", "inference.batch_size=2", "query.exclude=[]")
+        settings = config(f"name=of{dist.world()}", "inference.batch_size=2", "query.exclude=[]")
         splits = read_splits(settings.dataset)
         rule = QueryRule.of(settings.query, describe(settings.dataset))
         index = build_query_index(splits.labeled, rule)

@@ -45,6 +45,12 @@ def entry(image, category, segmentation, iscrowd=0):
     return {"image_id": image, "category_id": category, **regions}
 
 
+def content_of(images, entries):
+    """Return what an annotation file holds; the order of categories is none of COCO's."""
+    annotations = [{"id": number, **each} for number, each in enumerate(entries)]
+    return {"images": images, "annotations": annotations, "categories": CATEGORIES[::-1]}
+
+
 LEFT = [[1, 1, 0, 0, 0, 0]] * 4
 RIGHT = [[0, 0, 0, 0, 1, 1]] * 4
 PACKED = coco.maskUtils.encode(np.asfortranarray(np.array(RIGHT, np.uint8)))
@@ -69,13 +75,7 @@ def root(tmp_path):
             name = f"{number:012d}.jpg"
             Image.new("RGB", (6, 4)).save(tmp_path / f"{split}2017" / name)
             images.append({"id": number, "file_name": name, "height": 4, "width": 6})
-        found = {
-            "images": images[::-1],
-            "annotations": [
-                {"id": number, **each} for number, each in enumerate(chain(*by_image.values()))
-            ],
-            "categories": CATEGORIES[::-1],
-        }
+        found = content_of(images[::-1], chain(*by_image.values()))
         (tmp_path / f"annotations/instances_{split}2017.json").write_text(json.dumps(found))
     return tmp_path
 
@@ -87,11 +87,7 @@ def drawn(*regions):
         entry(7, PERSON if label == 255 else CATEGORY_IDS[label - 1], region, label == 255)
         for region, label in regions
     ]
-    found.dataset = {
-        "images": [{"id": 7, "height": 4, "width": 6}],
-        "annotations": [{"id": number, **each} for number, each in enumerate(entries)],
-        "categories": CATEGORIES,
-    }
+    found.dataset = content_of([{"id": 7, "height": 4, "width": 6}], entries)
     found.createIndex()
     return draw_mask(found, 7).tolist()
 

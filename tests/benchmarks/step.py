@@ -22,8 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model.ops.dilated import DilatedConv2d
+from tests.benchmarks.stages import Bench, bench_parser
 from tests.benchmarks.timing import seconds
-from tests.benchmarks.works import Bench, bench_parser
 
 KINDS = {  # of operations, by what their names hold; the first that fits
     "convolutions": ("conv",),
