@@ -22,37 +22,21 @@ def trained(demo_root, tmp_path_factory) -> Path:
     return path
 
 
-def bare_weights(path):
-    checkpoint.save(path, {"conv1.weight": torch.zeros(1)})
-
-
-def no_mapping(path):
-    torch.save([torch.zeros(1)], path)
-
-
-def weights_that_are_none(path):
-    content = checkpoint.load(path)
-    checkpoint.save(path, {**content, "model": torch.zeros(1)})
-
-
-def keys_that_are_numbers(path):
-    content = checkpoint.load(path)
-    torch.save({**content, "model": dict(enumerate(content["model"].values()))}, path)
+OTHER = "weights of another network"
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoilt", "told"),
     [
-        (bare_weights, ["holds no config", "--config"]),
-        (no_mapping, ["holds a list"]),
-        (weights_that_are_none, ["weights"]),
-        (keys_that_are_numbers, ["weights of another network"]),
+        (lambda _: {"conv1.weight": torch.zeros(1)}, ["holds no config", "--config"]),
+        (lambda _: [torch.zeros(1)], ["holds a list"]),
+        (lambda content: {**content, "model": torch.zeros(1)}, ["weights"]),
+        (lambda content: {**content, "model": dict(enumerate(content["model"].values()))}, [OTHER]),
     ],
 )
-def test_bad_checkpoint(complaint, trained, tmp_path, spoil, told):
+def test_bad_checkpoint(complaint, trained, tmp_path, spoilt, told):
     path = tmp_path / "c.pth"
-    path.write_bytes(trained.read_bytes())
-    spoil(path)
+    torch.save(spoilt(checkpoint.load(trained)), path)
     line = complaint(eval_program, path)
     assert [part for part in [str(path), *told] if part not in line] == []
 
@@ -60,7 +44,7 @@ def test_bad_checkpoint(complaint, trained, tmp_path, spoil, told):
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        ("model.backbone=resnet34", ["weights of another network", "missing", "check model.name"]),
+        ("model.backbone=resnet34", [OTHER, "missing", "check model.name"]),
         ("dataset.kind=pascal", ["was trained for 7 classes", "has 21", "--reset-classifier"]),
         ("dataset.root=nowhere", ["dataset.root", "nowhere is no folder"]),
         ("dataset.val=no.txt", ["dataset.val", "no.txt is neither in the working folder nor in"]),

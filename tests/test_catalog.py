@@ -87,15 +87,13 @@ def custom(root, **keys):
 def own(tmp_path):
     """Write a set of one's own: a labeled and a val image of these ids, an unlabeled one alone."""
 
-    def write(ids, dtype=np.uint8, picture="png", mask="png"):
+    def write(ids, dtype=np.uint8, mask="png"):
         ids = np.array(ids, dtype)
-        for name in ("a", "b", "c"):
-            Image.new("RGB", ids.shape[::-1], "red").save(tmp_path / f"{name}.{picture}")
-        for name in ("a", "c"):
+        for name, field in (("a", "labeled"), ("b", "unlabeled"), ("c", "val")):
+            Image.new("RGB", ids.shape[::-1], "red").save(tmp_path / f"{name}.png")
             Image.fromarray(ids).save(tmp_path / f"{name}_ids.{mask}")
-        for name, field in (("a", "labeled"), ("c", "val")):
-            (tmp_path / f"{field}.txt").write_text(f"{name}.{picture} {name}_ids.{mask}")
-        (tmp_path / "unlabeled.txt").write_text(f"b.{picture}")
+            (tmp_path / f"{field}.txt").write_text(f"{name}.png {name}_ids.{mask}")
+        (tmp_path / "unlabeled.txt").write_text("b.png")
         return tmp_path
 
     return write

@@ -184,7 +184,7 @@ def test_every_image_is_read_by_one_process(together, config, count):
     def work():
         settings, done = InferenceSection(batch_size=2), {samples[0].name, samples[1].name}
         loaders = [whole_images(samples, settings, 0, done=names) for names in ((), done)]
-        steps = training_batches(keys_alone(), 4, range(2), Chance(0, "x"), 0)
+        steps = training_batches(Keys(), 4, range(2), Chance(0, "x"), 0)
         seen = [[batch.index.tolist() for batch in loader] for loader in loaders]
         return seen, [step.tolist() for step in steps]
 
@@ -198,15 +198,12 @@ def test_every_image_is_read_by_one_process(together, config, count):
         assert sorted(i for _, parts in outcomes for i in parts[step]) == sorted(whole[step])
 
 
-def keys_alone():
-    class Keys(torch.utils.data.Dataset):
-        def __len__(self):
-            return 9
+class Keys(torch.utils.data.Dataset):
+    def __len__(self):
+        return 9
 
-        def __getitem__(self, key):
-            return key.index
-
-    return Keys()
+    def __getitem__(self, key):
+        return key.index
 
 
 @pytest.mark.slow

@@ -1,9 +1,171 @@
+"""Archives are fetched and unpacked; files are written from them by parallel work."""
+
+import hashlib
+import io
+import socket
+import stat
+import tarfile
+import zipfile
+
 import pytest
 from conftest import refusal
 
+from dataset.prepare.archives import Archive, download, provide, unpack
 from dataset.prepare.work import DataSet, Step, prepare, read_words, refuse_missing
 from utils.errors import UserError
 from utils.files import write_text
+
+
+def write_tar(path, members, mode="w:gz"):
+    """Members are (name, bytes), or (name, target) for a link."""
+    with tarfile.open(path, mode) as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+            else:
+                info.type, info.linkname = tarfile.SYMTYPE, content
+                archive.addfile(info)
+    return path
+
+
+def write_zip(path, members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members:
+            info = zipfile.ZipInfo(name)
+            if not isinstance(content, bytes):
+                info.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(info, content)
+    return path
+
+
+WRITERS = {"set.tgz": write_tar, "set.zip": write_zip}
+GOOD = [("set/a/x.txt", b"x"), ("set/y.txt", b"y"), ("README", b"is not moved")]
+
+
+@pytest.fixture(params=WRITERS)
+def write(request, tmp_path):
+    """Write an archive below ``root``."""
+    root = tmp_path / "root"
+    root.mkdir()
+    return lambda members: WRITERS[request.param](root / request.param, members)
+
+
+def refused(path):
+    return refusal(unpack, path, "set", path.parent / "there")
+
+
+def files_below(folder):
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+def test_folder_of_an_archive_is_unpacked_and_the_rest_is_not(write):
+    path = write(GOOD)
+    unpack(path, "set", path.parent / "deep/there")
+    assert files_below(path.parent / "deep/there") == {"a/x.txt": b"x", "y.txt": b"y"}
+    assert {entry.name for entry in path.parent.iterdir()} == {path.name, "deep"}
+
+
+@pytest.mark.parametrize("name", ["set/../../evil", "set/link"])
+def test_nothing_is_written_outside(write, name):
+    path = write([*GOOD, (name, b"evil" if name.endswith("evil") else "/etc")])
+    if path.suffix == ".tgz":
+        assert f"{path}: cannot unpack this archive (" in refused(path)
+    else:
+        unpack(path, "set", path.parent / "there")
+    assert not [*path.parent.parent.glob("evil")]
+    assert not any(file.is_symlink() for file in path.parent.rglob("*"))
+
+
+def test_archive_without_the_folder(write):
+    path = write([("other/x", b"x")])
+    assert f"{path}: cannot unpack this archive ([Errno 2]" in refused(path)
+
+
+def test_truncated_archive_is_refused_and_leaves_nothing(write):
+    path = write([("set/big", bytes(range(256)) * 4000)])
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert f"{path}: cannot unpack this archive (" in refused(path)
+    assert [*path.parent.iterdir()] == [path]
+
+
+def archive_at(address, **more):
+    return Archive("set.zip", "set", "set", f"{address}/set.zip", **more)
+
+
+def test_missing_archive_names_its_address_and_its_place(tmp_path):
+    assert refusal(provide, tmp_path, [archive_at("http://a")], fetch=False) == (
+        f"{tmp_path}: archives are missing; add --download, or fetch by hand and put there: "
+        "set.zip (http://a/set.zip)"
+    )
+
+
+def test_archive_is_fetched_and_unpacked_and_then_left_alone(mirror, tmp_path):
+    write_zip(mirror.folder / "set.zip", GOOD)
+    provide(tmp_path, [archive_at(mirror.url)], fetch=True)
+    assert files_below(tmp_path / "set") == {"a/x.txt": b"x", "y.txt": b"y"}
+    provide(tmp_path, [archive_at("http://unreachable.invalid")], fetch=True)
+
+
+BODY = b"weights" * 20_000
+SHA256, MD5 = hashlib.sha256(BODY).hexdigest(), hashlib.md5(BODY).hexdigest()
+
+
+@pytest.fixture
+def url(mirror):
+    (mirror.folder / "file").write_bytes(BODY)
+    return f"{mirror.url}/file"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "made" / "weights.pth"
+
+
+@pytest.mark.parametrize(
+    "digest", [(SHA256[:8],), (SHA256,), (MD5, "md5"), ("",)], ids=["prefix", "sha256", "md5", "no"]
+)
+def test_file_of_the_digest_is_fetched_once(url, path, digest):
+    download(url, path, *digest)
+    assert path.read_bytes() == BODY
+    assert list(path.parent.iterdir()) == [path]
+    download("http://unreachable.invalid", path, *digest)
+
+
+@pytest.mark.parametrize("digest", [("0" * 8,), ("0" * 32, "md5")])
+def test_other_content_is_named(url, path, digest):
+    line = refusal(download, url, path, *digest)
+    assert line.startswith(f"{path}: a damaged or another file: its ")
+    assert line.endswith(f"not {digest[0]}; delete it and run the same command again")
+    assert refusal(download, "http://unreachable.invalid", path, *digest) == line
+
+
+def test_missing_file_names_address_and_place(url, path):
+    told = "cannot be fetched (HTTP Error 404: File not found); fetch it by hand and save it as"
+    assert refusal(download, f"{url}s", path, SHA256) == f"{url}s: {told} {path}"
+    assert list(path.parent.iterdir()) == []
+
+
+def test_no_connection_names_address_and_place(path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.socket() as taken:  # bound, and never listening
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/file"
+        line = refusal(download, url, path, SHA256)
+    assert line.startswith(f"{url}: cannot be fetched (")
+    assert line.endswith(f"refused>); fetch it by hand and save it as {path}")
+
+
+@pytest.mark.parametrize("url", ["file", "http://127.0.0.1:port/file", "http://[::1/file"])
+def test_malformed_addresses(url, path):
+    assert refusal(download, url, path, "").startswith(f"{url}: cannot be fetched (")
+
 
 NAMES = ["a", "b", "c", "d"]
 

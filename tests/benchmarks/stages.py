@@ -1,6 +1,6 @@
 """Time every stage against its plain form, in turn, and measure what memory both take.
 
-python tests/benchmarks/stages.py [--backbone resnet50] [--crop 321] [--threads 2] [--json FILE]
+python tests/benchmarks/stages.py [--backbone resnet50] [--crop 321] [--threads 2]
 
 plain: plain.py, fp32. ours: the code that train.py runs, in the best precision here. Ratios are
 medians of pairs A B, A B, ... in one process; memory is the peak of a child process that does
@@ -10,7 +10,6 @@ convolutions would take at the best rate that a large one reaches here in our pr
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import subprocess
@@ -282,21 +281,16 @@ def peak_alone(bench: Bench, stage: str, form: str) -> float:
     return float(child.stdout.split()[-1])
 
 
-def measure(bench: Bench, stage: str, rate: float, pairs: int) -> dict[str, float]:
+def measure(bench: Bench, stage: str, rate: float, pairs: int) -> list[float]:
+    """Return a row of the table: images a second (two), their ratio, MiB (two), share of floor."""
     row, memory = STAGES[stage](bench), {form: peak_alone(bench, stage, form) for form in FORMS}
     works = {form: row.forms[form]() for form in FORMS}
     for form in FORMS:
         works[form]()  # the first call of a form allocates and chooses kernels
     times = [[seconds(works[form]) / row.images for form in FORMS] for _ in range(pairs)]
     plainly, ours = map(statistics.median, zip(*times, strict=True))
-    return {
-        "plain_images_per_second": 1 / plainly,
-        "images_per_second": 1 / ours,
-        "ratio": statistics.median(slow / fast for slow, fast in times),
-        "plain_peak_mib": memory["plain"],
-        "peak_mib": memory["ours"],
-        "share_of_floor": row.flop / rate / ours,
-    }
+    ratio = statistics.median(slow / fast for slow, fast in times)
+    return [1 / plainly, 1 / ours, ratio, *memory.values(), row.flop / rate / ours]
 
 
 def main() -> None:
@@ -304,7 +298,6 @@ def main() -> None:
     parser = bench_parser(__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--only", choices=STAGES, help="one stage")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     typed = parser.parse_args()
     torch.set_num_threads(typed.threads)
@@ -317,14 +310,10 @@ def main() -> None:
         print(f"{bench}, best convolution {rate / 1e9:.0f} GFLOP/s\n")
         print("| stage | plain images/s | images/s | ratio | plain MiB | MiB | share of floor |")
         print("|---|---|---|---|---|---|---|", flush=True)
-        rows = {}
         for stage in [typed.only] if typed.only else STAGES:
-            rows[stage] = row = measure(bench, stage, rate, typed.pairs)
-            slow, fast, ratio, *memory, share = row.values()
+            slow, fast, ratio, *memory, share = measure(bench, stage, rate, typed.pairs)
             memory = " | ".join(f"{mib:.0f}" for mib in memory)
             print(f"| {stage} | {slow:.3f} | {fast:.3f} | {ratio:.2f} | {memory} | {share:.2f} |")
-    if typed.json is not None:
-        typed.json.write_text(json.dumps({"best_flop_per_second": rate, "stages": rows}, indent=2))
 
 
 if __name__ == "__main__":
