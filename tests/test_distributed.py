@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from functools import partial
 
 import pytest
@@ -134,21 +135,13 @@ def test_a_step_of_several_processes_is_that_of_one(together, kind, count, accum
 
 
 def test_a_loss_that_is_finite_for_one_process_alone_stops_all(together):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.backbone, self.head = nn.Linear(1, 1), nn.Linear(1, 1)
-
-        def forward(self, values):
-            return self.head(self.backbone(values)).sum()
-
     def work():
         torch.manual_seed(0)
-        net = Net()
+        net = nn.Sequential(OrderedDict(backbone=nn.Linear(1, 1), head=nn.Linear(1, 1)))
         before = [weight.clone() for weight in net.parameters()]
         whole = dist.parallel(net)
         sgd = Optimization(net, OptimizerSection(), 9, Device("cpu", "fp32").scaler())
-        sgd.backward(whole(torch.full((1, 1), torch.inf if dist.is_first() else 1.0)))
+        sgd.backward(whole(torch.full((1, 1), torch.inf if dist.is_first() else 1.0)).sum())
         return sgd.step() is None, all(map(torch.equal, before, net.parameters()))
 
     assert together(2, work) == [(False, True)] * 2

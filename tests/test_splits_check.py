@@ -1,8 +1,8 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SHARED
 from PIL import Image
 
 from dataset.lists import read_splits
@@ -11,7 +11,6 @@ from dataset.splits.check import audit, table_of
 from utils.config.reading import read_config
 from utils.errors import UserError
 
-SHARED = Path(__file__).parents[2] / "shared"
 CAMVID = SHARED / "camvid"
 UNREADABLE = "files that cannot be read"
 

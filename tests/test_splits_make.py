@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,7 +16,7 @@ from dataset.splits import __main__ as program
 from dataset.splits.make import count_labeled, cover, make_lists
 from utils.errors import UserError
 
-CAMVID = Path(__file__).parents[2] / "shared" / "camvid"
+CAMVID = SHARED / "camvid"
 NAMES = [f"JPEGImages/{number:04}.jpg" for number in range(100)]
 
 
