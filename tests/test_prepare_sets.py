@@ -181,9 +181,8 @@ def pascal(tmp_path):
 def test_trainaug_is_the_union_without_val(pascal, read_back):
     prepare(SMALL_PASCAL, pascal, False, 0)
     line = "JPEGImages/{0}.jpg SegmentationClass/{0}.png\n".format
-    assert (pascal / "train.txt").read_text() == "".join(
-        map(line, ["2007_1", "2007_2", "2008_3", "2008_4"])
-    )
+    names = "2007_1", "2007_2", "2008_3", "2008_4"
+    assert (pascal / "train.txt").read_text() == "".join(map(line, names))
     assert (pascal / "val.txt").read_text() == line("2007_9")
     assert len(list((pascal / "JPEGImages").iterdir())) == 5
     assert [len(split) for split in read_back("pascal", pascal)] == [1, 3, 1]
