@@ -137,14 +137,10 @@ def test_dinov2s_own_file_loads(tmp_path):
     assert torch.equal(net.backbone.vit.pos_embed, source.pos_embed)
 
 
-def network():
-    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-
-
 @pytest.mark.parametrize("wrap", [dict, lambda w: {"model": w, "epoch": 3}], ids=["bare", "model"])
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_formats_of_the_family_load(tmp_path, wrap, prefix):
-    source, net = network(), network()
+    source, net = Net(), Net()
     weights = {prefix + key: value for key, value in source.state_dict().items()}
     checkpoint.save(tmp_path / "net.pth", wrap(weights))
     checkpoint.load_weights(net, tmp_path / "net.pth")
@@ -242,7 +238,7 @@ def test_files_without_batch_counters_load(tmp_path):
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize("keep", [0, 10, 0.5, -1])
 def test_truncated_files_are_named(tmp_path, keep, suffix):
-    path, weights = tmp_path / f"net.{suffix}", network().state_dict()
+    path, weights = tmp_path / f"net.{suffix}", Net().state_dict()
     save = torch.save if suffix == "pth" else safetensors.torch.save_file
     save(weights, path)
     assert same(checkpoint.load(path), weights)
@@ -256,11 +252,11 @@ def test_truncated_files_are_named(tmp_path, keep, suffix):
 def test_numpy_numbers_beside_the_weights_are_read(tmp_path, name):
     """UniMatch saves its best mIoU so; old files carry numpy 1's module name."""
     path = tmp_path / "net.pth"
-    torch.save({"model": network().state_dict(), "previous_best": np.float64(70.25)}, path)
+    torch.save({"model": Net().state_dict(), "previous_best": np.float64(70.25)}, path)
     if name == "numpy.core.multiarray":
         rename_in(path, b"numpy._core.multiarray", b"numpy.core.multiarray")
     assert checkpoint.load(path)["previous_best"] == 70.25
-    checkpoint.load_weights(network(), path)
+    checkpoint.load_weights(Net(), path)
 
 
 def rename_in(path, old, new):

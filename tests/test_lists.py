@@ -87,10 +87,8 @@ def test_paths_with_spaces_stand_in_double_quotes(tmp_path, names):
 
 
 def test_digests_tell_lists_apart_by_their_files_and_order(tmp_path):
-    one, two = (
-        read(tmp_path, "a.jpg a.png\nb.jpg b.png"),
-        read(tmp_path, "b.jpg b.png\na.jpg a.png"),
-    )
+    texts = "a.jpg a.png\nb.jpg b.png", "b.jpg b.png\na.jpg a.png"
+    one, two = (read(tmp_path, text) for text in texts)
     first = Splits(one, one, read(tmp_path, "a.jpg")).digests()
     second = Splits(one, two, read(tmp_path, "a.jpg a.png")).digests()
     assert list(first) == ["labeled", "unlabeled", "val"]
