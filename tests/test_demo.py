@@ -40,14 +40,6 @@ def test_more_images_leave_the_others_as_they_are(tmp_path):
     assert all(few[name] == more[name] for name in pictures)
 
 
-def test_unlabeled_images_have_no_mask_file(tmp_path):
-    write_demo(tmp_path, PALETTE, **SMALL)
-    masks = sorted(path.name for path in (tmp_path / "SegmentationClass").iterdir())
-    assert masks == ["0000.png", "0001.png", "1000.png", "1001.png"]
-    unlabeled = ["JPEGImages/0002.jpg", "JPEGImages/0003.jpg"]
-    assert (tmp_path / "unlabeled.txt").read_text().split() == unlabeled
-
-
 def test_finished_set_is_left_alone_and_a_killed_one_drawn_again(tmp_path):
     write_demo(tmp_path, PALETTE, **SMALL)
     whole, picture = digest(tmp_path), tmp_path / "JPEGImages" / "0001.jpg"
@@ -81,8 +73,12 @@ def test_a_command_that_cannot_draw_says_why(tmp_path, monkeypatch, complaint, w
     assert complaint(program, *words).startswith(f"error: {told}")
 
 
-def test_set_passes_the_checks_of_a_run(splits):
+def test_set_passes_the_checks_of_a_run_and_unlabeled_images_have_no_mask_file(splits, demo_root):
     assert [len(part) for part in splits] == [6, 10, 4]
+    unlabeled = [f"JPEGImages/{number:04}.jpg" for number in range(6, 16)]
+    assert (demo_root / "unlabeled.txt").read_text().split() == unlabeled
+    masks = {sample.mask for sample in splits.labeled + splits.val}
+    assert {*(demo_root / "SegmentationClass").iterdir()} == masks
     with Image.open(splits.labeled[0].mask) as mask:
         assert mask.mode == "P"
 

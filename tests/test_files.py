@@ -44,12 +44,9 @@ def test_content_is_on_the_disk_before_its_name_and_the_name_thereafter(tmp_path
     assert flushed == [(False, False), (True, True)]
 
 
-PALETTE = KINDS["pascal"].palette()
-
-
 def test_mask_comes_back_with_its_ids_and_its_colours(tmp_path):
     ids = np.roll(np.arange(256, dtype=np.uint8), 1).reshape(2, 128)  # 255, 0, 1, ...
-    save_mask(tmp_path / "new" / "m.png", ids, PALETTE)
+    save_mask(tmp_path / "new" / "m.png", ids, KINDS["pascal"].palette())
     assert np.array_equal(np.asarray(read_mask(tmp_path / "new" / "m.png")), ids)
     picture = Image.open(tmp_path / "new" / "m.png")
     assert picture.mode == "P"

@@ -47,7 +47,6 @@ def section(root, **keys):
     [
         ("st++/pascal/1_16/unlabeled.txt", 9920),
         ("st++/cityscapes/1_30/unlabeled.txt", 2875),
-        ("st++/cityscapes/val.txt", 500),
         ("u2pl/pascal/662/labeled.txt", 662),
         ("unimatch/coco/val.txt", 5000),
     ],

@@ -149,8 +149,7 @@ def test_malformed_annotations_are_refused_in_one_line(root, key, value, named):
 def test_other_files_are_refused(root):
     path = root / "annotations/instances_val2017.json"
     path.write_text(json.dumps({"images": [], "annotations": [], "categories": CATEGORIES[1:]}))
-    line = refusal(prepare, SMALL, root, False, 0)
-    assert "its categories are not the 80 of COCO 2017" in line
+    assert "its categories are not the 80 of COCO 2017" in refusal(prepare, SMALL, root, False, 0)
     path.with_name("instances_train2017.json").write_text("{")
     line = refusal(prepare, SMALL, root, False, 0)
     assert "instances_train2017.json: malformed annotations" in line
