@@ -13,20 +13,37 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import settings
+from PIL import Image
 from torch import multiprocessing
 
 from dataset.catalog import KINDS
 from dataset.demo.writing import write_demo
 from dataset.lists import Splits, read_splits
-from utils.config.schema import AugmentSection, DatasetSection
+from dataset.loader import Chance
+from dataset.query import Querier, QueryRule, build_query_index
+from dataset.training import RetrainSamples
+from utils.config.schema import AugmentSection, DatasetSection, QuerySection
 from utils.errors import UserError, exit_with_one_line
 
 ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"  # published lists and CamVid, where they are there
 os.environ["HF_HUB_OFFLINE"] = "1"  # weights come from the installed package in every test
 
 # The same examples every time: a failure here is the change's, not the day's.
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("project")
+
+
+def same(one, other):
+    """Whether two state dicts have equal tensors."""
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def refusal(attempt, *arguments, **keys) -> str:
+    """Call what must be refused; return the line that says why."""
+    with pytest.raises(UserError) as refused:
+        attempt(*arguments, **keys)
+    return str(refused.value)
 
 
 _FORK = multiprocessing.get_context("fork")  # spawned processes would import torch again
@@ -115,6 +132,24 @@ def augment() -> AugmentSection:
 
 
 @pytest.fixture
+def splits(demo_root) -> Splits:
+    return read_splits(DatasetSection(kind="demo", root=str(demo_root)))
+
+
+@pytest.fixture
+def querier(splits, augment) -> Querier:
+    rule = QueryRule.of(QuerySection(), KINDS["demo"])
+    return Querier(splits.labeled, build_query_index(splits.labeled, rule), rule, augment)
+
+
+@pytest.fixture
+def retrain(splits, querier, augment) -> RetrainSamples:
+    """A retraining set in which the true masks of val stand for pseudo labels."""
+    chance = Chance(0, "4_retrain")
+    return RetrainSamples(splits.val, splits.labeled, querier.draw, augment, chance)
+
+
+@pytest.fixture
 def complaint(monkeypatch, capsys):
     """Type a command; return the one line that the program answers with exit code 2.
 
@@ -158,10 +193,16 @@ def mirror(tmp_path, monkeypatch):
 
 @pytest.fixture
 def read_back():
-    """Read a prepared data set as training does: an image labeled, the rest of train unlabeled."""
+    """Read a prepared data set as training does: an image labeled, the rest of train unlabeled.
+
+    Every mask of it must have the palette of its kind.
+    """
 
     def read(kind: str, root: Path) -> Splits:
         first, *rest = (root / "train.txt").read_text().splitlines(keepends=True)
+        for line in (first, *rest, *(root / "val.txt").open()):
+            with Image.open(root / line.split()[1]) as mask:
+                assert (mask.mode, bytes(mask.getpalette())) == ("P", KINDS[kind].palette())
         (root / "labeled.txt").write_text(first)
         (root / "unlabeled.txt").write_text("".join(rest))
         lists = {split: str(root / f"{split}.txt") for split in Splits._fields}
@@ -183,28 +224,12 @@ def answer(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="session")
-def value_or_line():
-    """Read a file; None if it is refused, which must be in one line that begins with its path."""
-
-    def attempt(read, path, *arguments):
-        try:
-            return read(path, *arguments)
-        except UserError as error:
-            line = str(error)
-        assert line.startswith(str(path))
-        assert "\n" not in line
-        return None
-
-    return attempt
-
-
-@pytest.fixture(scope="session")
 def run_program() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a program of the project as a user types it."""
+    """Run a program of the project as a user types it, in the project's folder or another."""
 
-    def run(*words: object) -> subprocess.CompletedProcess[str]:
+    def run(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *map(str, words)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
     return run
 

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a thread pool would not survive the forks
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,14 +40,6 @@ _SETTINGS = """outdir=out device=cpu precision=fp32 workers=1 checkpoint_every=2
     retrain.epochs=2 retrain.batch_size=2"""
 
 
-class Kill(NamedTuple):
-    """What came of a run that was killed and gone on with."""
-
-    moment: float  # seconds after its start
-    place: str  # stage under way
-    differing: list[str]  # what is not as in the quiet run
-
-
 def quiet_run(folder: Path) -> tuple[dict[str, Any], float]:
     """Do the run in peace; return its outcome and its seconds."""
     start = time.monotonic()
@@ -55,8 +47,11 @@ def quiet_run(folder: Path) -> tuple[dict[str, Any], float]:
     return outcome(folder / "out" / "demo"), time.monotonic() - start
 
 
-def killed_run(folder: Path, moment: float, expected: dict[str, Any]) -> Kill:
-    """Kill a run, go on, and compare; a run that is over before its kill is done again, sooner."""
+def killed_run(folder: Path, moment: float, expected: dict[str, Any]) -> tuple[float, str, list]:
+    """Kill a run, go on, and compare; a run that is over before its kill is done again, sooner.
+
+    Returns the moment, seconds after the start; the stage under way; what differs.
+    """
     while True:
         shutil.rmtree(folder / "out", ignore_errors=True)
         process = _start(folder)
@@ -70,13 +65,7 @@ def killed_run(folder: Path, moment: float, expected: dict[str, Any]) -> Kill:
     _wait(_start(folder))
     found = outcome(folder / "out" / "demo")
     names = sorted(expected.keys() | found.keys())
-    return Kill(moment, place, [name for name in names if expected.get(name) != found.get(name)])
-
-
-def moments(kills: int, duration: float, seed: int) -> list[float]:
-    """Draw a moment from each of as many equal shares of the duration."""
-    chance = random.Random(seed)
-    return [duration * (share + chance.random()) / kills for share in range(kills)]
+    return moment, place, [name for name in names if expected.get(name) != found.get(name)]
 
 
 def outcome(run: Path) -> dict[str, Any]:
@@ -102,12 +91,6 @@ def stage_under_way(run: Path) -> str:
     if not begun:
         return "before stage 1"
     return f"after {begun[-1].name}" if (begun[-1] / "stage.json").exists() else begun[-1].name
-
-
-def draw_data(folder: Path) -> None:
-    """Draw the few images that the runs see."""
-    palette = KINDS["demo"].palette()
-    write_demo(folder / "data", palette, train=10, labeled=4, val=2, size=(36, 48))
 
 
 def _start(folder: Path) -> int:
@@ -141,17 +124,18 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="draws other moments")
     arguments = parser.parse_args(words)
-    failed = 0
+    failed, chance = 0, random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        draw_data(folder)
+        folder, palette = Path(name), KINDS["demo"].palette()
+        write_demo(folder / "data", palette, train=10, labeled=4, val=2, size=(36, 48))
         expected, duration = quiet_run(folder)
         print(f"quiet run: {duration:.1f} s, {len(expected)} files", flush=True)
-        for number, moment in enumerate(moments(arguments.kills, duration, arguments.seed)):
-            kill = killed_run(folder, moment, expected)
-            verdict = f"differs: {', '.join(kill.differing)}" if kill.differing else "identical"
-            failed += bool(kill.differing)
-            print(f"{number + 1:>3} {kill.moment:7.2f} s  {kill.place:<22} {verdict}", flush=True)
+        for number in range(arguments.kills):  # each in its own share of the duration
+            moment = duration * (number + chance.random()) / arguments.kills
+            moment, place, differing = killed_run(folder, moment, expected)
+            verdict = f"differs: {', '.join(differing)}" if differing else "identical"
+            failed += bool(differing)
+            print(f"{number + 1:>3} {moment:7.2f} s  {place:<22} {verdict}", flush=True)
     print(f"{arguments.kills - failed} of {arguments.kills} identical")
     sys.exit(1 if failed else 0)
 

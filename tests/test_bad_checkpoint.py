@@ -1,18 +1,14 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import eval as eval_program
 from model import network_of
 from utils import checkpoint
 from utils.config.reading import read_config
-from utils.errors import exit_with_one_line
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -21,65 +17,26 @@ def trained(demo_root, tmp_path_factory) -> Path:
     settings = [f"dataset.root={demo_root}", "workers=0", "device=cpu", "precision=fp32"]
     config, path = read_config("demo.yaml", settings), tmp_path_factory.mktemp("run") / "c.pth"
     torch.manual_seed(0)
-    content = {
-        "model": network_of(config.model, 7, None).state_dict(),
-        "config": config.model_dump(),
-    }
-    checkpoint.save(path, {**content, "stage": "1_supervised", "epoch": 1})
+    content = {"config": config.model_dump(), "stage": "1_supervised", "epoch": 1}
+    checkpoint.save(path, {**content, "model": network_of(config.model, 7, None).state_dict()})
     return path
 
 
-def no_file(path):
-    path.unlink()
-
-
-def half_a_file(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def text_file(path):
-    path.write_text("not a checkpoint")
-
-
-def bare_weights(path):
-    checkpoint.save(path, {"conv1.weight": torch.zeros(1)})
-
-
-def pickled_code(path):
-    torch.save({"model": Path}, path)
-
-
-def no_mapping(path):
-    torch.save([torch.zeros(1)], path)
-
-
-def weights_that_are_none(path):
-    content = checkpoint.load(path)
-    checkpoint.save(path, {**content, "model": torch.zeros(1)})
-
-
-def keys_that_are_numbers(path):
-    content = checkpoint.load(path)
-    torch.save({**content, "model": dict(enumerate(content["model"].values()))}, path)
+OTHER = "weights of another network"
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoilt", "told"),
     [
-        (no_file, ["no such checkpoint"]),
-        (half_a_file, ["not a whole checkpoint", "again"]),
-        (text_file, ["not a whole checkpoint", "again"]),
-        (bare_weights, ["holds no config", "--config"]),
-        (pickled_code, ["not a whole checkpoint"]),
-        (no_mapping, ["holds a list"]),
-        (weights_that_are_none, ["weights"]),
-        (keys_that_are_numbers, ["weights of another network"]),
+        (lambda _: {"conv1.weight": torch.zeros(1)}, ["holds no config", "--config"]),
+        (lambda _: [torch.zeros(1)], ["holds a list"]),
+        (lambda content: {**content, "model": torch.zeros(1)}, ["weights"]),
+        (lambda content: {**content, "model": dict(enumerate(content["model"].values()))}, [OTHER]),
     ],
 )
-def test_bad_checkpoint(complaint, trained, tmp_path, spoil, told):
+def test_bad_checkpoint(complaint, trained, tmp_path, spoilt, told):
     path = tmp_path / "c.pth"
-    path.write_bytes(trained.read_bytes())
-    spoil(path)
+    torch.save(spoilt(checkpoint.load(trained)), path)
     line = complaint(eval_program, path)
     assert [part for part in [str(path), *told] if part not in line] == []
 
@@ -87,13 +44,10 @@ def test_bad_checkpoint(complaint, trained, tmp_path, spoil, told):
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        ("model.backbone=resnet34", ["weights of another network", "missing", "check model.name"]),
+        ("model.backbone=resnet34", [OTHER, "missing", "check model.name"]),
         ("dataset.kind=pascal", ["was trained for 7 classes", "has 21", "--reset-classifier"]),
         ("dataset.root=nowhere", ["dataset.root", "nowhere is no folder"]),
-        (
-            "dataset.val=nowhere.txt",
-            ["dataset.val", "nowhere.txt is neither in the working folder nor in"],
-        ),
+        ("dataset.val=no.txt", ["dataset.val", "no.txt is neither in the working folder nor in"]),
         ("inference.long_sid=3", ["unknown key", "'inference.long_side'"]),
     ],
 )
@@ -102,14 +56,21 @@ def test_bad_settings_of_eval(complaint, trained, setting, told):
     assert [part for part in told if part not in line] == []
 
 
-@pytest.mark.parametrize("option", ["--json", "--save-masks"])
-def test_place_that_eval_cannot_write(complaint, trained, tmp_path, option):
+@pytest.mark.parametrize(
+    ("option", "place", "told"),
+    [
+        ("--json", "file/x", "file"),
+        ("--save-masks", "file/x", "file"),
+        ("--export", "net.tflite", "net.tflite: export writes .onnx or .pt2"),
+    ],
+)
+def test_place_that_eval_cannot_write(complaint, trained, tmp_path, option, place, told):
     (tmp_path / "file").write_text("")
-    line = complaint(eval_program, trained, option, tmp_path / "file" / "x")
-    assert str(tmp_path / "file") in line
+    line = complaint(eval_program, trained, option, tmp_path / place)
+    assert f"{tmp_path}/{told}" in line
 
 
-def test_images_of_every_mode_are_converted(trained, demo_copy, tmp_path, monkeypatch):
+def test_images_of_every_mode_are_converted(trained, demo_copy, tmp_path, answer):
     mask, lines = (demo_copy / "val.txt").read_text().split()[1], []
     picture = Image.open(demo_copy / "JPEGImages" / "1000.jpg")
     for mode in ("L", "CMYK", "RGBA", "P"):
@@ -118,34 +79,31 @@ def test_images_of_every_mode_are_converted(trained, demo_copy, tmp_path, monkey
             content.save(demo_copy / "JPEGImages" / f"{name}.tif")
             lines.append(f"JPEGImages/{name}.tif {mask}")
     (demo_copy / "val.txt").write_text("\n".join(lines))
-    words = [trained, f"dataset.root={demo_copy}", "--save-masks", tmp_path / "masks"]
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
-    exit_with_one_line(eval_program.main)
+    answer(eval_program, trained, f"dataset.root={demo_copy}", "--save-masks", tmp_path / "masks")
     for mode in ("L", "CMYK", "RGBA", "P"):
         own, rgb = (tmp_path / "masks/JPEGImages" / f"{mode}_{end}.png" for end in ("own", "rgb"))
         assert own.read_bytes() == rgb.read_bytes()
 
 
-def test_program_as_typed(trained, tmp_path):
+def test_program_as_typed(trained, tmp_path, run_program):
     (tmp_path / "c.pth").write_bytes(trained.read_bytes()[:5000])
-    command = [sys.executable, ROOT / "eval.py", "c.pth"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_program(ROOT / "eval.py", "c.pth", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: c.pth: not a whole checkpoint")
-
-
-def test_pictures_need_a_place_to_go(complaint, trained, tmp_path):
-    assert "--images and --out go together" in complaint(
-        eval_program, trained, "--images", tmp_path
-    )
+    assert "again" in line
 
 
 @pytest.mark.parametrize(
-    ("names", "told"), [((), "holds no picture"), (("a.jpg", "a.png"), "would share its mask")]
+    ("folder", "names", "told"),
+    [
+        ("in", (), "holds no picture"),
+        ("in/x.png", (), "holds no picture"),  # a folder that is called like one
+        ("in", ("a.jpg", "a.png"), "would share its mask"),
+    ],
 )
-def test_folder_of_pictures(complaint, trained, tmp_path, names, told):
-    (tmp_path / "in").mkdir()
+def test_folder_of_pictures(complaint, trained, tmp_path, folder, names, told):
+    (tmp_path / folder).mkdir(parents=True)
     for name in names:
         Image.new("RGB", (8, 8)).save(tmp_path / "in" / name)
     line = complaint(eval_program, trained, "--images", tmp_path / "in", "--out", tmp_path / "out")
@@ -156,14 +114,3 @@ def test_segmented_pictures_go_elsewhere(complaint, trained, tmp_path):
     for out in (tmp_path, tmp_path / "seg"):
         line = complaint(eval_program, trained, "--images", tmp_path, "--out", out)
         assert line.startswith("error: --out: lies in --images")
-
-
-def test_a_folder_called_like_a_picture_is_none(complaint, trained, tmp_path):
-    (tmp_path / "in/x.png").mkdir(parents=True)
-    line = complaint(eval_program, trained, "--images", tmp_path / "in", "--out", tmp_path / "out")
-    assert "holds no picture" in line
-
-
-def test_export_names_its_formats(complaint, trained, tmp_path):
-    line = complaint(eval_program, trained, "--export", tmp_path / "net.tflite")
-    assert ".onnx or .pt2" in line

@@ -4,6 +4,7 @@ import signal
 
 import pytest
 import torch
+from conftest import same
 
 import train
 from model import network_of
@@ -52,11 +53,7 @@ def assert_same(one, other):
     (weights, masks), (other_weights, other_masks) = made(one), made(other)
     assert len(masks) == 15  # ten unlabeled images, five of them once more
     assert masks == other_masks
-    assert weights.keys() == other_weights.keys()
-    different = [
-        key for key, value in weights.items() if not torch.equal(value, other_weights[key])
-    ]
-    assert different == []
+    assert same(weights, other_weights)
 
 
 OPTIONS = [

@@ -1,3 +1,5 @@
+"""Predictions, their scores, and the meter of weight rules, on numbers checked by hand."""
+
 import math
 
 import pytest
@@ -9,6 +11,7 @@ from torch import nn
 from utils import IMAGENET
 from utils.config.schema import InferenceSection, WindowSection
 from utils.device import Device
+from utils.diagnosis import WeightQuality, rank_correlation
 from utils.evaluation import ConfusionMatrix, Predictor
 
 CPU = Device("cpu", "fp32")
@@ -19,11 +22,16 @@ def predictor(net, window=None, **settings):
 
 
 class Pointwise(nn.Module):
-    """Logits are the channels, times three."""
+    """Logits are the channels, times three; notes the shapes that it is given."""
 
     preprocessing = IMAGENET
 
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
     def extract(self, images):
+        self.shapes.append(tuple(images.shape))
         return images
 
     def classify(self, features):
@@ -62,7 +70,7 @@ def test_a_view_is_resized_once_from_the_pixels_of_the_file():
     own = predictor(Pointwise())(images, (8, 12))
     seen = predictor(Pointwise(), long_side=6, scales=[2.0])(images, (8, 12))
     assert torch.equal(own, seen)
-    small = Counted()
+    small = Pointwise()
     predictor(small, long_side=6)(images, (8, 12))
     assert small.shapes == [(1, 3, 4, 6)]
 
@@ -85,18 +93,6 @@ def test_a_single_view_is_exact_wherever_several_meet():
     assert predictor(Pointwise(), scales=[0.3])(images, (31, 17)).shape == (2, 3, 31, 17)
 
 
-class Counted(Pointwise):
-    """Pointwise, and notes the shapes it is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def extract(self, images):
-        self.shapes.append(tuple(images.shape))
-        return images
-
-
 class PerImage(Pointwise):
     """Logits depend on the whole window: its mean is added to the first class."""
 
@@ -116,14 +112,14 @@ def test_windows_do_not_change_a_pointwise_network(size, weighting):
 
 
 def test_windows_at_the_edges_are_snapped_and_batched():
-    net = Counted()
+    net = Pointwise()
     window = WindowSection(size=8, step=0.5, batch_size=4)
     predictor(net, window)(torch.randn(1, 3, 8, 21), (8, 21))
     assert net.shapes == [(4, 3, 8, 8), (1, 3, 8, 8)]  # from columns 0, 4, 8, 12 and 13
-    both = Counted()
+    both = Pointwise()
     predictor(both, window, flip=True)(torch.randn(3, 3, 8, 9), (8, 9))
     assert both.shapes == [(4, 3, 8, 8), (2, 3, 8, 8)] * 2  # two places of three images, mirrored
-    small = Counted()
+    small = Pointwise()
     predictor(small, window)(torch.randn(1, 3, 8, 7), (8, 7))
     assert small.shapes == [(1, 3, 8, 7)]  # fits one window: passed whole
 
@@ -181,3 +177,30 @@ def test_counts_stay_exact_beyond_float32():
     assert matrix.counts[0, 0] == 2**24 + 1
     matrix.counts[0, 1] = 2**60
     assert matrix.iou()[0].item() == (2**24 + 1) / (2**24 + 1 + 2**60)
+
+
+def test_quality_of_six_pixels():
+    quality = WeightQuality()
+    quality.update(
+        torch.tensor([[0.9, 0.8], [0.3, 0.3]]), torch.tensor([[True, False], [True, False]])
+    )
+    quality.update(torch.tensor([0.6, 1.0]), torch.tensor([True, True]))
+    # Right: 0.9, 0.3, 0.6, 1.0; wrong: 0.8, 0.3. Pairs won: 2 + 0.5 + 1 + 2 of 8.
+    assert quality.auroc() == pytest.approx(5.5 / 8)
+    assert quality.share_on_wrong() == pytest.approx(1.1 / 3.9)
+    # Groups: 0.9 alone, 0.8 alone, the two of 0.3, 0.6 alone, 1.0 alone.
+    error = (0.1 + 0.8 + abs(1 - 0.6) + 0.4 + 0.0) / 6
+    assert quality.calibration_error() == pytest.approx(error)
+
+
+def test_one_kind_of_pixels_has_no_ranking():
+    quality = WeightQuality()
+    quality.update(torch.rand(9), torch.ones(9, dtype=torch.bool))
+    assert quality.auroc() != quality.auroc()
+    assert quality.share_on_wrong() == 0
+
+
+def test_ranks_correlate_whatever_the_scale():
+    values = torch.tensor([0.3, -1.0, 7.0, 2.0])
+    assert rank_correlation(values, values.exp()) == pytest.approx(1)
+    assert rank_correlation(values, -values) == pytest.approx(-1)

@@ -27,13 +27,15 @@ def logits_of(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
         return copy.deepcopy(net).eval()(images).logits
 
 
-def run_onnx(path, images: torch.Tensor) -> torch.Tensor:
+def answer_of(path, images: torch.Tensor) -> torch.Tensor:
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()(images)
     session = pytest.importorskip("onnxruntime").InferenceSession(str(path))
     return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def import_onnx() -> None:
-    for package in ("onnx", "onnxscript", "onnxruntime"):
+def import_packages(suffix) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime") if suffix == ".onnx" else ():
         pytest.importorskip(package, reason=f"{package} is optional: only ONNX export needs it")
 
 
@@ -43,29 +45,20 @@ def assert_agrees(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=limit, rtol=0)
 
 
-def test_pt2_round_trip_at_another_size(network, tmp_path, capfd):
-    path = tmp_path / "new" / "model.pt2"
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
+def test_round_trip_at_another_size(network, tmp_path, capfd, suffix):
+    import_packages(suffix)
+    path = tmp_path / "new" / f"model{suffix}"
     assert export(network, path) < 1e-4
-    assert [file.name for file in path.parent.iterdir()] == ["model.pt2"]
+    assert list(path.parent.iterdir()) == [path]  # weights inside
     assert capfd.readouterr() == ("", "")
     images = torch.randn(UNSEEN)
-    assert_agrees(torch.export.load(path).module()(images), logits_of(network, images))
-
-
-@pytest.mark.slow
-def test_onnx_round_trip_at_another_size(network, tmp_path, capfd):
-    import_onnx()
-    path = tmp_path / "model.onnx"
-    assert export(network, path) < 1e-4
-    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]  # weights inside
-    assert capfd.readouterr() == ("", "")
-    images = torch.randn(UNSEEN)
-    assert_agrees(run_onnx(path, images), logits_of(network, images))
+    assert_agrees(answer_of(path, images), logits_of(network, images))
 
 
 @pytest.mark.slow
 def test_onnx_names_its_input_output_and_free_axes(tmp_path):
-    import_onnx()
+    import_packages(".onnx")
     import onnxruntime
 
     net = DeepLabV2(ResNet("resnet18", 32), 5, 32)
@@ -87,17 +80,13 @@ OTHERS |= {head: partial(build_model, head, "resnet18", 5, 16) for head in ("psp
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_networks_export_too(name, suffix, tmp_path):
-    if suffix == ".onnx":
-        import_onnx()
+    import_packages(suffix)
     torch.manual_seed(0)
     net = with_statistics(OTHERS[name]())
     path = tmp_path / f"model{suffix}"
     export(net, path)
     images = torch.randn(UNSEEN)
-    found = (
-        run_onnx(path, images) if suffix == ".onnx" else torch.export.load(path).module()(images)
-    )
-    assert_agrees(found, logits_of(net, images))
+    assert_agrees(answer_of(path, images), logits_of(net, images))
 
 
 @pytest.mark.parametrize("size", [(33, 17), (6, 7)])

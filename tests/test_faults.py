@@ -6,23 +6,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, same
+from torch.utils.data import DataLoader
 
 import train
 from utils.config.reading import read_config
-from utils.errors import Stopped, UserError
-
-ROOT = Path(__file__).parents[1]
+from utils.errors import Stopped, UserError, exit_with_one_line
+from utils.run.signals import ignore_interrupts, stop_here, stopping_later
 
 
 def weights(stage):
     return torch.load(stage / "checkpoint.pth", weights_only=True)["model"]
-
-
-def same(one, other):
-    return all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.fixture
@@ -62,10 +60,8 @@ def test_an_image_that_is_gone_for_a_while_changes_nothing(
             stage_one("name=cut")
     image.write_bytes(content)
     assert same(weights(stage_one("name=cut")), weights(expected))
-    lines = [
-        (run.parent / "metrics.jsonl").read_text() for run in (expected, stage_one("name=cut"))
-    ]
-    assert [text.count("\n") for text in lines] == [2, 2]
+    runs = expected.parent, stage_one("name=cut").parent
+    assert [(run / "metrics.jsonl").read_text().count("\n") for run in runs] == [2, 2]
 
 
 def wait_for(path, process):
@@ -143,3 +139,105 @@ def test_a_full_disk_a_dead_worker_and_two_signals_change_nothing(finished, type
 def test_killed_runs_end_as_a_quiet_one(run_program):
     done = run_program("tests/faults.py", "--kills", 2)
     assert done.stdout.endswith("2 of 2 identical\n"), done.stdout + done.stderr
+
+
+TWICE = """
+import os, signal, sys
+from utils.errors import exit_with_one_line
+from utils.run.signals import stopping_later
+def main():
+    with stopping_later():
+        for number in sys.argv[1:]:
+            os.kill(os.getpid(), int(number))
+            print("still here", flush=True)
+exit_with_one_line(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_at_the_next_place_and_not_before(number):
+    with stopping_later():
+        stop_here()
+        os.kill(os.getpid(), number)
+        with pytest.raises(Stopped) as stopped:
+            stop_here()
+    assert stopped.value.number == number
+    assert str(stopped.value) == f"stopped by {number.name}"
+
+
+def test_outside_of_the_block_signals_are_as_before():
+    before = signal.getsignal(signal.SIGINT)
+    with stopping_later():
+        assert signal.getsignal(signal.SIGINT) != before
+    assert signal.getsignal(signal.SIGINT) == before
+    stop_here()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "code", "passed"),
+    [
+        ([signal.SIGINT, signal.SIGINT], 130, 1),  # a second Ctrl-C ends the program at once
+        ([signal.SIGTERM, signal.SIGTERM], 0, 2),  # of a scheduler, and of torchrun
+    ],
+)
+def test_a_second_signal(run_program, numbers, code, passed):
+    done = run_program("-c", TWICE, *map(int, numbers))
+    assert (done.returncode, done.stdout) == (code, "still here\n" * passed)
+
+
+def kill(name, pid):
+    """Send a signal as another process: one of its parent's own ends a worker without an error."""
+    subprocess.run(["kill", "-s", name, str(int(pid))], check=False)
+
+
+class Pids:
+    """Samples that say which worker read them."""
+
+    def __getitem__(self, _):
+        time.sleep(0.05)  # a signal comes while it reads: one that holds a queue's lock keeps it
+        return os.getpid()
+
+    def __len__(self):
+        return 100
+
+
+def test_workers_outlive_an_interrupt_and_their_death_by_a_signal_to_all_is_a_stop():
+    loader = DataLoader(Pids(), num_workers=1, worker_init_fn=ignore_interrupts)
+    with pytest.raises(Stopped) as stopped, stopping_later():  # noqa: PT012
+        for count, pid in enumerate(loader):
+            kill("INT", pid)
+            if count == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+                kill("TERM", pid)
+    assert stopped.value.number == signal.SIGTERM
+
+
+def test_a_worker_that_dies_alone_is_an_error():
+    loader = DataLoader(Pids(), num_workers=1, worker_init_fn=ignore_interrupts)
+    with pytest.raises(RuntimeError, match="DataLoader worker"), stopping_later():  # noqa: PT012
+        for pid in loader:
+            kill("TERM", pid)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+)
+def test_memory_that_runs_out_is_told_with_what_takes_less(error, complaint):
+    def main():
+        raise error
+
+    line = complaint(SimpleNamespace(main=main, __file__="program.py"))
+    assert line.startswith("error: memory: ")
+    assert "raise supervised.accumulate and retrain.accumulate, or lower batch_size" in line
+
+
+def test_an_error_of_ours_keeps_its_traceback():
+    def program():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        exit_with_one_line(program)

@@ -1,9 +1,16 @@
+"""Files that are whole or absent; masks and panels."""
+
 import os
 import stat
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from dataset.catalog import KINDS
+from dataset.reading import read_mask
 from utils.files import read_json, write_atomically, write_json
+from utils.panels import save_mask, save_panel
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path):
@@ -35,3 +42,38 @@ def test_content_is_on_the_disk_before_its_name_and_the_name_thereafter(tmp_path
     monkeypatch.setattr(os, "fsync", fsync)
     write_json(path, 1)
     assert flushed == [(False, False), (True, True)]
+
+
+def test_mask_comes_back_with_its_ids_and_its_colours(tmp_path):
+    ids = np.roll(np.arange(256, dtype=np.uint8), 1).reshape(2, 128)  # 255, 0, 1, ...
+    save_mask(tmp_path / "new" / "m.png", ids, KINDS["pascal"].palette())
+    assert np.array_equal(np.asarray(read_mask(tmp_path / "new" / "m.png")), ids)
+    picture = Image.open(tmp_path / "new" / "m.png")
+    assert picture.mode == "P"
+    assert picture.convert("RGB").getpixel((16, 0)) == (192, 128, 128)  # 15: VOC's person
+    assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("size", [(40, 60), (7, 300)])
+def test_panel_shows_every_picture_at_its_place(tmp_path, size):
+    colours = [[(250, 0, 0), (0, 250, 0)], [(0, 0, 250), (250, 250, 0)]]
+    rows = [[Image.new("RGB", size[::-1], colour) for colour in row] for row in colours]
+    save_panel(tmp_path / "p.png", ["one", "two"], rows, [("cat", (1, 2, 3))], height=50)
+    panel = np.asarray(Image.open(tmp_path / "p.png"))
+    width = round(size[1] * 50 / size[0])
+    for row, pair in enumerate(colours):
+        for column, colour in enumerate(pair):
+            y, x = np.nonzero((panel == colour).all(axis=2))
+            assert len(x) == 50 * width  # whole: nothing lies over it, nothing is cut off
+            assert (y.mean() > panel.shape[0] / 2) == (row == 1)
+            assert (x.mean() > panel.shape[1] / 2) == (column == 1)
+    assert (panel == (1, 2, 3)).all(axis=2).any()  # the legend's swatch
+
+
+def test_legend_of_many_classes_breaks_into_lines(tmp_path):
+    kind = KINDS["cityscapes"]
+    legend = list(zip(kind.classes, kind.colours, strict=True))
+    save_panel(tmp_path / "p.png", ["image"], [[Image.new("RGB", (200, 100))]], legend, 100)
+    panel = np.asarray(Image.open(tmp_path / "p.png"))
+    for name, colour in legend:
+        assert (panel == colour).all(axis=2).sum() >= 100, f"{name} is cut off"

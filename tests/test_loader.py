@@ -1,16 +1,18 @@
+import re
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from dataset.catalog import KINDS
-from dataset.lists import read_splits
+from dataset.cache import Memory, sample_reader
+from dataset.lists import read_sample, read_splits, with_pseudo_masks
 from dataset.loader import (
     Chance,
     SampleKey,
@@ -19,36 +21,21 @@ from dataset.loader import (
     training_batches,
     whole_images,
 )
-from dataset.query import Querier, QueryRule, build_query_index
+from dataset.query import Querier
 from dataset.reading import read_mask
-from dataset.training import LabeledPairs, RetrainSamples
+from dataset.training import LabeledPairs
 from utils import IMAGENET, Preprocessing
-from utils.config.schema import DatasetSection, InferenceSection, QuerySection
+from utils.config.reading import read_config
+from utils.config.schema import DatasetSection, InferenceSection
 from utils.errors import UserError
+from utils.run.stages import Run
 
 CHANCE = Chance(0, "4_retrain")
 
 
 @pytest.fixture
-def parts(demo_root, augment):
-    splits = read_splits(DatasetSection(kind="demo", root=str(demo_root)))
-    rule = QueryRule.of(QuerySection(), KINDS["demo"])
-    querier = Querier(splits.labeled, build_query_index(splits.labeled, rule), rule, augment)
-    return splits, querier
-
-
-@pytest.fixture
-def pairs(parts, augment):
-    splits, querier = parts
+def pairs(splits, querier, augment):
     return LabeledPairs(splits.labeled, querier, augment, CHANCE, repeat=2)
-
-
-@pytest.fixture
-def retrain(parts, augment):
-    splits, querier = parts
-    # The true masks of val stand for pseudo labels.
-    query = querier.draw
-    return RetrainSamples(splits.val, splits.labeled, query, augment, CHANCE)
 
 
 def flat(record) -> list[torch.Tensor]:
@@ -136,8 +123,7 @@ def test_student_sees_the_teachers_crop_in_other_colours(retrain):
     assert recoloured >= 3
 
 
-def test_a_bank_queries_the_same_labeled_images_and_opens_none(parts, retrain, augment):
-    splits, querier = parts
+def test_a_bank_queries_the_same_labeled_images_and_opens_none(splits, querier, retrain, augment):
     banked = replace(retrain, query=querier.choose)
     for index in range(4):
         one, other = retrain[SampleKey(0, index)], banked[SampleKey(0, index)]
@@ -150,8 +136,7 @@ def test_a_bank_queries_the_same_labeled_images_and_opens_none(parts, retrain, a
     assert splits.labeled[queried.position].name in querier.index[queried.shared_class]
 
 
-def test_every_image_is_normalised_by_the_encoders_record(parts, pairs, retrain):
-    splits, querier = parts
+def test_every_image_is_normalised_by_the_encoders_record(splits, querier, pairs, retrain):
     other = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3)
     mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET.mean, IMAGENET.std))
 
@@ -181,15 +166,13 @@ def test_bicubic_encoders_are_given_bicubic_crops(pairs):
     assert torch.equal(one.label, other.label)
 
 
-def test_every_unlabeled_image_meets_every_labeled_one(parts, retrain):
-    splits, _ = parts
+def test_every_unlabeled_image_meets_every_labeled_one(splits, retrain):
     samples = replace(retrain, unlabeled=splits.val * 2)
     met = {samples.names([SampleKey(epoch, 0)])[1] for epoch in range(6)}
     assert met == {sample.name for sample in splits.labeled}
 
 
-def test_more_labeled_than_unlabeled_images_all_have_their_turn(parts, retrain):
-    splits, _ = parts
+def test_more_labeled_than_unlabeled_images_all_have_their_turn(splits, retrain):
     samples = replace(retrain, unlabeled=splits.val[:2], labeled=splits.labeled[:5])
     met = [samples.names([SampleKey(e, i)])[1] for e in range(5) for i in range(2)]
     names = [sample.name for sample in splits.labeled[:5]]
@@ -197,15 +180,14 @@ def test_more_labeled_than_unlabeled_images_all_have_their_turn(parts, retrain):
     assert met[5:] == [*names[1:], names[0]]  # the next lap begins one further
 
 
-def test_whole_images_keep_the_lists_order_and_their_own_size(parts):
-    samples = parts[0].val
+def test_whole_images_keep_the_lists_order_and_their_own_size(splits):
     for workers in (0, 2):
         settings = InferenceSection(long_side=32, batch_size=1)  # the predictor resizes
-        items = list(whole_images(samples, settings, workers))
+        items = list(whole_images(splits.val, settings, workers))
         assert [item.index.item() for item in items] == [0, 1, 2, 3]
         assert {item.image.shape for item in items} == {(1, 3, 48, 64)}
         assert {item.label.shape for item in items} == {(1, 48, 64)}
-    (item,) = whole_images(parts[0].unlabeled[:1], InferenceSection(), 0)
+    (item,) = whole_images(splits.unlabeled[:1], InferenceSection(), 0)
     assert (item.label == 255).all()
 
 
@@ -224,7 +206,57 @@ def test_workers_error_is_the_same_one_line(demo_copy, pairs, workers):
     for sample in labeled:
         sample.image.write_bytes(sample.image.read_bytes()[:600])
     spoilt = replace(pairs, labeled=labeled)
-    with pytest.raises(UserError) as caught:
-        list(islice(training_batches(spoilt, 4, range(1), CHANCE, workers), 1))
-    assert str(caught.value).startswith(str(demo_copy))
-    assert "\n" not in str(caught.value)
+    line = refusal(next, iter(training_batches(spoilt, 4, range(1), CHANCE, workers)))
+    assert line.startswith(str(demo_copy))
+    assert "\n" not in line
+
+
+KEYS = [[SampleKey(0, 0), SampleKey(0, 1)], [SampleKey(1, 3), SampleKey(0, 2)]]
+
+
+def test_memory_holds_what_the_files_hold(splits):
+    read = sample_reader("ram", splits.labeled, threads=3)
+    for sample in splits.labeled:
+        for ours, theirs in zip(read(sample), read_sample(sample), strict=True):
+            assert ours.mode == theirs.mode
+            assert np.array_equal(ours, theirs)
+    assert sample_reader(None, splits.labeled, threads=3) is read_sample
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_share_the_memory_and_give_the_same_batches(retrain, querier, start, splits):
+    if start not in torch.multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system does not {start}")
+    expected = list(DataLoader(retrain, batch_sampler=KEYS))
+    memory = Memory(splits.val + splits.labeled, 2)
+    spoilt = with_pseudo_masks(splits.val, splits.val[0].image / "nowhere")  # by name alone
+    query = replace(querier, read=memory).draw
+    cached = replace(retrain, unlabeled=spoilt, query=query, read=memory)
+    loader = DataLoader(cached, batch_sampler=KEYS, num_workers=1, multiprocessing_context=start)
+    assert all(same(a, b) for a, b in zip(loader, expected, strict=True))
+
+
+def test_block_that_the_system_refuses_is_told_in_one_line(splits, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("unable to allocate\nshared memory")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    line = refusal(Memory, splits.labeled, 1)
+    assert re.search(r"^cache: .*0\.00 GB .*unable to allocate shared memory\); set cache", line)
+
+
+def test_unreadable_picture_ends_the_filling_in_one_line(demo_copy):
+    splits = read_splits(DatasetSection(kind="demo", root=str(demo_copy)))
+    image = splits.labeled[2].image
+    image.write_bytes(image.read_bytes()[:600])
+    with pytest.raises(UserError, match=rf"^{image}: cannot read this picture"):
+        Memory(splits.labeled, 2)
+
+
+def test_cache_may_change_between_the_stages_of_a_run(demo_overrides):
+    plain, cached = (
+        read_config("demo.yaml", [*demo_overrides, f"cache={value}"]) for value in ("null", "ram")
+    )
+    with Run(plain) as run:
+        run.stage("1_supervised", lambda _: {})
+    assert Run(cached).stages == {}  # not refused

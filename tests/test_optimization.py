@@ -18,10 +18,11 @@ class Net(nn.Module):
         return self.backbone.weight.sum() + self.head.weight.sum()
 
 
-def optimization(net, iterations=4, scaler=None, **settings):
+def optimization(net, iterations=4, scaler=None, average=None, **settings):
     plain = {"lr": 0.1, "head_multiple": 2, "momentum": 0, "weight_decay": 0, "power": 1}
     section = OptimizerSection(**{**plain, **settings})
-    return Optimization(net, section, iterations, scaler or Device("cpu", "fp32").scaler())
+    scaler = scaler or Device("cpu", "fp32").scaler()
+    return Optimization(net, section, iterations, scaler, average, decay=0.6)
 
 
 def update(optimized, *losses):
@@ -101,18 +102,15 @@ def test_continuing_from_a_saved_state_is_exact(name):
 
 def test_the_average_follows_the_weights_and_is_restored():
     net, average = Net(), Net()
-    section = OptimizerSection(lr=0.1, head_multiple=1, momentum=0, weight_decay=0, power=1)
-    scaler = Device("cpu", "fp32").scaler()
-    sgd = Optimization(net, section, 10, scaler, average, decay=0.6)
-    expected, values = 1.0, []
+    sgd = optimization(net, 10, average=average)
+    expected = 1.0
     for done in range(1, 4):
         update(sgd, net.loss())
         kept = min(0.6, 1 - 1 / (done + 1))
         expected = kept * expected + (1 - kept) * net.head.weight.item()
-        values.append(average.head.weight.item())
-        assert values[-1] == pytest.approx(expected)
+        assert average.head.weight.item() == pytest.approx(expected)
     other = Net()
-    Optimization(Net(), section, 10, scaler, other, decay=0.6).load_state_dict(sgd.state_dict())
+    optimization(Net(), 10, average=other).load_state_dict(sgd.state_dict())
     assert torch.equal(other.head.weight, average.head.weight)
 
 

@@ -1,8 +1,174 @@
-import pytest
+"""Archives and weights are fetched and unpacked; parallel work writes files from them."""
 
+import hashlib
+import io
+import socket
+import stat
+import tarfile
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, refusal
+
+from dataset.prepare import __main__ as program
+from dataset.prepare import weights
+from dataset.prepare.archives import Archive, download, provide, unpack
 from dataset.prepare.work import DataSet, Step, prepare, read_words, refuse_missing
 from utils.errors import UserError
 from utils.files import write_text
+
+
+def write_tar(path, members, mode="w:gz"):
+    """Members are (name, bytes), or (name, target) for a link."""
+    with tarfile.open(path, mode) as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+            else:
+                info.type, info.linkname = tarfile.SYMTYPE, content
+                archive.addfile(info)
+    return path
+
+
+def write_zip(path, members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members:
+            info = zipfile.ZipInfo(name)
+            if not isinstance(content, bytes):
+                info.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(info, content)
+    return path
+
+
+WRITERS = {"set.tgz": write_tar, "set.zip": write_zip}
+GOOD = [("set/a/x.txt", b"x"), ("set/y.txt", b"y"), ("README", b"is not moved")]
+
+
+@pytest.fixture(params=WRITERS)
+def write(request, tmp_path):
+    """Write an archive below ``root``."""
+    root = tmp_path / "root"
+    root.mkdir()
+    return lambda members: WRITERS[request.param](root / request.param, members)
+
+
+def refused(path):
+    return refusal(unpack, path, "set", path.parent / "there")
+
+
+def files_below(folder):
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+def test_folder_of_an_archive_is_unpacked_and_the_rest_is_not(write):
+    path = write(GOOD)
+    unpack(path, "set", path.parent / "deep/there")
+    assert files_below(path.parent / "deep/there") == {"a/x.txt": b"x", "y.txt": b"y"}
+    assert {entry.name for entry in path.parent.iterdir()} == {path.name, "deep"}
+
+
+@pytest.mark.parametrize("name", ["set/../../evil", "set/link"])
+def test_nothing_is_written_outside(write, name):
+    path = write([*GOOD, (name, b"evil" if name.endswith("evil") else "/etc")])
+    if path.suffix == ".tgz":
+        assert f"{path}: cannot unpack this archive (" in refused(path)
+    else:
+        unpack(path, "set", path.parent / "there")
+    assert not [*path.parent.parent.glob("evil")]
+    assert not any(file.is_symlink() for file in path.parent.rglob("*"))
+
+
+def test_archive_without_the_folder(write):
+    path = write([("other/x", b"x")])
+    assert f"{path}: cannot unpack this archive ([Errno 2]" in refused(path)
+
+
+def test_truncated_archive_is_refused_and_leaves_nothing(write):
+    path = write([("set/big", bytes(range(256)) * 4000)])
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert f"{path}: cannot unpack this archive (" in refused(path)
+    assert [*path.parent.iterdir()] == [path]
+
+
+def archive_at(address, **more):
+    return Archive("set.zip", "set", "set", f"{address}/set.zip", **more)
+
+
+def test_missing_archive_names_its_address_and_its_place(tmp_path):
+    assert refusal(provide, tmp_path, [archive_at("http://a")], fetch=False) == (
+        f"{tmp_path}: archives are missing; add --download, or fetch by hand and put there: "
+        "set.zip (http://a/set.zip)"
+    )
+
+
+def test_archive_is_fetched_and_unpacked_and_then_left_alone(mirror, tmp_path):
+    write_zip(mirror.folder / "set.zip", GOOD)
+    provide(tmp_path, [archive_at(mirror.url)], fetch=True)
+    assert files_below(tmp_path / "set") == {"a/x.txt": b"x", "y.txt": b"y"}
+    provide(tmp_path, [archive_at("http://unreachable.invalid")], fetch=True)
+
+
+BODY = b"weights" * 20_000
+SHA256, MD5 = hashlib.sha256(BODY).hexdigest(), hashlib.md5(BODY).hexdigest()
+
+
+@pytest.fixture
+def url(mirror):
+    (mirror.folder / "file").write_bytes(BODY)
+    return f"{mirror.url}/file"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "made" / "weights.pth"
+
+
+@pytest.mark.parametrize(
+    "digest", [(SHA256[:8],), (SHA256,), (MD5, "md5"), ("",)], ids=["prefix", "sha256", "md5", "no"]
+)
+def test_file_of_the_digest_is_fetched_once(url, path, digest):
+    download(url, path, *digest)
+    assert path.read_bytes() == BODY
+    assert list(path.parent.iterdir()) == [path]
+    download("http://unreachable.invalid", path, *digest)
+
+
+@pytest.mark.parametrize("digest", [("0" * 8,), ("0" * 32, "md5")])
+def test_other_content_is_named(url, path, digest):
+    line = refusal(download, url, path, *digest)
+    assert line.startswith(f"{path}: a damaged or another file: its ")
+    assert line.endswith(f"not {digest[0]}; delete it and run the same command again")
+    assert refusal(download, "http://unreachable.invalid", path, *digest) == line
+
+
+def test_missing_file_names_address_and_place(url, path):
+    told = "cannot be fetched (HTTP Error 404: File not found); fetch it by hand and save it as"
+    assert refusal(download, f"{url}s", path, SHA256) == f"{url}s: {told} {path}"
+    assert list(path.parent.iterdir()) == []
+
+
+def test_no_connection_names_address_and_place(path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.socket() as taken:  # bound, and never listening
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/file"
+        line = refusal(download, url, path, SHA256)
+    assert line.startswith(f"{url}: cannot be fetched (")
+    assert line.endswith(f"refused>); fetch it by hand and save it as {path}")
+
+
+@pytest.mark.parametrize("url", ["file", "http://127.0.0.1:port/file", "http://[::1/file"])
+def test_malformed_addresses(url, path):
+    assert refusal(download, url, path, "").startswith(f"{url}: cannot be fetched (")
+
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -13,11 +179,8 @@ def step(tmp_path):
     (tmp_path / "from").mkdir()
     for name in NAMES:
         (tmp_path / f"from/{name}").write_text(name)
-    return Step(
-        "files",
-        write_or_break,
-        {tmp_path / f"to/{name}": tmp_path / f"from/{name}" for name in NAMES},
-    )
+    sources = {tmp_path / f"to/{name}": tmp_path / f"from/{name}" for name in NAMES}
+    return Step("files", write_or_break, sources)
 
 
 def run(root, step, workers=0, count=4):
@@ -56,9 +219,7 @@ def test_broken_off_run_goes_on_and_leaves_whole_files_alone(tmp_path, step, wor
 
 
 def test_other_count_is_refused_before_anything_is_written(tmp_path, step):
-    with pytest.raises(UserError) as refused:
-        run(tmp_path, step, count=5)
-    assert str(refused.value) == (
+    assert refusal(run, tmp_path, step, count=5) == (
         f"{tmp_path}: 4 images for train.txt where the data set has 5; nothing is written: "
         "complete the files and run it again"
     )
@@ -74,11 +235,80 @@ def test_list_of_the_users_own_is_not_overwritten(tmp_path, step):
 
 def test_missing_files_are_named_and_counted(tmp_path):
     (tmp_path / "a").touch()
-    with pytest.raises(UserError) as refused:
-        refuse_missing(tmp_path / name for name in NAMES)
-    assert str(refused.value).startswith(f"{tmp_path / 'b'}: no such file (3 are missing in all); ")
-
-
-def test_missing_list_is_named(tmp_path):
+    line = refusal(refuse_missing, (tmp_path / name for name in NAMES))
+    assert line.startswith(f"{tmp_path / 'b'}: no such file (3 are missing in all); ")
     with pytest.raises(UserError, match=r"none\.txt: no such file .*unpack its archive again"):
         read_words(tmp_path / "none.txt")
+
+
+HASHES = {
+    "resnet18": "f37072fd",
+    "resnet34": "b627a593",
+    "resnet50": "0676ba61",
+    "resnet101": "63fe2227",
+    "resnet152": "394f9c45",
+}
+
+
+def test_table_of_the_readme_agrees():
+    readme = (ROOT / "pretrained/README.md").read_text(encoding="utf-8")
+    for name, prefix in HASHES.items():
+        assert f"| `{name}.pth` | `{name}-{prefix}.pth` |" in readme
+    assert all(f"| `{name}.pth` |" in readme for name in weights.BY_HAND)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What ``download`` is called with, instead of downloading."""
+    found = []
+    monkeypatch.setattr(weights, "download", lambda *call: found.append(call))
+    return found
+
+
+def test_writes_each_name_from_the_mirror(mirror, tmp_path, monkeypatch, answer):
+    prefixes = {}
+    for name in ("resnet18", "resnet50"):
+        prefixes[name] = hashlib.sha256(name.encode()).hexdigest()[:8]
+        (mirror.folder / f"{name}-{prefixes[name]}.pth").write_bytes(name.encode())
+
+    def weights_of(name):
+        url = f"https://unreachable.invalid/models/{name}-{prefixes[name]}.pth"
+        return SimpleNamespace(IMAGENET1K_V1=SimpleNamespace(url=url))
+
+    monkeypatch.setattr(weights, "get_model_weights", weights_of)
+    to = tmp_path / "weights"
+    words = ["weights", "resnet18", "resnet50", "--to", to, "--mirror", f"{mirror.url}/"]
+    assert answer(program, *words) == [
+        f"{to / name}.pth: ready, its sha256 begins with {prefix}"
+        for name, prefix in prefixes.items()
+    ]
+    made = {file.name: file.read_bytes() for file in to.iterdir()}
+    assert made == {"resnet18.pth": b"resnet18", "resnet50.pth": b"resnet50"}
+
+
+@pytest.mark.parametrize("name", weights.WEIGHTS)
+def test_goes_from_torchvision_to_the_projects_folder(calls, answer, name):
+    answer(program, "weights", name)
+    url = f"https://download.pytorch.org/models/{name}-{HASHES[name]}.pth"
+    assert calls == [(url, ROOT / f"pretrained/{name}.pth", HASHES[name])]
+
+
+def test_missing_on_the_mirror(mirror, complaint, tmp_path):
+    line = complaint(program, "weights", "resnet34", "--to", tmp_path, "--mirror", mirror.url)
+    assert f"{mirror.url}/resnet34-b627a593.pth: cannot be fetched (HTTP Error 404" in line
+    assert line.endswith(f"save it as {tmp_path / 'resnet34.pth'}")
+
+
+def test_xception_is_fetched_by_hand(complaint, tmp_path):
+    line = complaint(program, "weights", "xception65", "--to", tmp_path)
+    assert line.startswith("error: xception65: there is no public address with a checksum; ")
+    assert line.endswith(f"save it as {tmp_path / 'xception65.pth'}")
+
+
+def test_unknown_name_is_refused_before_anything_is_fetched(complaint, calls):
+    line = complaint(program, "weights", "resnet18", "resnet1O1")
+    assert line == (
+        "error: resnet1O1: no such weights; known are resnet18, resnet34, resnet50, resnet101, "
+        "resnet152, xception65, resnet50_deep, resnet101_deep"
+    )
+    assert calls == []

@@ -1,4 +1,7 @@
+import csv
+import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +11,15 @@ from PIL import Image
 
 from dataset.catalog import KINDS
 from dataset.lists import Sample, read_splits
-from dataset.query import Querier, QueryRule, build_query_index
+from dataset.query import (
+    Querier,
+    QueryRule,
+    build_query_index,
+    keep_reliable_partners,
+    read_selection,
+    split_by_reliability,
+    write_selection,
+)
 from utils import IMAGENET
 from utils.config.schema import AugmentSection, DatasetSection, QuerySection
 from utils.errors import UserError
@@ -49,6 +60,12 @@ def red(query) -> int:
 
 def querier_of(samples, rule=RULE, augment=WIDE):
     return Querier(samples, build_query_index(samples, rule), rule, augment)
+
+
+def draws(count, samples, name, mask, augment=WIDE):
+    """Draw so many partners of an image."""
+    querier, rng = querier_of(samples, augment=augment), np.random.default_rng(0)
+    return [querier.draw(name, mask, rng) for _ in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -97,50 +114,104 @@ def test_partner_shows_the_class_in_its_crop(seed, demo_root):
 def test_crops_aimed_at_a_small_object_find_it(folder):
     mask = np.zeros((60, 60), np.uint8)
     mask[50:, :12] = 3  # 3.3 % of the image
-    samples = folder(small=Image.fromarray(mask))
-    querier = querier_of(samples, augment=AugmentSection(base_size=60, crop_size=20))
-    rng = np.random.default_rng(0)
-    assert {querier.draw("other", stripes(3), rng).shared_class for _ in range(50)} == {3}
+    samples, augment = (
+        folder(small=Image.fromarray(mask)),
+        AugmentSection(base_size=60, crop_size=20),
+    )
+    queries = draws(50, samples, "other", stripes(3), augment)
+    assert {query.shared_class for query in queries} == {3}
 
 
 def test_image_is_never_its_own_partner(folder):
     samples = folder(a=stripes(1), b=stripes(1, 2), c=stripes(2))
-    querier, rng = querier_of(samples), np.random.default_rng(0)
-    reds = [red(querier.draw("b", stripes(1, 2), rng)) for _ in range(60)]
-    assert set(reds) == {0, 20}
+    assert set(map(red, draws(60, samples, "b", stripes(1, 2)))) == {0, 20}
 
 
 def test_class_that_no_other_image_shows_is_not_queried(folder):
     samples = folder(a=stripes(1), b=stripes(2), c=stripes(3))
-    querier, rng = querier_of(samples), np.random.default_rng(0)
-    queries = [querier.draw("a", stripes(1, 2), rng) for _ in range(40)]
+    queries, alone = (draws(40, samples, "a", mask) for mask in (stripes(1, 2), stripes(1)))
     assert {query.shared_class for query in queries} == {2}
-    alone = [querier.draw("a", stripes(1), rng) for _ in range(40)]
     assert {query.shared_class for query in alone} == {255}
     assert {red(query) for query in alone} == {10, 20}  # never a itself
 
 
 def test_class_that_scaling_drops_from_the_crop_is_not_called_shared(folder):
     # At a third of the size nearest neighbour reads columns 1, 4, 7, ...: never the class's.
-    querier = querier_of(folder(a=stripes(*[3, 0, 0] * 20)), augment=WIDE)
+    samples = folder(a=stripes(*[3, 0, 0] * 20))
     small = AugmentSection(base_size=20, scale=(1.0, 1.0), crop_size=20)
-    shrunk = querier_of(folder(a=stripes(*[3, 0, 0] * 20)), augment=small)
-    rng = np.random.default_rng(0)
-    assert querier.draw("x", stripes(3), rng).shared_class == 3
-    assert shrunk.draw("x", stripes(3), rng).shared_class == 255
+    for augment, shared in ((WIDE, 3), (small, 255)):
+        (query,) = draws(1, samples, "x", stripes(3), augment)
+        assert query.shared_class == shared
 
 
 @pytest.mark.parametrize("mask", [stripes(0), stripes(255), stripes(0, 255)])
 def test_nothing_to_share_gives_255(folder, mask):
-    querier, rng = querier_of(folder(a=stripes(0, 1), b=stripes(0))), np.random.default_rng(0)
-    assert {querier.draw("x", mask, rng).shared_class for _ in range(20)} == {255}
+    queries = draws(20, folder(a=stripes(0, 1), b=stripes(0)), "x", mask)
+    assert {query.shared_class for query in queries} == {255}
 
 
 def test_classes_and_partners_are_drawn_evenly(folder):
     samples = folder(a=stripes(1), b=stripes(1), c=stripes(1), d=stripes(2))
-    querier, rng = querier_of(samples), np.random.default_rng(0)
-    queries = [querier.draw("x", stripes(1, 1, 1, 1, 1, 2), rng) for _ in range(1200)]
+    queries = draws(1200, samples, "x", stripes(1, 1, 1, 1, 1, 2))
     classes = Counter(query.shared_class for query in queries)
     assert classes[2] == pytest.approx(600, abs=80)  # by class, not by area
     partners = Counter(red(query) for query in queries)
     assert [partners[red] for red in (0, 10, 20)] == pytest.approx([200] * 3, abs=60)
+
+
+SCORES = st.dictionaries(st.text("abcd", min_size=1), st.sampled_from([-2.0, -1.0, 0.0, -math.inf]))
+
+
+def test_higher_is_reliable_and_ties_go_by_name():
+    scores = {"d": -1.0, "b": -3.0, "a": -3.0, "c": -0.5}
+    assert split_by_reliability(scores, 0.5) == (["c", "d"], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("count", "keep", "kept"),
+    [
+        *[(1, 0.5, 1), (3, 0.5, 2), (4, 0.5, 2), (5, 0.2, 1), (4, 1.0, 4)],
+        # 100 * 0.07 is 7.000000000000001 in floating point; the share is 7 images, not 8.
+        *[(100, 0.07, 7), (100, 0.29, 29), (10, 0.7, 7), (1000, 0.007, 7)],
+    ],
+)
+def test_share_is_rounded_up(count, keep, kept):
+    scores = {str(i): float(i) for i in range(count)}
+    assert len(split_by_reliability(scores, keep)[0]) == kept
+
+
+@given(SCORES, st.floats(0.01, 1))
+def test_halves_part_the_images_whatever_their_order(scores, keep):
+    reliable, unreliable = split_by_reliability(scores, keep)
+    assert sorted(reliable + unreliable) == sorted(scores)
+    assert all(scores[r] >= scores[u] for r in reliable for u in unreliable)
+    backwards = dict(reversed(scores.items()))
+    assert split_by_reliability(backwards, keep) == (reliable, unreliable)
+
+
+def test_only_partner_of_a_rare_class_stays():
+    index = {1: ["a", "b", "c"], 4: ["b"]}
+    scores = {(1, "a"): -3.0, (1, "b"): -1.0, (1, "c"): -2.0, (4, "b"): -9.0}
+    assert keep_reliable_partners(index, scores, 0.5) == {1: ["b", "c"], 4: ["b"]}
+
+
+def test_selection_survives_its_files(tmp_path):
+    names = ["x/1.jpg", "x/2.jpg", "x/3.jpg"]
+    unlabeled = [Sample(name, Path("root") / name, None) for name in names]
+    images = {"x/1.jpg": -math.inf, "x/2.jpg": -0.25, "x/3.jpg": -0.5}
+    partners = {(0, "a"): -0.5, (2, "a"): -0.1, (2, "b"): -0.2}
+    classes = "sky", "road", "traffic, light"
+    assert write_selection(tmp_path, images, partners, {2: ["a", "b"]}, 0.5, classes) == 2
+    selection = read_selection(tmp_path, unlabeled, classes)
+    assert selection.reliable == [unlabeled[1], unlabeled[2]]
+    assert selection.unreliable == [unlabeled[0]]
+    assert selection.index == {2: ["a"]}
+    with (tmp_path / "unlabeled_scores.csv").open(newline="") as table:
+        rows = {row["image"]: float(row["reliability"]) for row in csv.DictReader(table)}
+    assert rows == images
+    with (tmp_path / "labeled_scores.csv").open(newline="") as table:
+        assert next(row for row in csv.DictReader(table) if row["image"] == "b") == {
+            "class": "traffic, light",
+            "image": "b",
+            "reliability": "-0.2",
+        }

@@ -1,8 +1,8 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SHARED
 from PIL import Image
 
 from dataset.lists import read_splits
@@ -11,7 +11,6 @@ from dataset.splits.check import audit, table_of
 from utils.config.reading import read_config
 from utils.errors import UserError
 
-SHARED = Path(__file__).parents[2] / "shared"
 CAMVID = SHARED / "camvid"
 UNREADABLE = "files that cannot be read"
 
@@ -47,14 +46,6 @@ def rows(tmp_path):
     ]
 
 
-@pytest.fixture
-def check(rows, answer):
-    """``python -m dataset.splits check`` on the rows, without problems."""
-    return lambda *words: answer(
-        program, "check", *rows[:2], "--config", "demo.yaml", *rows, *words
-    )
-
-
 def look(rows, *settings) -> dict:
     return audit(read_config("demo.yaml", [*rows, *settings]))
 
@@ -63,10 +54,8 @@ def test_classes_are_counted_by_hand(rows):
     found = look(rows)
     assert found["images"] == {"labeled": 4, "unlabeled": 1, "val": 1}
     assert found["problems"] == []
-    assert [
-        (name, round(350 * share), *rest)
-        for name, share, *rest in map(dict.values, found["classes"])
-    ] == [
+    classes = map(dict.values, found["classes"])
+    assert [(name, round(350 * share), *rest) for name, share, *rest in classes] == [
         ("ground", 270, 4, None),  # excluded: nobody asks for it
         ("car", 70, 4, 2),
         ("bus", 10, 1, 1),  # exactly min_area
@@ -75,8 +64,9 @@ def test_classes_are_counted_by_hand(rows):
     assert (found["unreachable"], found["hardly_reachable"]) == (["tram"], [])
 
 
-def test_table(check):
-    assert check() == [
+def test_table_and_json_hold_the_same(rows, answer, tmp_path):
+    words = "--config", "demo.yaml", *rows, "--json", tmp_path / "audit.json"
+    assert answer(program, "check", *rows[:2], *words) == [
         "list         images",
         "labeled           4",
         "unlabeled         1",
@@ -91,10 +81,6 @@ def test_table(check):
         "no query can reach tram: lower query.min_area?",
         "nothing found that training would refuse",
     ]
-
-
-def test_json_holds_the_same(check, rows, tmp_path):
-    check("--json", tmp_path / "audit.json")
     found = json.loads((tmp_path / "audit.json").read_text())
     assert found["classes"][2] == {"name": "bus", "share": 10 / 350, "images": 1, "partners": 1}
     assert found["unreachable"] == ["tram"]
@@ -119,9 +105,8 @@ def unreadable_files(root):
 
 
 def wrong_ids(root):
-    Image.fromarray(np.array([[4, 9], [0, 255]], np.uint8)).resize((10, 10), 0).save(
-        root / "a_ids.png"
-    )
+    ids = np.array([[4, 9], [0, 255]], np.uint8).repeat(5, axis=0).repeat(5, axis=1)
+    Image.fromarray(ids).save(root / "a_ids.png")
     Image.new("L", (10, 10), 7).save(root / "d_ids.png")
     return {("labeled", "ids without a meaning"): 3}
 

@@ -1,11 +1,11 @@
 """Print what reading and augmenting training samples costs, beside resize-then-crop.
 
-python tests/benchmarks/loader.py [--json FILE] [--only pascal camvid cityscapes] [--pairs 5]
+python tests/benchmarks/loader.py [--only pascal camvid cityscapes] [--pairs 5]
 
-The pictures are drawn here, as large on disk as photographs. A sample is what a retraining step
-takes of one unlabeled image: that image, its labeled partner, another labeled image; three pictures
-and three masks. The forms are timed in turn, A B A B; figures are medians, ratios those of pairs.
-One thread a process, as workers have it.
+The pictures are scenes of the demo set, as large on disk as photographs. A sample is what a
+retraining step takes of one unlabeled image: that image, its labeled partner, another labeled
+image; three pictures and three masks. The forms are timed in turn, A B A B; figures are medians,
+ratios those of pairs. One thread a process, as workers have it.
 """
 
 import argparse
@@ -13,13 +13,15 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
+from cProfile import Profile
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from pstats import Stats
+from typing import NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -30,19 +32,19 @@ from torchvision.io import ImageReadMode, decode_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset import training
 from dataset.cache import Memory
-from dataset.lists import Sample, SampleReader, read_sample
+from dataset.catalog import KINDS
+from dataset.demo.writing import write_demo
+from dataset.lists import Sample, SampleReader, Splits, read_sample, read_splits
 from dataset.loader import Chance, SampleKey, training_batches
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.reading import read_image
 from dataset.training import RetrainSamples
 from dataset.transforms import View, random_view
-from utils.config.schema import AugmentSection
-from utils.files import write_json
+from tests.benchmarks.timing import seconds, table
+from utils.config.schema import AugmentSection, DatasetSection
 
-CLASSES, PICTURES, BATCH = 19, 12, 4
-CHANCE = Chance(0, "4_retrain")
+BATCH, CHANCE = 4, Chance(0, "4_retrain")
 
 
 class Case(NamedTuple):
@@ -73,132 +75,98 @@ def whole_then_crop(
 
 FORMS = {
     "resize, then crop": {
-        "image": lambda view, image: whole_then_crop(view, image, Image.Resampling.BILINEAR, 0),
-        "mask": lambda view, mask: whole_then_crop(view, mask, Image.Resampling.NEAREST, 255),
+        "image": lambda view, image, _="": whole_then_crop(view, image, Image.BILINEAR, 0),
+        "mask": lambda view, mask: whole_then_crop(view, mask, Image.NEAREST, 255),
     },
     "window": {"image": View.image, "mask": View.mask},
 }
 
 
-def draw(size: tuple[int, int], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """Smooth shapes, finer ones on top, and the grain of a camera; a mask with wavy borders."""
+def draw(root: Path, case: Case) -> Splits:
+    """Draw a batch of labeled images, and one for validation: its masks stand for pseudo labels."""
+    write_demo(root, KINDS["demo"].palette(), BATCH + 1, labeled=BATCH, val=BATCH, size=case.size)
 
-    def waves(cells: int, channels: int) -> np.ndarray:
-        coarse = rng.normal(size=(channels, max(2, cells * size[0] // size[1]), cells))
-        planes = [Image.fromarray(plane.astype(np.float32)) for plane in coarse]
-        return np.stack([np.asarray(plane.resize(size[::-1])) for plane in planes], axis=-1)
+    def in_format(sample: Sample) -> Sample:
+        image = sample.image.with_suffix(case.suffix)
+        if image != sample.image:
+            Image.open(sample.image).save(image)
+        return sample._replace(image=image)
 
-    pixels = 118 + rng.normal(scale=4, size=(*size, 1))
-    for cells, height in ((4, 90), (16, 45), (64, 22), (200, 10)):
-        pixels = pixels + height * (waves(cells, 1) + 0.4 * waves(cells, 3))
-    mask = waves(12, CLASSES).argmax(axis=-1)
-    return tuple(Image.fromarray(x.clip(0, 255).astype(np.uint8)) for x in (pixels, mask))
-
-
-def write_samples(folder: Path, case: Case) -> list[Sample]:
-    samples = []
-    for number in range(PICTURES):
-        image, mask = folder / f"{number}{case.suffix}", folder / f"{number}_ids.png"
-        pictures = draw(case.size, np.random.default_rng(number))
-        for path, picture in zip((image, mask), pictures, strict=True):
-            picture.save(path, **({"quality": 92} if path.suffix == ".jpg" else {}))
-        samples.append(Sample(image.name, image, mask))
-    return samples
+    splits = read_splits(DatasetSection(kind="demo", root=str(root)))
+    return Splits(*(list(map(in_format, samples)) for samples in splits))
 
 
-def build_set(samples: list[Sample], case: Case, read: SampleReader) -> RetrainSamples:
-    rule = QueryRule(CLASSES, 0.03, frozenset())
-    labeled = samples[: PICTURES // 2]
-    querier = Querier(labeled, build_query_index(labeled, rule), rule, case.augment, read)
-    unlabeled = samples[PICTURES // 2 :]
-    query = querier.draw
-    return RetrainSamples(unlabeled, labeled, query, case.augment, CHANCE, read=read)
+def build_set(splits: Splits, case: Case, read: SampleReader) -> RetrainSamples:
+    rule = QueryRule(len(KINDS["demo"].classes), 0.03, frozenset())
+    index = build_query_index(splits.labeled, rule)
+    query = Querier(splits.labeled, index, rule, case.augment, read).draw
+    return RetrainSamples(splits.val, splits.labeled, query, case.augment, CHANCE, read=read)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def resample_milliseconds(samples: list[Sample], case: Case, pairs: int) -> dict[str, list[float]]:
+def resample_milliseconds(splits: Splits, case: Case, pairs: int) -> dict[str, list[float]]:
     """Time both forms on the same views of decoded pictures: a picture and its mask."""
-    pictures = [read_sample(sample) for sample in samples]
+    pictures = [read_sample(sample) for sample in splits.labeled + splits.val] * case.batches
     rng, result = np.random.default_rng(0), defaultdict(list)
+
+    def cut_all(views: list[View]) -> None:
+        for view, (image, mask) in zip(views, pictures, strict=True):
+            view.image(image), view.mask(mask)
+
     for _ in range(pairs):
-        views = [random_view(case.size, case.augment, rng) for _ in pictures * case.batches]
-
-        def cut_all(views: list[View] = views) -> None:
-            for view, (image, mask) in zip(views, pictures * case.batches, strict=True):
-                view.image(image), view.mask(mask)
-
+        views = [random_view(case.size, case.augment, rng) for _ in pictures]
         for form, cut in FORMS.items():
             with patch.multiple(View, **cut):
-                result[form].append(1e3 * seconds(cut_all) / len(views))
+                result[form].append(1e3 * seconds(partial(cut_all, views)) / len(views))
     return result
 
 
-def samples_a_second(dataset: RetrainSamples, batches: int, workers: int) -> float:
+def samples_a_second(splits: Splits, case: Case, pairs: int, workers: int) -> dict[str, list]:
     """Time batches from the middle of a long stream: workers are warm before and busy after."""
-    stream = training_batches(dataset, BATCH, range(10**6), CHANCE, workers)
-    warm = max(1, 2 * workers)
-    list(islice(stream, warm))
-    return BATCH * batches / seconds(lambda: list(islice(stream, batches)))
+    memory, rates = Memory(splits.labeled + splits.val, threads=2), defaultdict(list)
+    forms = {form: (cut, read_sample) for form, cut in FORMS.items()}
+    forms["window, cache: ram"] = FORMS["window"], memory
+    for form, (cut, read) in [*forms.items()] * pairs:
+        with patch.multiple(View, **cut):  # forked workers inherit it
+            dataset = build_set(splits, case, read)
+            stream = training_batches(dataset, BATCH, range(10**6), CHANCE, workers)
+            list(islice(stream, max(1, 2 * workers)))
+            taken = seconds(lambda stream=stream: list(islice(stream, case.batches)))
+        rates[form].append(BATCH * case.batches / taken)
+    return rates
 
 
-class Clock:
-    """Adds up seconds by title; what a timed function calls of others counts as theirs alone."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._inner = 0.0
-
-    @contextmanager
-    def measure(self, title: str) -> Iterator[None]:
-        outer, self._inner = self._inner, 0.0
-        start = time.perf_counter()
-        yield
-        passed = time.perf_counter() - start
-        self.seconds[title] += passed - self._inner
-        self._inner = outer + passed
-
-    def timed(self, title: str, function: Callable) -> Callable:
-        def call(*args: object, **keys: object) -> object:
-            with self.measure(title):
-                return function(*args, **keys)
-
-        return call
+PARTS = {  # functions, by file, and what goes into them; collate calls itself, once a tensor
+    ("dataset/training.py", "__getitem__"): "query, chance",  # and all of what follows but collate
+    ("dataset/lists.py", "read_sample"): "decode",
+    ("dataset/transforms.py", "image"): "resample",
+    ("dataset/transforms.py", "mask"): "resample",
+    ("dataset/transforms.py", "recolour"): "colour jitter",  # and blur
+    ("PIL/Image.py", "filter"): "blur",
+    ("dataset/reading.py", "to_input"): "to tensor",
+    ("dataset/reading.py", "to_label"): "to tensor",
+    ("_utils/collate.py", "default_collate"): "collate",
+}
 
 
-def shares(samples: list[Sample], case: Case) -> dict[str, float]:
+def shares(splits: Splits, case: Case) -> dict[str, float]:
     """Milliseconds a sample by what they go into, in one process."""
-    clock = Clock()
-    dataset = build_set(samples, case, clock.timed("decode", read_sample))
-    watched = (
-        (View, "image", "resample"),
-        (View, "mask", "resample"),
-        (training, "recolour", "colour jitter"),
-        (Image.Image, "filter", "blur"),
-        (training, "to_input", "to tensor"),
-        (training, "to_label", "to tensor"),
-    )
-    with ExitStack() as stack:
-        for place, name, title in watched:
-            timed = clock.timed(title, getattr(place, name))
-            stack.enter_context(patch.object(place, name, timed))
-        for epoch in range(case.batches + 1):
-            if epoch == 1:
-                clock.seconds.clear()  # the first batch warms up
-            with clock.measure("query, chance"):
-                batch = [dataset[SampleKey(epoch, index)] for index in range(BATCH)]
-            with clock.measure("collate"):
-                default_collate(batch)
-    return {title: 1e3 * total / BATCH / case.batches for title, total in clock.seconds.items()}
+    dataset, profile = build_set(splits, case, read_sample), Profile()
+    for epoch in range(case.batches + 1):
+        with profile if epoch else nullcontext():  # the first batch warms up
+            default_collate([dataset[SampleKey(epoch, index)] for index in range(BATCH)])
+    spent = dict.fromkeys(sorted(PARTS.values()), 0.0)
+    for (file, _, name), (_, _, _, cumulative, _) in Stats(profile).stats.items():
+        for (end, function), title in PARTS.items():
+            if name == function and file.endswith(end):
+                spent[title] += 1e3 * cumulative / BATCH / case.batches
+    spent["colour jitter"] -= spent["blur"]
+    inside = spent.keys() - {"collate", "query, chance"}
+    spent["query, chance"] -= sum(spent[part] for part in inside)
+    return spent
 
 
-def decoders(sample: Sample, repeats: int) -> dict[str, float]:
-    """Milliseconds from a file to a picture in memory; draft, to half the size, is not exact."""
-    path = sample.image
+def decode_milliseconds(path: Path, repeats: int) -> dict[str, float]:
+    """Time ways from a file to a picture in memory; draft, to half the size, is not exact."""
 
     def torchvision() -> Image.Image:
         pixels = decode_image(path, ImageReadMode.RGB)
@@ -211,42 +179,10 @@ def decoders(sample: Sample, repeats: int) -> dict[str, float]:
 
     if not np.array_equal(read_image(path), torchvision()):
         print(f"torchvision decodes {path.suffix} to other pixels than Pillow here")
-    ways = {"Pillow": lambda: read_image(path), "torchvision": torchvision}
-    if path.suffix == ".jpg":
-        ways["Pillow, draft"] = draft
+    ways = {"Pillow": partial(read_image, path), "torchvision": torchvision}
+    ways |= {"Pillow, draft": draft} if path.suffix == ".jpg" else {}
     times = [[1e3 * seconds(way) for way in ways.values()] for _ in range(repeats)]
     return dict(zip(ways, map(statistics.median, zip(*times, strict=True)), strict=True))
-
-
-def measure(case: Case, samples: list[Sample], pairs: int) -> dict[str, Any]:
-    """Take all figures of a case."""
-    rates: dict[str, dict[str, list[float]]] = {}
-    memory = Memory(samples, threads=2)
-    for workers in (0, 2):
-        rates[str(workers)] = defaultdict(list)
-        for _ in range(pairs):
-            for form, cut in FORMS.items():
-                with patch.multiple(View, **cut):  # forked workers inherit it
-                    dataset = build_set(samples, case, read_sample)
-                    rate = samples_a_second(dataset, case.batches, workers)
-                rates[str(workers)][form].append(rate)
-            rate = samples_a_second(build_set(samples, case, memory), case.batches, workers)
-            rates[str(workers)]["window, cache: ram"].append(rate)
-    return {
-        "kilobytes": statistics.mean(s.image.stat().st_size / 1000 for s in samples),
-        "resample_ms": resample_milliseconds(samples, case, pairs),
-        "samples_per_second": rates,
-        "shares_ms": shares(samples, case),
-        "decode_ms": decoders(samples[0], 5 * pairs),
-    }
-
-
-def table(title: str, rows: Mapping[str, Mapping[str, str]]) -> None:
-    columns = next(iter(rows.values()))
-    lines = [[title, *columns], ["---"] * (1 + len(columns))]
-    for line in [*lines, *([name, *row.values()] for name, row in rows.items())]:
-        print(f"| {' | '.join(line)} |")
-    print(flush=True)
 
 
 def against(times: Mapping[str, list[float]], invert: bool) -> dict[str, str]:
@@ -257,62 +193,34 @@ def against(times: Mapping[str, list[float]], invert: bool) -> dict[str, str]:
     return {**cells, "window is faster": f"{statistics.median(ratios):.2f} x"}
 
 
-def show(results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print the tables."""
-    table(
-        "resample, ms a picture and mask",
-        {name: against(r["resample_ms"], invert=True) for name, r in results.items()},
-    )
-    table(
-        "samples/s",
-        {
-            f"{name}, {workers} workers": against(rates, invert=False)
-            for name, r in results.items()
-            for workers, rates in r["samples_per_second"].items()
-        },
-    )
-    table(
-        "ms a sample (share)",
-        {
-            name: {
-                part: f"{ms:.1f} ({ms / sum(r['shares_ms'].values()):.0%})"
-                for part, ms in sorted(r["shares_ms"].items())
-            }
-            for name, r in results.items()
-        },
-    )
-    table(
-        "decode, ms a picture",
-        {
-            f"{name}, {r['kilobytes']:.0f} kB": {
-                way: f"{r['decode_ms'][way]:.2f}" if way in r["decode_ms"] else "-"
-                for way in ("Pillow", "torchvision", "Pillow, draft")
-            }
-            for name, r in results.items()
-        },
-    )
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--pairs", type=int, default=5, help="of measurements")
-    arguments = parser.parse_args()
+    typed = parser.parse_args()
     torch.multiprocessing.set_start_method("fork")
     torch.set_num_threads(1)
     print(f"{os.cpu_count()} cores\n")
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in arguments.only:
-            place = Path(folder) / name
-            place.mkdir()
-            samples = write_samples(place, CASES[name])
-            results[name] = measure(CASES[name], samples, arguments.pairs)
-    show(results)
-    if arguments.json is not None:
-        write_json(arguments.json, results)
+    resample, rates, parts, decode = {}, {}, {}, {}
+    for name in typed.only:
+        case = CASES[name]
+        with tempfile.TemporaryDirectory() as folder:
+            splits = draw(Path(folder), case)
+            resample[name] = against(resample_milliseconds(splits, case, typed.pairs), invert=True)
+            for workers in (0, 2):
+                found = samples_a_second(splits, case, typed.pairs, workers)
+                rates[f"{name}, {workers} workers"] = against(found, invert=False)
+            spent = shares(splits, case)
+            total = sum(spent.values())
+            parts[name] = {part: f"{ms:.1f} ({ms / total:.0%})" for part, ms in spent.items()}
+            ways = decode_milliseconds(splits.val[0].image, 5 * typed.pairs)
+            kilobytes = statistics.mean(s.image.stat().st_size / 1000 for s in splits.labeled)
+            decode[f"{name}, {kilobytes:.0f} kB"] = {way: f"{ms:.2f}" for way, ms in ways.items()}
+    table("resample, ms a picture and mask", resample)
+    table("samples/s", rates)
+    table("ms a sample (share)", parts)
+    table("decode, ms a picture", decode)
 
 
 if __name__ == "__main__":

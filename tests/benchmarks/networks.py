@@ -10,18 +10,17 @@ backward, no update) and of the frozen network's forward pass.
 import argparse
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model import build_model
 from model.ops.frozen import frozen
+from tests.benchmarks.timing import flop, seconds
 from utils.device import Device
 
 CLASSES = 21
@@ -40,21 +39,6 @@ NETWORKS = [  # network, encoder, output stride
 ]
 
 
-def gigaflop(net: nn.Module, side: int) -> float:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net.eval()(torch.zeros(1, 3, side, side))
-    return counter.get_total_flops() / 1e9
-
-
-def images_a_second(work: Callable[[], float], batch: int) -> float:
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return batch / statistics.median(seconds[1:])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="networks whose name or encoder holds this")
@@ -70,9 +54,10 @@ def main() -> None:
     for name, backbone, stride in NETWORKS:
         if typed.only not in f"{name} {backbone}":
             continue
-        net = build_model(name, backbone, CLASSES, stride)
+        build = partial(build_model, name, backbone, CLASSES, stride)
+        net, gigaflop = build(), flop(build, (typed.crop, typed.crop)) / 1e9
         millions = sum(parameter.numel() for parameter in net.parameters()) / 1e6
-        size = f"{millions:.1f} | {gigaflop(net, typed.crop):.1f}"
+        size = f"{millions:.1f} | {gigaflop:.1f}"
         for device in devices:
             trained, fixed = device.place(net).train(), frozen(net, device)
             images = device.move(torch.randn(typed.batch, 3, typed.crop, typed.crop))
@@ -88,7 +73,8 @@ def main() -> None:
                 with device.autocast():  # noqa: B023
                     return net(images).logits.mean().item()
 
-            speed = [f"{images_a_second(work, typed.batch):.2f}" for work in (step, forward)]
+            times = [[seconds(work) for _ in range(4)] for work in (step, forward)]
+            speed = [f"{typed.batch / statistics.median(own[1:]):.2f}" for own in times]
             cells = [name, backbone, size, device.precision, *speed]
             print(f"| {' | '.join(cells)} |", flush=True)
 

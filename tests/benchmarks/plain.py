@@ -30,12 +30,14 @@ def plain_network(net: nn.Module) -> nn.Module:
 
 
 def pool(features: Tensor, region: Tensor) -> Tensor:
+    """docs/method.md, section 1, as it is written."""
     resized = F.interpolate(features, region.shape[-2:], mode="bilinear", align_corners=False)
-    region = region.unsqueeze(1).float()
+    region = region.unsqueeze(1).to(features.dtype)
     return (resized * region).sum(dim=(2, 3)) / (region.sum(dim=(2, 3)) + 0.0005)
 
 
-def similarity(features: Tensor, prototype: Tensor, size: torch.Size) -> Tensor:
+def similarity(features: Tensor, prototype: Tensor, size: Sequence[int]) -> Tensor:
+    """docs/method.md, section 2, as it is written."""
     cosine = F.cosine_similarity(features, prototype[:, :, None, None]).clamp(0, 1)
     return F.interpolate(cosine.unsqueeze(1), size, mode="bilinear", align_corners=False)[:, 0]
 

@@ -1,6 +1,6 @@
 """Time every stage against its plain form, in turn, and measure what memory both take.
 
-python tests/benchmarks/stages.py [--backbone resnet50] [--crop 321] [--threads 2] [--json FILE]
+python tests/benchmarks/stages.py [--backbone resnet50] [--crop 321] [--threads 2]
 
 plain: plain.py, fp32. ours: the code that train.py runs, in the best precision here. Ratios are
 medians of pairs A B, A B, ... in one process; memory is the peak of a child process that does
@@ -10,41 +10,236 @@ convolutions would take at the best rate that a large one reaches here in our pr
 """
 
 import argparse
-import json
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks.works import Bench, bench_parser
+import train
+from dataset.catalog import describe
+from dataset.demo.writing import write_demo
+from dataset.lists import read_splits
+from dataset.loader import Chance, training_batches
+from dataset.query import Querier, QueryRule, build_query_index
+from dataset.training import LabeledPairs, RetrainSamples
+from eval import evaluate
+from model import network_of
+from model.losses import cross_entropy
+from model.ops.frozen import frozen
+from tests.benchmarks import plain
+from tests.benchmarks.timing import flop, seconds
+from utils.checkpoint import save
+from utils.config.reading import read_config
 from utils.device import Device
+from utils.optimization import Optimization
+from utils.run.log import Log
+from utils.run.stages import Stage, Stopwatch, checkpoint_of
+
+SIZE, SCALES, IMAGES = (360, 480), [0.5, 0.75, 1.0, 1.5, 2.0], 4
+CHANCE = Chance(0, "benchmark")
+
+
+class Row(NamedTuple):
+    """What is timed: how to build both forms, images a call, arithmetic of an image."""
+
+    forms: dict[str, Callable[[], Callable[[], object]]]
+    images: int
+    flop: float
+
+
+def bench_parser(description: str) -> argparse.ArgumentParser:
+    """Make a command line with what ``Bench`` asks for, and threads."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--crop", type=int, default=321)
+    parser.add_argument("--batch", type=int, default=2, help="samples; a pair has two images")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser
+
+
+class Bench:
+    """Drawn images and a configuration; a method a stage builds what is timed there."""
+
+    def __init__(self, typed: argparse.Namespace, folder: Path) -> None:
+        self.folder, root = folder, folder / "data"
+        self.batch, images = typed.batch, max(IMAGES, typed.batch)
+        self.crop, words = (
+            (typed.crop, typed.crop),
+            [
+                f"dataset.root={root}",
+                f"model={{backbone: {typed.backbone}, output_stride: 8, channels: null}}",
+                f"augment={{base_size: 480, crop_size: {typed.crop}}}",
+                f"pseudo_label={{scales: {SCALES}, neighbours: false}}",
+                f"inference.batch_size={images}",
+                "query.exclude=[]",
+                "workers=0",
+            ],
+        )
+        self.config = read_config("demo.yaml", words)
+        kind = describe(self.config.dataset)
+        write_demo(root, kind.palette(), 2 * images, images, images, size=SIZE)
+        self.device = Device(typed.device, typed.precision)
+        self.splits, self.classes = read_splits(self.config.dataset), len(kind.classes)
+        rule = QueryRule.of(self.config.query, kind)
+        self.index = build_query_index(self.splits.labeled, rule)
+        self.querier = Querier(self.splits.labeled, self.index, rule, self.config.augment)
+        self.teacher = folder / "teacher"
+        torch.manual_seed(0)
+        save(checkpoint_of(self.teacher), {"model": self.network().state_dict()})
+
+    def __str__(self) -> str:
+        sizes = f"crop {self.config.augment.crop_size}, batch {self.batch}"
+        threads = torch.get_num_threads()
+        return f"{self.config.model.backbone}, {sizes}, {self.device}, {threads} threads"
+
+    def network(self) -> nn.Module:
+        return network_of(self.config.model, self.classes, pretrained=None)
+
+    def plain(self) -> nn.Module:
+        return plain.plain_network(self.network()).to(self.device.torch_device)
+
+    def ours(self) -> nn.Module:
+        return self.device.place(self.network())
+
+    def stage(self, name: str) -> Stage:
+        folder = self.folder / name
+        shutil.rmtree(folder, ignore_errors=True)
+        watch = Stopwatch(folder / "unfinished" / "seconds")
+        return Stage(name, folder, self.config, self.device, Log(folder), watch)
+
+    def on_device(self, batch: tuple) -> tuple:
+        """Move a record as it is, not channels-last."""
+        return type(batch)._make(
+            part.to(self.device.torch_device) if isinstance(part, Tensor) else self.on_device(part)
+            for part in batch
+        )
+
+    def step(
+        self,
+        net: nn.Module,
+        objective: train.Objective,
+        batch: tuple,
+        prepare: train.Prepare | None = None,
+    ) -> Callable:
+        """Build the step that ``train.fit`` repeats."""
+        optimization = Optimization(net, self.config.optimizer, 10_000, self.device.scaler())
+        common = net, objective, optimization, self.device
+        return lambda: train.training_step(
+            *common, self.device.move(batch), seed=0, prepare=prepare
+        )
+
+    def retrain_step(self, rule: str, batch: tuple) -> Callable:
+        net, teacher = self.ours(), frozen(self.network(), self.device)
+        section = {"weight": rule, "mix": "none", "threshold": 0.0}
+        settings = self.config.retrain.model_copy(update=section)
+        config = self.config.model_copy(update={"retrain": settings})
+        stage = replace(self.stage("bank"), config=config)
+        prepare = partial(
+            train.student_batch,
+            teacher=teacher,
+            average=None,
+            rule=train.weighting(stage, teacher, self.splits.labeled),
+            thresholds=None,
+            settings=settings,
+        )
+        objective = partial(train.retrain_objective, labeled_loss=cross_entropy)
+        return self.step(net, objective, batch, prepare)
+
+    def plain_step(self, net: nn.Module, work: Callable, batch: tuple, *more: object) -> Callable:
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+        return partial(work, net, *more, optimizer, self.on_device(batch))
+
+    def supervised(self) -> Row:
+        pairs = LabeledPairs(self.splits.labeled, self.querier, self.config.augment, CHANCE)
+        (batch, *_) = training_batches(pairs, self.batch, range(1), CHANCE, 0)
+        loss = partial(train.supervised_objective, labeled_loss=cross_entropy, consistency=1.0)
+        forms = {
+            "plain": lambda: self.plain_step(self.plain(), plain.supervised_step, batch),
+            "ours": lambda: self.step(self.ours(), loss, batch),
+        }
+        return Row(forms, 2 * self.batch, 3 * flop(self.network, self.crop))
+
+    def retrain(self, rule: str = "image") -> Row:
+        batch = self.retrain_batch(self.querier.draw)
+        ours = self.retrain_batch(self.querier.choose) if rule == "bank" else batch
+
+        def naive() -> Callable:
+            return self.plain_step(self.plain(), plain.retrain_step, batch, self.plain().eval())
+
+        forms = {"plain": naive, "ours": lambda: self.retrain_step(rule, ours)}
+        passes = 2 * 3 + (1 if rule == "bank" else 2)
+        return Row(forms, self.batch, passes * flop(self.network, self.crop))
+
+    def retrain_batch(self, query: Callable) -> tuple:
+        # The true masks of val stand for pseudo labels.
+        augment = self.config.augment
+        samples = RetrainSamples(self.splits.val, self.splits.labeled, query, augment, CHANCE)
+        (batch, *_) = training_batches(samples, self.batch, range(1), CHANCE, 0)
+        return batch
+
+    def pseudo_label(self) -> Row:
+        samples, device = self.splits.unlabeled[: self.batch], self.device.torch_device
+
+        def ours() -> None:  # a new stage each time: one that is there goes on where it stopped
+            train.write_pseudo_labels(self.stage("labels"), (self.teacher,), samples, [])
+
+        def naive() -> Callable:
+            folder, net = self.folder / "plain", self.plain().eval()
+            folder.mkdir(exist_ok=True)
+            return partial(plain.pseudo_label, net, samples, SCALES, device, folder)
+
+        sizes = [[round(side * scale) for side in SIZE] for scale in SCALES]
+        passes = 2 * sum(flop(self.network, size) for size in sizes)
+        return Row({"plain": naive, "ours": lambda: ours}, len(samples), passes)
+
+    def select(self) -> Row:
+        # The true masks of val stand for pseudo labels.
+        labeled, unlabeled = self.splits.labeled[: self.batch], self.splits.val[: self.batch]
+        splits = self.splits._replace(labeled=labeled, unlabeled=unlabeled)
+        ours = partial(
+            train.select, self.stage("select"), self.teacher, splits, unlabeled, self.index
+        )
+
+        def naive() -> Callable:
+            net = self.plain().eval()
+            return partial(plain.select, net, labeled, unlabeled, self.device.torch_device)
+
+        return Row({"plain": naive, "ours": lambda: ours}, 2 * self.batch, flop(self.network, SIZE))
+
+    def evaluate(self) -> Row:
+        val, settings = self.splits.val, (self.config, self.device)
+
+        def naive() -> Callable:
+            net, device = self.plain().eval(), self.device.torch_device
+            return partial(plain.evaluate, net, val, self.classes, device)
+
+        forms = {"plain": naive, "ours": lambda: partial(evaluate, self.ours(), *settings)}
+        return Row(forms, len(val), flop(self.network, SIZE))
+
 
 FORMS = ("plain", "ours")
 STAGES = {
     "supervised": Bench.supervised,
     "retrain, image": Bench.retrain,
-    "retrain, bank": Bench.retrain_by_bank,
+    "retrain, bank": partial(Bench.retrain, rule="bank"),
     "pseudo-label": Bench.pseudo_label,
     "select": Bench.select,
     "evaluate": Bench.evaluate,
 }
 STEPS = ("supervised", "retrain, image", "retrain, bank")
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def best_rate(device: Device, batch: int) -> float:
@@ -86,21 +281,16 @@ def peak_alone(bench: Bench, stage: str, form: str) -> float:
     return float(child.stdout.split()[-1])
 
 
-def measure(bench: Bench, stage: str, rate: float, pairs: int) -> dict[str, float]:
+def measure(bench: Bench, stage: str, rate: float, pairs: int) -> list[float]:
+    """Return a row of the table: images a second (two), their ratio, MiB (two), share of floor."""
     row, memory = STAGES[stage](bench), {form: peak_alone(bench, stage, form) for form in FORMS}
     works = {form: row.forms[form]() for form in FORMS}
     for form in FORMS:
         works[form]()  # the first call of a form allocates and chooses kernels
     times = [[seconds(works[form]) / row.images for form in FORMS] for _ in range(pairs)]
     plainly, ours = map(statistics.median, zip(*times, strict=True))
-    return {
-        "plain_images_per_second": 1 / plainly,
-        "images_per_second": 1 / ours,
-        "ratio": statistics.median(slow / fast for slow, fast in times),
-        "plain_peak_mib": memory["plain"],
-        "peak_mib": memory["ours"],
-        "share_of_floor": row.flop / rate / ours,
-    }
+    ratio = statistics.median(slow / fast for slow, fast in times)
+    return [1 / plainly, 1 / ours, ratio, *memory.values(), row.flop / rate / ours]
 
 
 def main() -> None:
@@ -108,7 +298,6 @@ def main() -> None:
     parser = bench_parser(__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--only", choices=STAGES, help="one stage")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     typed = parser.parse_args()
     torch.set_num_threads(typed.threads)
@@ -121,14 +310,10 @@ def main() -> None:
         print(f"{bench}, best convolution {rate / 1e9:.0f} GFLOP/s\n")
         print("| stage | plain images/s | images/s | ratio | plain MiB | MiB | share of floor |")
         print("|---|---|---|---|---|---|---|", flush=True)
-        rows = {}
         for stage in [typed.only] if typed.only else STAGES:
-            rows[stage] = row = measure(bench, stage, rate, typed.pairs)
-            slow, fast, ratio, *memory, share = row.values()
+            slow, fast, ratio, *memory, share = measure(bench, stage, rate, typed.pairs)
             memory = " | ".join(f"{mib:.0f}" for mib in memory)
             print(f"| {stage} | {slow:.3f} | {fast:.3f} | {ratio:.2f} | {memory} | {share:.2f} |")
-    if typed.json is not None:
-        typed.json.write_text(json.dumps({"best_flop_per_second": rate, "stages": rows}, indent=2))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model.ops.dilated import DilatedConv2d
-from tests.benchmarks.stages import seconds
-from tests.benchmarks.works import Bench, bench_parser
+from tests.benchmarks.stages import Bench, bench_parser
+from tests.benchmarks.timing import seconds
 
 KINDS = {  # of operations, by what their names hold; the first that fits
     "convolutions": ("conv",),
@@ -60,19 +60,15 @@ def print_dilated(bench: Bench, crop: int) -> None:
     maps = bench.device.move(maps).to(bench.device.dtype).requires_grad_()
     print(f"\n| dilated, {tuple(maps.shape)} | torch ms | windows ms | windows are faster |")
     print("|---|---|---|---|")
+    works = {
+        "forward": torch.no_grad()(lambda conv: conv(maps)),
+        "both ways": lambda conv: conv(maps).sum().backward(),
+    }
     for rate in RATES:
         windows = bench.device.place(DilatedConv2d(CHANNELS, FEATURES, rate))
         kernel = nn.Conv2d(CHANNELS, FEATURES, 3, padding=rate, dilation=rate, bias=False)
         pair = [conv.to(bench.device.dtype) for conv in (bench.device.place(kernel), windows)]
-
-        def forward(conv: nn.Module) -> None:
-            with torch.no_grad():
-                conv(maps)
-
-        def both_ways(conv: nn.Module) -> None:
-            conv(maps).sum().backward()
-
-        for title, work in (("forward", forward), ("both ways", both_ways)):
+        for title, work in works.items():
             times = [[seconds(partial(work, conv)) for conv in pair] for _ in range(5)]
             slow, fast = (1e3 * min(own) for own in zip(*times, strict=True))
             print(f"| rate {rate}, {title} | {slow:.1f} | {fast:.1f} | {slow / fast:.1f} x |")

@@ -1,27 +1,34 @@
+"""Lists of images: read from files of every spelling, and the published ones."""
+
 import builtins
+import re
 from pathlib import Path
 
 import pytest
+from conftest import SHARED, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from dataset import published
 from dataset.catalog import KINDS
 from dataset.lists import (
     Sample,
     Splits,
     line_of,
     read_list,
+    read_lists,
     read_splits,
     read_val,
     with_pseudo_masks,
 )
 from dataset.loader import whole_images
 from dataset.query import QueryRule, build_query_index
+from utils.config.reading import read_config
 from utils.config.schema import DatasetSection, InferenceSection, QuerySection
 from utils.errors import UserError
 
-LISTS = Path(__file__).parents[2] / "shared" / "lists"
+LISTS = SHARED / "lists"
 PASCAL = KINDS["pascal"]
 
 
@@ -38,14 +45,9 @@ def section(root, **keys):
 @pytest.mark.parametrize(
     ("file", "count"),
     [
-        ("st++/pascal/1_16/labeled.txt", 662),
         ("st++/pascal/1_16/unlabeled.txt", 9920),
-        ("st++/pascal/val.txt", 1449),
-        ("st++/cityscapes/1_30/labeled.txt", 100),
         ("st++/cityscapes/1_30/unlabeled.txt", 2875),
-        ("st++/cityscapes/val.txt", 500),
         ("u2pl/pascal/662/labeled.txt", 662),
-        ("unimatch/coco/1_512/labeled.txt", 232),
         ("unimatch/coco/val.txt", 5000),
     ],
 )
@@ -84,10 +86,8 @@ def test_paths_with_spaces_stand_in_double_quotes(tmp_path, names):
 
 
 def test_digests_tell_lists_apart_by_their_files_and_order(tmp_path):
-    one, two = (
-        read(tmp_path, "a.jpg a.png\nb.jpg b.png"),
-        read(tmp_path, "b.jpg b.png\na.jpg a.png"),
-    )
+    texts = "a.jpg a.png\nb.jpg b.png", "b.jpg b.png\na.jpg a.png"
+    one, two = (read(tmp_path, text) for text in texts)
     first = Splits(one, one, read(tmp_path, "a.jpg")).digests()
     second = Splits(one, two, read(tmp_path, "a.jpg a.png")).digests()
     assert list(first) == ["labeled", "unlabeled", "val"]
@@ -118,10 +118,15 @@ def test_bad_list_names_file_and_line(tmp_path, text, message):
 
 
 @given(text=st.text(max_size=40) | st.text("./ a\0\n", max_size=8))
-def test_any_text_is_a_list_or_one_line_that_says_why_not(text, value_or_line, tmp_path_factory):
+def test_any_text_is_a_list_or_one_line_that_says_why_not(text, tmp_path_factory):
     path = tmp_path_factory.mktemp("any") / "list.txt"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    assert value_or_line(read_list, path, Path("root"), PASCAL) != []
+    try:
+        said = read_list(path, Path("root"), PASCAL)
+    except UserError as error:
+        said = str(error)
+    assert said
+    assert isinstance(said, list) or (said.startswith(str(path)) and "\n" not in said)
 
 
 @given(text=st.text("ab./ \n\\", max_size=30))
@@ -145,8 +150,10 @@ def test_overlapping_lists_are_refused_however_they_spell_a_path(demo_copy, one,
     first = (demo_copy / f"{one}.txt").read_text().splitlines()[0]
     with (demo_copy / f"{other}.txt").open("a") as lines:
         lines.write(first.split()[0].replace("/", slash) + "\n")
-    with pytest.raises(UserError, match=rf"dataset\.{one} and dataset\.{other} share 1 images, "):
-        read_splits(section(demo_copy))
+    line = refusal(read_splits, section(demo_copy))
+    assert re.search(
+        rf"dataset\.{one} and dataset\.{other} share 1 images, JPEG.* one list only", line
+    )
 
 
 @pytest.fixture
@@ -185,3 +192,89 @@ def test_val_alone_suffices_for_evaluation(demo_copy):
 def test_pseudo_masks_lie_by_name(tmp_path):
     (sample,) = read(tmp_path, "x/c.jpg")
     assert with_pseudo_masks([sample], Path("m"))[0].mask == Path("m/x/c.png")
+
+
+PASCAL_SPLITS = {
+    **{str(count): count for count in (92, 183, 366, 732, 1464)},
+    **{"1_16": 662, "1_8": 1323, "1_4": 2646},
+    **{"u2pl_1_16": 662, "u2pl_1_8": 1323, "u2pl_1_4": 2646},
+}
+CITYSCAPES_SPLITS = {"1_30": 100, "1_16": 186, "1_8": 372, "1_4": 744, "1_2": 1488}
+COCO_SPLITS = {"1_512": 232, "1_256": 463, "1_128": 925, "1_64": 1849, "1_32": 3697}
+
+
+def read_published(kind, split, root):
+    return read_lists(DatasetSection(kind=kind, split=split, root=str(root)))
+
+
+def disjoint_names(splits) -> list[set[str]]:
+    names = [{sample.name for sample in samples} for samples in splits]
+    assert [len(each) for each in names] == [len(samples) for samples in splits]
+    assert len(set.union(*names)) == sum(map(len, names))
+    return names
+
+
+@pytest.mark.parametrize(("split", "count"), PASCAL_SPLITS.items())
+def test_pascal_splits_are_trainaug_in_two_parts(tmp_path, monkeypatch, split, count):
+    monkeypatch.chdir(tmp_path)
+    splits = read_published("pascal", split, tmp_path)
+    labeled, unlabeled, val = disjoint_names(splits)
+    trainaug = (published.FOLDER / "pascal/trainaug.txt").read_text().split()
+    assert labeled | unlabeled == {f"JPEGImages/{each}.jpg" for each in trainaug}
+    assert (len(labeled), len(unlabeled), len(val)) == (count, 10_582 - count, 1_449)
+    assert splits.labeled[0].mask.parent == tmp_path / "SegmentationClass"
+    assert {sample.mask for sample in splits.unlabeled} == {None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts", "val"),
+    [("cityscapes", CITYSCAPES_SPLITS, 500), ("coco", COCO_SPLITS, 5_000)],
+)
+def test_unlabeled_are_the_other_training_images_below_the_root(
+    tmp_path, monkeypatch, kind, counts, val
+):
+    everything = set()
+    for split in counts:
+        _, lines = published.published_list(kind, split, "labeled", tmp_path)
+        everything |= set(lines)
+    pattern, _ = published.TRAINING[kind]
+    for line in everything:
+        path = tmp_path / (f"leftImg8bit/{line}_leftImg8bit.png" if kind == "cityscapes" else line)
+        path = Path(str(path).split()[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.setitem(published.TRAINING, kind, (pattern, len(everything)))
+    for split, count in counts.items():
+        splits = read_published(kind, split, tmp_path)
+        labeled, unlabeled, validation = disjoint_names(splits)
+        assert (len(labeled), len(validation)) == (count, val)
+        assert len(labeled | unlabeled) == len(everything)
+    assert all(sample.image.is_file() for sample in [*splits.labeled, *splits.unlabeled])
+    val_folder = "leftImg8bit/val/frankfurt" if kind == "cityscapes" else "val2017"
+    assert splits.val[0].image.parent == tmp_path / val_folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "told"),
+    [
+        ("pascal", {"split": "1_3"}, r"split: '1_3' is no published list of pascal; there are 14"),
+        ("pascal", {"split": "val"}, r"split: 'val' is no published list of pascal"),
+        ("demo", {"split": "1_16"}, r"split: '1_16' is no .* of demo; there are none: set split"),
+        ("coco", {"split": "1_512"}, r"split: .* has 0 training images \(train2017/\*\.jpg\)"),
+        ("pascal", {"split": "92", "val": "x"}, r"val: dataset\.split names the lists already"),
+    ],
+)
+def test_split_that_cannot_be_used_says_why(tmp_path, kind, keys, told):
+    with pytest.raises(UserError, match=rf"^dataset\.{told}"):
+        read_splits(DatasetSection(kind=kind, root=str(tmp_path), **keys))
+
+
+@pytest.mark.parametrize("name", ["pascal", "cityscapes", "coco"])
+def test_configs_name_a_published_split(name, tmp_path):
+    section = read_config(f"{name}.yaml", [f"dataset.root={tmp_path}"]).dataset
+    published.published_list(name, section.split, "labeled", tmp_path)
+
+
+@pytest.mark.parametrize("split", ["1_8", "92"])  # in YAML 1.1 both are numbers
+def test_split_is_a_name_on_the_command_line(split):
+    assert read_config("pascal.yaml", [f"dataset.split={split}"]).dataset.split == split
