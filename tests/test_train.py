@@ -49,6 +49,21 @@ def start(overrides, name, **settings):
     return Path(config.outdir) / name
 
 
+def train_until(monkeypatch, config, event, shall_stop):
+    """Train until ``Progress`` has an event at which it shall stop, and interrupt it there."""
+    original = getattr(train.Progress, event)
+
+    def interrupted(self, *report):
+        original(self, *report)
+        if shall_stop(self):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Progress, event, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config)
+
+
 @pytest.mark.slow
 def test_six_stages_leave_what_the_design_names(finished, demo_root):
     run, printed = finished
@@ -166,17 +181,8 @@ def test_an_interrupted_stage_goes_on_to_the_same_weights(
     finished, demo_root, tmp_path, tiny_settings, monkeypatch, stage, workers
 ):
     words = [*tiny_settings(demo_root, tmp_path), f"workers={workers}", "name=cut"]
-    config, epoch_done = read_config("demo.yaml", words), train.Progress.epoch_done
-
-    def interrupted(self, report):
-        epoch_done(self, report)
-        if self._stage.name == stage:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(train.Progress, "epoch_done", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train.train(config)
+    config = read_config("demo.yaml", words)
+    train_until(monkeypatch, config, "epoch_done", lambda at: at._stage.name == stage)
     train.train(config)
     masks, final = outcome(tmp_path / "cut")
     expected_masks, expected = outcome(finished[0])
@@ -224,21 +230,9 @@ def test_methods_of_six_stages(demo_root, tmp_path, tiny_settings, method):
 @pytest.mark.slow
 def test_baselines_are_switches(demo_root, tmp_path, tiny_settings):
     """Without rectification and consistency the terms are those of plain self-training."""
-    words = [
-        *tiny_settings(demo_root, tmp_path),
-        "supervised.consistency=0",
-        "retrain.weight=ones",
-    ]
-    run = start(
-        words,
-        "plain",
-        **{
-            "evaluate.checkpoint": "best",
-            "evaluate.every": 1,
-            "ohem.min_kept": 500,
-            "supervised.accumulate": 2,
-        },
-    )
+    words = [*tiny_settings(demo_root, tmp_path), "supervised.consistency=0"]
+    words += ["retrain.weight=ones", "evaluate={checkpoint: best, every: 1}"]
+    run = start(words, "plain", **{"ohem.min_kept": 500, "supervised.accumulate": 2})
     lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert "consistency" not in lines[0]
     assert all(line["weight"] == 1.0 for line in lines if line["stage"] == "6_retrain")
@@ -272,19 +266,9 @@ def test_running_average_and_thresholds_resume_to_the_same_bits(
     words.append("retrain.threshold_by_class=true")
     config = read_config("demo.yaml", [*words, "name=whole"], "unimatch")
     train.train(config)
-    cut, steps = read_config("demo.yaml", [*words, "name=cut"], "unimatch"), []
-    step_done = train.Progress.step_done
-
-    def interrupted(self):
-        step_done(self)
-        steps.append(None)
-        if len(steps) == 7:  # 6 iterations in stage 1, 4 in stage 6
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(train.Progress, "step_done", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train.train(cut)
+    cut, steps = read_config("demo.yaml", [*words, "name=cut"], "unimatch"), iter(range(1, 99))
+    # 6 iterations in stage 1, 4 in stage 6
+    train_until(monkeypatch, cut, "step_done", lambda _: next(steps) == 7)
     train.train(cut)
     whole, again = (weights(tmp_path / name / "6_retrain") for name in ("whole", "cut"))
     assert same_weights(whole, again)
