@@ -214,7 +214,7 @@ def _judged(
             }
         weights["confidence_anchors"] = confidence * weights["anchors"]
         for name, maps in list(opinions.items())[1:]:
-            weights[f"{name}' probability"] = maps.gather(1, ids.unsqueeze(1)).squeeze(1)
+            weights[f"probability by {name}"] = maps.gather(1, ids.unsqueeze(1)).squeeze(1)
         for name, weight in weights.items():
             qualities[name].update(weight[known].cpu(), (ids == batch.label)[known].cpu())
     names = broadcast(lambda: ([*matrices], [*qualities]))  # rank 0 has an image; others may not
