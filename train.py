@@ -763,6 +763,15 @@ def fit(
     optimization = Optimization(net, config.optimizer, iterations, device.scaler(), average, decay)
     kept = net if average is None else average
     student, classes = parallel(net), describe(config.dataset).classes
+    update = partial(
+        training_step,
+        student,
+        objective,
+        optimization,
+        device,
+        count=settings.accumulate,
+        prepare=prepare,
+    )
     best = config.evaluate.checkpoint == "best"
     bar = StageBar(stage.name, iterations, steps, images=crops.labeled + crops.unlabeled)
     with bar, Progress(stage, net, optimization, bar, running) as at:
@@ -774,16 +783,7 @@ def fit(
             for step in range(at.step, min(steps, iterations - epoch * steps)):
                 batch, rate = device.move(next(batches)), optimization.lr
                 seed = chance.torch_seed(epoch, step, rank())
-                terms, spoilt = training_step(
-                    student,
-                    objective,
-                    optimization,
-                    device,
-                    batch,
-                    seed,
-                    settings.accumulate,
-                    prepare,
-                )
+                terms, spoilt = update(batch=batch, seed=seed)
                 if spoilt is not None:
                     keys = batch_keys(len(dataset), size, epoch, step, chance)
                     stage.refuse_not_finite(epoch, step, spoilt, dataset.names(keys))
@@ -791,9 +791,7 @@ def fit(
                 at.step_done()
             numbers, last = bar.means(), epoch + 1 == count
             if last or (epoch + 1) % config.evaluate.every == 0:
-                loader = _whole(config, val, net.preprocessing)
-                predict = Predictor(frozen(kept, device), device, config.inference)
-                matrix = validate(predict, loader, len(classes))
+                matrix = _validated(stage, kept, val)
                 numbers["miou"] = matrix.mean_iou()
                 if numbers["miou"] > outcome.get("miou", -1.0) if best else last:
                     outcome = {**numbers, **matrix.report(classes), "epoch": epoch + 1}
@@ -805,6 +803,13 @@ def fit(
             at.epoch_done(outcome)
     seen = {f"{kind}_crops": number * iterations for kind, number in crops._asdict().items()}
     return {**outcome, "iterations": iterations, **seen}
+
+
+def _validated(stage: Stage, net: nn.Module, val: Sequence[Sample]) -> ConfusionMatrix:
+    """Compare a network's predictions with the labels of val. Collective."""
+    config, loader = stage.config, _whole(stage.config, val, net.preprocessing)
+    predict = Predictor(frozen(net, stage.device), stage.device, config.inference)
+    return validate(predict, loader, len(describe(config.dataset).classes))
 
 
 @torch.inference_mode()

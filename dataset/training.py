@@ -153,7 +153,8 @@ def refuse_batch_sizes(config: Config, splits: Splits) -> None:
     """Raise a ``UserError`` if a batch exceeds an epoch or is no equal share for each process."""
     labeled = len(splits.labeled) * repeats(config.supervised, splits.labeled)
     reliable = count_kept(len(splits.unlabeled), config.select.keep)
-    if config.retrain.mix == "unlabeled" and config.retrain.batch_size < 2 * world():
+    mixed = 6 in config.stages and config.retrain.mix == "unlabeled"
+    if mixed and config.retrain.batch_size < 2 * world():
         raise UserError(
             f"retrain.batch_size: {config.retrain.batch_size} gives {world()} processes less than "
             "two images each, which retrain.mix=unlabeled mixes; raise it, or set retrain.mix=none"

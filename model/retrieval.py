@@ -71,10 +71,8 @@ def labeled_patches(
     if len(kept) > limit:
         kept = kept[torch.from_numpy(rng.permutation(len(kept))[:limit]).to(kept.device)]
     image = image.to(kept.device).repeat_interleave(size[0] * size[1])
-    rows = features.permute(0, 2, 3, 1).flatten(0, 2)[kept].float()
-    return LabeledPatches(
-        F.normalize(rows, dim=1), (shares / known.unsqueeze(1))[kept], image[kept]
-    )
+    directions = F.normalize(_rows(features)[kept].float(), dim=1)
+    return LabeledPatches(directions, (shares / known.unsqueeze(1))[kept], image[kept])
 
 
 def neighbour_votes(features: Tensor, patches: LabeledPatches) -> Tensor:
@@ -84,7 +82,8 @@ def neighbour_votes(features: Tensor, patches: LabeledPatches) -> Tensor:
         (B, C, h, w) float32 in [0, 1], summing to 1 over C: the mean of the shares of the 30
         nearest patches by cosine, weighted by the softmax of their cosines over 0.05.
     """
-    votes = torch.cat([_votes(rows, None, patches) for rows in _rows(features).split(_ROWS)])
+    parts = (F.normalize(rows.float(), dim=1) for rows in _rows(features).split(_ROWS))
+    votes = torch.cat([_votes(rows, None, patches) for rows in parts])
     batch, _, height, width = features.shape
     return votes.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
@@ -156,5 +155,5 @@ def _votes(rows: Tensor, image: Tensor | None, patches: LabeledPatches) -> Tenso
 
 
 def _rows(features: Tensor) -> Tensor:
-    """Return the places of (B, D, h, w) maps as (B * h * w, D) directions."""
-    return F.normalize(features.float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)
+    """Return the places of (B, D, h, w) maps as (B * h * w, D) features."""
+    return features.permute(0, 2, 3, 1).flatten(0, 2)

@@ -4,7 +4,10 @@ from conftest import ROOT
 from PIL import Image
 
 import train as train_program
+from dataset.training import refuse_batch_sizes
 from utils import checkpoint
+from utils.config.reading import read_config
+from utils.errors import UserError
 
 
 @pytest.fixture
@@ -102,3 +105,11 @@ def test_program_as_typed(demo_copy, tmp_path, run_program):
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {demo_copy}/JPEGImages/")
+
+
+def test_cutmix_needs_two_images_in_each_process(monkeypatch, splits):
+    monkeypatch.setattr("dataset.training.world", lambda: 4)
+    words = ["retrain.batch_size=4", "supervised.batch_size=4"]
+    with pytest.raises(UserError, match="4 gives 4 processes less than two images each"):
+        refuse_batch_sizes(read_config("demo.yaml", words), splits)
+    refuse_batch_sizes(read_config("demo.yaml", [*words, "retrain.mix=none"]), splits)

@@ -12,7 +12,6 @@ import pytest
 from conftest import ROOT, refusal
 
 from dataset.prepare import __main__ as program
-from dataset.prepare import weights
 from dataset.prepare.archives import Archive, download, provide, unpack
 from dataset.prepare.work import DataSet, Step, prepare, read_words, refuse_missing
 from utils.errors import UserError
@@ -254,14 +253,14 @@ def test_table_of_the_readme_agrees():
     readme = (ROOT / "pretrained/README.md").read_text(encoding="utf-8")
     for name, prefix in HASHES.items():
         assert f"| `{name}.pth` | `{name}-{prefix}.pth` |" in readme
-    assert all(f"| `{name}.pth` |" in readme for name in weights.BY_HAND)
+    assert all(f"| `{name}.pth` |" in readme for name in program.BY_HAND)
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """What ``download`` is called with, instead of downloading."""
     found = []
-    monkeypatch.setattr(weights, "download", lambda *call: found.append(call))
+    monkeypatch.setattr(program, "download", lambda *call: found.append(call))
     return found
 
 
@@ -275,7 +274,7 @@ def test_writes_each_name_from_the_mirror(mirror, tmp_path, monkeypatch, answer)
         url = f"https://unreachable.invalid/models/{name}-{prefixes[name]}.pth"
         return SimpleNamespace(IMAGENET1K_V1=SimpleNamespace(url=url))
 
-    monkeypatch.setattr(weights, "get_model_weights", weights_of)
+    monkeypatch.setattr(program, "get_model_weights", weights_of)
     to = tmp_path / "weights"
     words = ["weights", "resnet18", "resnet50", "--to", to, "--mirror", f"{mirror.url}/"]
     assert answer(program, *words) == [
@@ -286,7 +285,7 @@ def test_writes_each_name_from_the_mirror(mirror, tmp_path, monkeypatch, answer)
     assert made == {"resnet18.pth": b"resnet18", "resnet50.pth": b"resnet50"}
 
 
-@pytest.mark.parametrize("name", weights.WEIGHTS)
+@pytest.mark.parametrize("name", program.WEIGHTS)
 def test_goes_from_torchvision_to_the_projects_folder(calls, answer, name):
     answer(program, "weights", name)
     url = f"https://download.pytorch.org/models/{name}-{HASHES[name]}.pth"

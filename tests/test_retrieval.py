@@ -1,33 +1,28 @@
 """Votes of labeled patches: by hand, and against a float64 reference."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from model.retrieval import (
-    LabeledPatches,
-    calibrate,
-    labeled_patches,
-    neighbour_votes,
-    pooled,
-    sharpened,
-)
+from model import retrieval
+from model.retrieval import LabeledPatches
 from utils import IGNORE
 
 
 def test_patches_hold_the_shares_of_their_labeled_pixels():
     features = torch.tensor([[[[3.0, 0.0]], [[4.0, 2.0]]]])  # (1, 2, 1, 2)
     label = torch.tensor([[[0, 1, 2, IGNORE], [0, IGNORE, IGNORE, IGNORE]]])
-    rng = np.random.default_rng(0)
-    patches = labeled_patches(features, label, torch.tensor([7]), 3, 9, rng)
+    cut = partial(retrieval.labeled_patches, num_classes=3, rng=np.random.default_rng(0))
+    patches = cut(features, label, torch.tensor([7]), limit=9)
     # The right patch is ignored at three pixels of four, and left out.
     torch.testing.assert_close(patches.features, torch.tensor([[0.6, 0.8]]))
     torch.testing.assert_close(patches.shares, torch.tensor([[2 / 3, 1 / 3, 0.0]]))
     assert patches.image.tolist() == [7]
     features, label = torch.randn(2, 2, 4, 5), torch.randint(0, 3, (2, 4, 5))
-    drawn = labeled_patches(features, label, torch.arange(2), 3, 6, rng)
+    drawn = cut(features, label, torch.arange(2), limit=6)
     assert len(drawn.features) == len(drawn.shares) == len(drawn.image) == 6
     for patch, share, number in zip(*drawn, strict=True):  # each is a place of its image
         own = torch.nn.functional.normalize(features[number], dim=0).flatten(1).T
@@ -38,7 +33,7 @@ def test_patches_hold_the_shares_of_their_labeled_pixels():
 def test_nearer_patches_have_more_votes():
     patches = LabeledPatches(torch.eye(2), torch.eye(2), torch.arange(2))
     features = torch.tensor([4.0, 3.0]).view(1, 2, 1, 1)
-    votes = neighbour_votes(features, patches)
+    votes = retrieval.neighbour_votes(features, patches)
     odds = math.exp((0.8 - 0.6) / 0.05)
     assert votes[0, 0, 0, 0].item() == pytest.approx(odds / (1 + odds), abs=1e-6)
     torch.testing.assert_close(votes.sum(dim=1), torch.ones(1, 1, 1))
@@ -54,25 +49,25 @@ def test_thirty_neighbours_of_many_agree_with_float64():
     nearest = cosines.argsort(descending=True)[:30]
     weight = (cosines[nearest] / 0.05).softmax(dim=0)
     expected = (weight.unsqueeze(1) * shares[nearest].double()).sum(dim=0)
-    found = neighbour_votes(features, patches)[1, :, 2, 3]
+    found = retrieval.neighbour_votes(features, patches)[1, :, 2, 3]
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_pooling_counts_the_prior_once():
     probability = torch.tensor([0.8, 0.2]).view(1, 2, 1, 1)
     votes, prior = torch.tensor([0.3, 0.7]).view(1, 2, 1, 1), torch.tensor([0.9, 0.1])
-    both = pooled(probability, votes, prior).flatten()
+    both = retrieval.pooled(probability, votes, prior).flatten()
     assert (both[0] / both[1]).item() == pytest.approx((0.8 / 0.2) * (0.3 / 0.7) / (0.9 / 0.1))
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 3.0])
 def test_votes_that_equal_the_prior_tell_nothing(exponent):
     prior = torch.tensor([0.9, 0.08, 0.02])
-    votes = sharpened(prior.view(1, 3, 1, 1), prior, exponent)
+    votes = retrieval.sharpened(prior.view(1, 3, 1, 1), prior, exponent)
     torch.testing.assert_close(votes.flatten(), prior)
     probability = torch.tensor([0.5, 0.3, 0.2]).view(1, 3, 1, 1)
-    torch.testing.assert_close(pooled(probability, votes, prior), probability)
-    others = sharpened(torch.tensor([0.2, 0.3, 0.5]).view(1, 3, 1, 1), prior, 0.0)
+    torch.testing.assert_close(retrieval.pooled(probability, votes, prior), probability)
+    others = retrieval.sharpened(torch.tensor([0.2, 0.3, 0.5]).view(1, 3, 1, 1), prior, 0.0)
     torch.testing.assert_close(others.flatten(), prior)  # at exponent 0 all votes tell nothing
 
 
@@ -81,11 +76,14 @@ def test_exponents_fit_patches_of_other_images():
     places, image, kind = torch.randn(4, 8), torch.arange(400) % 2, torch.arange(400) // 2 % 4
     features = torch.nn.functional.normalize(places[kind] + 0.01 * torch.randn(400, 8), dim=1)
     sure = torch.nn.functional.one_hot(kind, 4).float()
-    fit = calibrate(LabeledPatches(features, sure, image))
+    fit = retrieval.calibrate(LabeledPatches(features, sure, image))
     assert fit.exponent == 3.0  # the other image has the same patches: the sharpest is the best
-    unsure = calibrate(LabeledPatches(features, sure[torch.randperm(400)], image))
+    unsure = retrieval.calibrate(LabeledPatches(features, sure[torch.randperm(400)], image))
     assert unsure.exponent < 0.5
     assert unsure.cross_entropy == pytest.approx(math.log(4), abs=0.01)
-    own = LabeledPatches(features, sure, kind % 2)  # classes 0 and 2 are of image 0, 1 and 3 of 1
-    assert calibrate(own) == (0.0, pytest.approx(math.log(4), abs=1e-5))  # none shows the class
-    assert calibrate(LabeledPatches(features, sure, torch.zeros(400))) == (1.0, math.inf)
+    own = LabeledPatches(features, sure, kind % 2)  # no class is in both images
+    assert retrieval.calibrate(own) == (
+        0.0,
+        pytest.approx(math.log(4), abs=1e-5),
+    )  # none shows the class
+    assert retrieval.calibrate(LabeledPatches(features, sure, torch.zeros(400))) == (1.0, math.inf)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import same
 from PIL import Image
 
 import train
@@ -25,10 +26,6 @@ STAGES = ["1_supervised", "2_pseudo_label", "3_select", "4_retrain", "5_relabel"
 
 def weights(folder):
     return torch.load(folder / "checkpoint.pth", weights_only=True)["model"]
-
-
-def same_weights(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one.values(), other.values(), strict=True))
 
 
 def outcome(run):
@@ -139,7 +136,7 @@ def test_weights_depend_on_no_loader(finished, demo_root, tmp_path, tiny_setting
     masks, final = outcome(again)
     expected_masks, expected = outcome(finished[0])
     assert masks == expected_masks
-    assert same_weights(final, expected)
+    assert same(final, expected)
 
 
 @pytest.mark.slow
@@ -157,7 +154,7 @@ def test_masks_of_unlabeled_images_are_never_opened(finished, demo_root, tmp_pat
     masks, final = outcome(again)
     expected_masks, expected = outcome(finished[0])
     assert masks == expected_masks
-    assert same_weights(final, expected)
+    assert same(final, expected)
 
 
 @pytest.mark.slow
@@ -187,7 +184,7 @@ def test_an_interrupted_stage_goes_on_to_the_same_weights(
     masks, final = outcome(tmp_path / "cut")
     expected_masks, expected = outcome(finished[0])
     assert masks == expected_masks
-    assert same_weights(final, expected)
+    assert same(final, expected)
     assert not list((tmp_path / "cut").rglob("unfinished"))
 
 
@@ -199,7 +196,7 @@ def test_from_stage_does_later_stages_again(finished, demo_root, tmp_path, tiny_
     config = read_config("demo.yaml", [*tiny_settings(demo_root, tmp_path), "name=whole"])
     train.train(config, from_stage=6)
     assert (tmp_path / "whole" / "2_pseudo_label" / "stage.json").stat().st_mtime_ns == kept
-    assert same_weights(outcome(tmp_path / "whole")[1], expected[1])
+    assert same(outcome(tmp_path / "whole")[1], expected[1])
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 6  # none of stage 6 twice
 
@@ -271,5 +268,5 @@ def test_running_average_and_thresholds_resume_to_the_same_bits(
     train_until(monkeypatch, cut, "step_done", lambda _: next(steps) == 7)
     train.train(cut)
     whole, again = (weights(tmp_path / name / "6_retrain") for name in ("whole", "cut"))
-    assert same_weights(whole, again)
+    assert same(whole, again)
     assert not (tmp_path / "whole" / "2_pseudo_label").exists()

@@ -69,17 +69,17 @@ def plan(
     Raises:
         UserError: a setting is wrong, or one of those that the study makes.
     """
-    for setting in [*settings, *(word for method in methods for word in method.split()[1:])]:
-        if setting.partition("=")[0] in ("seed", "name"):
-            raise UserError(f"'{setting}': a study names its runs and seeds; use --seeds")
+    if len(set(methods)) < len(methods):
+        raise UserError("--methods: one is named twice")
     for method in methods:
         overlay, *special = method.split() or [""]
         if overlay not in METHODS:
             raise UserError(f"--methods: '{overlay}' is not one of {', '.join(METHODS)}")
+        for setting in [*settings, *special]:
+            if setting.partition("=")[0] in ("seed", "name"):
+                raise UserError(f"'{setting}': a study names its runs and seeds; use --seeds")
         if any(word.startswith("outdir=") for word in special):
             raise UserError(f"--methods: '{method}': all runs are in one outdir")
-    if len(set(methods)) < len(methods):
-        raise UserError("--methods: one is named twice")
     jobs = []
     name = read_config(config, settings).name
     rows = [

@@ -6,17 +6,23 @@ configs read, with its lists.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from torchvision.models import get_model_weights
+
+from dataset.prepare.archives import download
 from dataset.prepare.camvid import CAMVID
 from dataset.prepare.cityscapes import CITYSCAPES
 from dataset.prepare.coco import COCO_2017
 from dataset.prepare.pascal import PASCAL
-from dataset.prepare.weights import PRETRAINED, WEIGHTS, fetch_weights
 from dataset.prepare.work import prepare
-from utils.errors import Parser, exit_with_one_line
+from utils.errors import Parser, UserError, exit_with_one_line
 
 DATA_SETS = {"pascal": PASCAL, "cityscapes": CITYSCAPES, "coco": COCO_2017, "camvid": CAMVID}
+PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained"
+WEIGHTS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+BY_HAND = ("xception65", "resnet50_deep", "resnet101_deep")
 
 
 def main() -> None:
@@ -43,6 +49,30 @@ def main() -> None:
         fetch_weights(typed.names, typed.to, typed.mirror)
     else:
         prepare(DATA_SETS[typed.command], typed.root, typed.download, typed.workers)
+
+
+def fetch_weights(names: Sequence[str], folder: Path, mirror: str | None = None) -> None:
+    """Fetch torchvision's weights as ``<name>.pth``, checked against the hash in their file names.
+
+    ``names`` are some of ``WEIGHTS``; ``mirror`` is a base address of files of these names.
+
+    Raises:
+        UserError: as ``download``; a name without a public address, before anything is fetched.
+    """
+    for name in names:
+        if name in BY_HAND:
+            raise UserError(
+                f"{name}: there is no public address with a checksum; pretrained/README.md tells "
+                f"where to fetch it by hand; save it as {folder / name}.pth"
+            )
+        if name not in WEIGHTS:
+            raise UserError(f"{name}: no such weights; known are {', '.join((*WEIGHTS, *BY_HAND))}")
+    for name in names:
+        url, path = get_model_weights(name).IMAGENET1K_V1.url, folder / f"{name}.pth"
+        base, file = url.rsplit("/", 1)
+        digest = file.removesuffix(".pth").rsplit("-", 1)[-1]  # the first digits of the sha256
+        download(f"{(mirror or base).rstrip('/')}/{file}", path, digest)
+        print(f"{path}: ready, its sha256 begins with {digest}")
 
 
 if __name__ == "__main__":
