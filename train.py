@@ -38,7 +38,7 @@ from dataset.training import (
     refuse_batch_sizes,
     repeats,
 )
-from model import network_of, patch_size_of, refuse_crop
+from model import largest_stride, network_of, refuse_crop
 from model.cisc import (
     anchor_weight,
     class_prototypes,
@@ -267,9 +267,12 @@ class Neighbours:
 
     def __init__(self, stage: Stage, labeled: Sequence[Sample]) -> None:
         self._stage, config, chance = stage, stage.config, Chance(stage.config.seed, "1_supervised")
-        torch.manual_seed(chance.torch_seed())  # the network with which stage 1 began
+        # The network with which stage 1 began, as its encoder was pretrained: not dilated.
+        torch.manual_seed(chance.torch_seed())
+        self._stride = largest_stride(config.model.backbone)
+        model = config.model.model_copy(update={"output_stride": self._stride})
         classes = len(describe(config.dataset).classes)
-        net = frozen(network_of(config.model, classes, config.model.pretrained), stage.device)
+        net = frozen(network_of(model, classes, config.model.pretrained), stage.device)
         self._encoder, self._preprocessing = net.backbone, net.preprocessing
         drawn = chance.of(0, 0, 0).permutation(len(labeled))[:VOTERS]
         labeled = [labeled[number] for number in sorted(drawn)]
@@ -312,11 +315,9 @@ class Neighbours:
         return LabeledPatches(*(rows.to(stage.device.torch_device) for rows in columns))
 
     def _maps(self, images: Tensor, scale: float) -> Tensor:
-        config = self._stage.config
-        base = base_size(images.shape[-2:], config.inference.long_side)
+        base = base_size(images.shape[-2:], self._stage.config.inference.long_side)
         # Multiples of the stride: labels and votes then lie where the maps are.
-        stride = patch_size_of(config.model.backbone) or config.model.output_stride
-        size = tuple(stride * math.ceil(side * scale / stride) for side in base)
+        size = tuple(self._stride * math.ceil(side * scale / self._stride) for side in base)
         with self._stage.device.autocast():
             images = resize_images(images, size, self._preprocessing.interpolation)
             return self._encoder(images)[-1]

@@ -15,6 +15,7 @@ from model.networks.timm_encoders import (
     patch_size_of,
     preprocessing_of,
     refuse_crop,
+    undilated_stride,
 )
 from model.networks.weights import find_weights, read_weights
 from model.networks.xception import Xception65
@@ -29,6 +30,7 @@ __all__ = [
     "STEMS",
     "SegmentationOutput",
     "build_model",
+    "largest_stride",
     "patch_size_of",
     "preprocessing_of",
     "refuse_crop",
@@ -83,6 +85,13 @@ def build_model(
     net.preprocessing = preprocessing_of(backbone)
     net.pretrained_from = file and str(file)
     return net
+
+
+def largest_stride(backbone: str) -> int:
+    """Return the largest output stride that an encoder has; for transformers, the patch's side."""
+    if backbone.startswith("timm/"):
+        return undilated_stride(backbone)
+    return 32 if backbone in BLOCKS else 16
 
 
 def _encoder(name: str, backbone: str, output_stride: int, stem: str) -> nn.Module:

@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from networks import FAMILIES, family
 from torchvision.models import resnet as torchvision_resnet
 
-from model import BACKBONES, NETWORKS, STEMS, build_model, patch_size_of, refuse_crop
+from model import (
+    BACKBONES,
+    NETWORKS,
+    STEMS,
+    build_model,
+    largest_stride,
+    patch_size_of,
+    refuse_crop,
+)
 from model.networks.resnet import ResNet
 from model.networks.timm_encoders import TimmEncoder
 from model.networks.xception import Xception65
@@ -94,15 +102,17 @@ def test_a_vision_transformer_pads_and_cuts_back():
 
 
 @pytest.mark.parametrize(
-    ("backbone", "patch"),
+    ("backbone", "patch", "stride"),
     [
-        ("resnet18", None),
-        ("timm/convnext_atto", None),
-        ("timm/vit_small_patch14_reg4_dinov2.lvd142m", 14),
-        ("timm/vit_small_patch16_dinov3.lvd1689m", 16),
+        ("resnet18", None, 32),
+        ("xception65", None, 16),
+        ("timm/convnext_atto", None, 32),
+        ("timm/vit_small_patch14_reg4_dinov2.lvd142m", 14, 14),
+        ("timm/vit_small_patch16_dinov3.lvd1689m", 16, 16),
     ],
 )
-def test_crops_are_multiples_of_the_patch(backbone, patch):
+def test_crops_are_multiples_of_the_patch(backbone, patch, stride):
+    assert largest_stride(backbone) == stride
     assert patch_size_of(backbone) == patch
     if patch is None:
         refuse_crop(backbone, 321)

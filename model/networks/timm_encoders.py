@@ -163,6 +163,14 @@ def patch_size_of(backbone: str) -> int | None:
     return net.patch_embed.patch_size[0] if isinstance(net, VisionTransformer | Eva) else None
 
 
+def undilated_stride(backbone: str) -> int:
+    """Return the stride at which ``timm/<name>`` ends if nothing is dilated: 32, or a patch."""
+    if (patch := patch_size_of(backbone)) is not None:
+        return patch
+    with torch.device("meta"):
+        return _pyramid(backbone.removeprefix("timm/"), 32).feature_info.reduction()[-1]
+
+
 def refuse_crop(backbone: str, crop_size: int) -> None:
     """Refuse a crop that a vision transformer would have to pad.
 
