@@ -9,7 +9,7 @@ from torch import nn
 
 from model import SegmentationOutput, build_model
 from model.ops.bilinear import pull_back, resize_by_products
-from model.ops.dilated import DilatedConv2d
+from model.ops.dilated import DepthwiseConv2d, DilatedConv2d
 from model.ops.frozen import frozen
 from utils.device import Device
 
@@ -64,6 +64,39 @@ def test_equals_the_convolution_in_float64(rate, size, bias):
     expected = gradients(lambda x: plain(conv, x), conv, maps)
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", [(7, 4), (1, 1), (3, 40)])
+@pytest.mark.parametrize(("kernel", "rate"), [(3, 2), (5, 1), (5, 2), (7, 4)])
+def test_depthwise_convolutions_are_torchs_in_float64(kernel, rate, size, bias):
+    torch.manual_seed(0)
+    shape = {"padding": rate * (kernel // 2), "dilation": rate, "groups": 6, "bias": bias}
+    plain = nn.Conv2d(6, 6, kernel, **shape).double()
+    assert DepthwiseConv2d.can_replace(plain)
+    ours = DepthwiseConv2d.of(plain)
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    maps = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
+    pairs = zip(gradients(ours, ours, maps), gradients(plain, plain, maps), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"stride": 2},
+        {"padding": 1},
+        {"groups": 3},
+        {"groups": 1},
+        {"kernel_size": 3, "padding": 1},  # torch is not slow at it
+        {"kernel_size": (5, 3)},
+        {"padding_mode": "reflect"},
+    ],
+)
+def test_other_convolutions_stay_as_they_are(other):
+    shape = {"kernel_size": 5, "padding": 2, "groups": 6} | other
+    assert not DepthwiseConv2d.can_replace(nn.Conv2d(6, 6, **shape))
 
 
 def test_autocast_rounds_products_not_their_sum():

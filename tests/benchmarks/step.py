@@ -3,15 +3,17 @@
 python tests/benchmarks/step.py [--backbone resnet50] [--crop 321] [--batch 2] [--threads 2]
 
 Shares: a retraining step of the code that train.py runs, by torch's profiler, each operation's
-own time. Dilated: the pyramid's three convolutions at output stride 8, torch's and
-model/ops/dilated.py's in turn, the fastest of five. Compiled: the step with ``model.compile`` after
-the first one, which compiles; --no-compile leaves it out.
+own time. Convolutions: the pyramid's three at output stride 8, and depthwise ones as in the last
+blocks of EfficientNet-Lite0, torch's and model/ops/dilated.py's in turn, the fastest of five.
+Compiled: the step with ``model.compile`` after the first one, which compiles; --no-compile leaves
+it out.
 """
 
 import argparse
 import sys
 import tempfile
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from model.ops.dilated import DilatedConv2d
+from model.ops.dilated import DepthwiseConv2d, DilatedConv2d
 from tests.benchmarks.stages import Bench, bench_parser
 from tests.benchmarks.timing import seconds
 
@@ -35,6 +37,7 @@ KINDS = {  # of operations, by what their names hold; the first that fits
     "the rest": ("",),
 }
 CHANNELS, FEATURES, RATES = 2048, 256, (12, 24, 36)
+DEPTHWISE = ((672, 5, 1, 8), (672, 5, 2, 8), (1152, 5, 1, 4), (1152, 5, 2, 8), (1152, 3, 2, 8))
 
 
 def shares(step: Callable[[], object]) -> dict[str, float]:
@@ -54,24 +57,36 @@ def shares(step: Callable[[], object]) -> dict[str, float]:
     return {kind: time / sum(times.values()) for kind, time in times.items()}
 
 
-def print_dilated(bench: Bench, crop: int) -> None:
+def print_convolutions(bench: Bench, crop: int) -> None:
     side = (crop + 7) // 8
-    maps = torch.randn(2 * bench.batch, CHANNELS, side, side)
+    print("\n| convolution | maps | torch ms | ours ms | ours is faster |")
+    print("|---|---|---|---|---|")
+    for rate in RATES:
+        own = DilatedConv2d(CHANNELS, FEATURES, rate)
+        plain = nn.Conv2d(CHANNELS, FEATURES, 3, padding=rate, dilation=rate, bias=False)
+        print_pair(bench, f"dilated, rate {rate}", (CHANNELS, side, side), plain, own)
+    for channels, size, rate, length in DEPTHWISE:
+        shape = {"padding": rate * (size // 2), "dilation": rate, "groups": channels}
+        plain = nn.Conv2d(channels, channels, size, bias=False, **shape)
+        title, own = f"depthwise {size} x {size}, rate {rate}", DepthwiseConv2d.of(plain)
+        print_pair(bench, title, (channels, length, length), plain, deepcopy(own))
+
+
+def print_pair(
+    bench: Bench, title: str, shape: tuple[int, ...], plain: nn.Module, own: nn.Module
+) -> None:
+    maps = torch.randn(2 * bench.batch, *shape)
     maps = bench.device.move(maps).to(bench.device.dtype).requires_grad_()
-    print(f"\n| dilated, {tuple(maps.shape)} | torch ms | windows ms | windows are faster |")
-    print("|---|---|---|---|")
     works = {
         "forward": torch.no_grad()(lambda conv: conv(maps)),
         "both ways": lambda conv: conv(maps).sum().backward(),
     }
-    for rate in RATES:
-        windows = bench.device.place(DilatedConv2d(CHANNELS, FEATURES, rate))
-        kernel = nn.Conv2d(CHANNELS, FEATURES, 3, padding=rate, dilation=rate, bias=False)
-        pair = [conv.to(bench.device.dtype) for conv in (bench.device.place(kernel), windows)]
-        for title, work in works.items():
-            times = [[seconds(partial(work, conv)) for conv in pair] for _ in range(5)]
-            slow, fast = (1e3 * min(own) for own in zip(*times, strict=True))
-            print(f"| rate {rate}, {title} | {slow:.1f} | {fast:.1f} | {slow / fast:.1f} x |")
+    pair = [bench.device.place(conv).to(bench.device.dtype) for conv in (plain, own)]
+    for way, work in works.items():
+        times = [[seconds(partial(work, conv)) for conv in pair] for _ in range(5)]
+        slow, fast = (1e3 * min(each) for each in zip(*times, strict=True))
+        size = " x ".join(map(str, maps.shape))
+        print(f"| {title}, {way} | {size} | {slow:.1f} | {fast:.1f} | {slow / fast:.1f} x |")
 
 
 def print_compiled(bench: Bench, step: Callable[[], object]) -> None:
@@ -101,7 +116,7 @@ def main() -> None:
         step = bench.retrain().forms["ours"]()
         for kind, share in shares(step).items():
             print(f"| {kind} | {share:.0%} |", flush=True)
-        print_dilated(bench, typed.crop)
+        print_convolutions(bench, typed.crop)
         if typed.compile:
             print_compiled(bench, step)
 
