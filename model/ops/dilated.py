@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_SMALL = 100  # pixels of a map up to which a depthwise gradient by taps is the faster one
+
 
 class DilatedConv2d(nn.Conv2d):
     """A 3 x 3 convolution of stride 1 that keeps height and width, at any rate.
@@ -38,9 +40,10 @@ class DepthwiseConv2d(nn.Conv2d):
     """A depthwise convolution of stride 1 that keeps height and width, of odd size, at any rate.
 
     On a CPU torch takes up to 20 times as long for the gradient of its weights as for the
-    convolution, if it is dilated or larger than 3 x 3; here each tap's is a sum over the windows
-    that it joins. Dilated, the gradient of the maps is slow too; it is a convolution again
-    (see ``tests/benchmarks/step.py``). Elsewhere, and in exported graphs, it is ``nn.Conv2d``.
+    convolution, if it is dilated, or larger than 3 x 3 on small maps; here each tap's is a sum over
+    the windows that it joins. Dilated, the gradient of the maps is slow too; it is a convolution
+    again (see ``tests/benchmarks/step.py``). Elsewhere, and in exported graphs, it is
+    ``nn.Conv2d``.
     """
 
     @classmethod
@@ -72,7 +75,8 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, maps: Tensor) -> Tensor:
         """Map (B, C, h, w) to the same."""
         plain = maps.device.type != "cpu" or torch.compiler.is_compiling()
-        if plain or not torch.is_grad_enabled():
+        large = self.dilation[0] == 1 and maps.shape[-2:].numel() > _SMALL
+        if plain or large or not torch.is_grad_enabled():
             return super().forward(maps)
         maps, weight = _cast(maps, self.weight)
         return _with_bias(_Depthwise.apply(maps, weight, self.dilation[0]), self.bias)
