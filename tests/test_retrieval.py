@@ -82,8 +82,6 @@ def test_exponents_fit_patches_of_other_images():
     assert unsure.exponent < 0.5
     assert unsure.cross_entropy == pytest.approx(math.log(4), abs=0.01)
     own = LabeledPatches(features, sure, kind % 2)  # no class is in both images
-    assert retrieval.calibrate(own) == (
-        0.0,
-        pytest.approx(math.log(4), abs=1e-5),
-    )  # none shows the class
+    chance = pytest.approx(math.log(4), abs=1e-5)
+    assert retrieval.calibrate(own) == (0.0, chance)  # no other image shows the class
     assert retrieval.calibrate(LabeledPatches(features, sure, torch.zeros(400))) == (1.0, math.inf)

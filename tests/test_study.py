@@ -59,9 +59,8 @@ def test_the_table_compares_equal_seeds_with_the_best_supervised_row(jobs):
         job.folder.mkdir(parents=True)
         results = {"miou": miou, "stages": {"1_supervised": stage, "6_retrain": stage}}
         (job.folder / "results.json").write_text(json.dumps(results))
-    rows = [
-        [cell.strip() for cell in row.split("|")[1:-1]] for row in study.table(jobs).split("\n")
-    ]
+    lines = study.table(jobs).split("\n")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert rows[0][2] == "against supervised x 2"
     by_method = {row[0]: row[1:] for row in rows[2:]}
     assert by_method["supervised x 2"][:2] == ["61.0 ± 1.4", ""]

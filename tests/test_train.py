@@ -101,21 +101,18 @@ def test_halves_and_masks_fit_together(finished, demo_root):
 
 def test_labeled_images_vote_for_their_own_labels(demo_root, tmp_path, tiny_settings):
     model = "model={backbone: timm/tf_efficientnet_lite0, output_stride: 32, pretrained: auto}"
-    said = []
+    words, said = [*tiny_settings(demo_root, tmp_path), model], []
+    labeled = read_splits(read_config("demo.yaml", words).dataset).labeled
 
     def neighbours(scales):
-        scales = f"pseudo_label.neighbour_scales={scales}"
-        config = read_config("demo.yaml", [*tiny_settings(demo_root, tmp_path), model, scales])
+        config = read_config("demo.yaml", [*words, f"pseudo_label.neighbour_scales={scales}"])
         log, device = SimpleNamespace(say=said.append), Device("cpu", "fp32")
-        stage = Stage("2_pseudo_label", tmp_path, config, device, log, watch=None)
-        return train.Neighbours(stage, read_splits(config.dataset).labeled)
+        return train.Neighbours(Stage("2", tmp_path, config, device, log, watch=None), labeled)
 
     votes = neighbours([1, 6])
     neighbours([1]), neighbours([6])
     both, *alone = (float(re.search(r"cross entropy ([\d.]+)", line)[1]) for line in said)
     assert both == min(alone) < max(alone)  # the images' size that fits the labels best
-    config = read_config("demo.yaml", tiny_settings(demo_root, tmp_path))
-    labeled = read_splits(config.dataset).labeled
     right = []
     for sample in labeled:
         image, label = to_input(read_image(sample.image), IMAGENET), to_label(read_label(sample))

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import default_collate
-from torchvision.io import ImageReadMode, decode_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -38,7 +37,6 @@ from dataset.demo.writing import write_demo
 from dataset.lists import Sample, SampleReader, Splits, read_sample, read_splits
 from dataset.loader import Chance, SampleKey, training_batches
 from dataset.query import Querier, QueryRule, build_query_index
-from dataset.reading import read_image
 from dataset.training import RetrainSamples
 from dataset.transforms import View, random_view
 from tests.benchmarks.timing import seconds, table
@@ -160,29 +158,8 @@ def shares(splits: Splits, case: Case) -> dict[str, float]:
             if name == function and file.endswith(end):
                 spent[title] += 1e3 * cumulative / BATCH / case.batches
     spent["colour jitter"] -= spent["blur"]
-    inside = spent.keys() - {"collate", "query, chance"}
-    spent["query, chance"] -= sum(spent[part] for part in inside)
+    spent["query, chance"] -= sum(spent[p] for p in spent.keys() - {"collate", "query, chance"})
     return spent
-
-
-def decode_milliseconds(path: Path, repeats: int) -> dict[str, float]:
-    """Time ways from a file to a picture in memory; draft, to half the size, is not exact."""
-
-    def torchvision() -> Image.Image:
-        pixels = decode_image(path, ImageReadMode.RGB)
-        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-
-    def draft() -> Image.Image:
-        picture = Image.open(path)
-        picture.draft("RGB", (picture.width // 2, picture.height // 2))
-        return picture.convert("RGB")
-
-    if not np.array_equal(read_image(path), torchvision()):
-        print(f"torchvision decodes {path.suffix} to other pixels than Pillow here")
-    ways = {"Pillow": partial(read_image, path), "torchvision": torchvision}
-    ways |= {"Pillow, draft": draft} if path.suffix == ".jpg" else {}
-    times = [[1e3 * seconds(way) for way in ways.values()] for _ in range(repeats)]
-    return dict(zip(ways, map(statistics.median, zip(*times, strict=True)), strict=True))
 
 
 def against(times: Mapping[str, list[float]], invert: bool) -> dict[str, str]:
@@ -202,7 +179,7 @@ def main() -> None:
     torch.multiprocessing.set_start_method("fork")
     torch.set_num_threads(1)
     print(f"{os.cpu_count()} cores\n")
-    resample, rates, parts, decode = {}, {}, {}, {}
+    resample, rates, parts = {}, {}, {}
     for name in typed.only:
         case = CASES[name]
         with tempfile.TemporaryDirectory() as folder:
@@ -214,13 +191,9 @@ def main() -> None:
             spent = shares(splits, case)
             total = sum(spent.values())
             parts[name] = {part: f"{ms:.1f} ({ms / total:.0%})" for part, ms in spent.items()}
-            ways = decode_milliseconds(splits.val[0].image, 5 * typed.pairs)
-            kilobytes = statistics.mean(s.image.stat().st_size / 1000 for s in splits.labeled)
-            decode[f"{name}, {kilobytes:.0f} kB"] = {way: f"{ms:.2f}" for way, ms in ways.items()}
     table("resample, ms a picture and mask", resample)
     table("samples/s", rates)
     table("ms a sample (share)", parts)
-    table("decode, ms a picture", decode)
 
 
 if __name__ == "__main__":

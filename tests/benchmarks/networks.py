@@ -39,6 +39,18 @@ NETWORKS = [  # network, encoder, output stride
 ]
 
 
+def mean_logit(device: Device, net: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    with device.autocast():
+        return net(images).logits.mean()
+
+
+def step(device: Device, net: nn.Module, images: torch.Tensor) -> None:
+    mean_logit(device, net, images).backward()
+
+
+forward = torch.inference_mode()(mean_logit)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="networks whose name or encoder holds this")
@@ -61,19 +73,8 @@ def main() -> None:
         for device in devices:
             trained, fixed = device.place(net).train(), frozen(net, device)
             images = device.move(torch.randn(typed.batch, 3, typed.crop, typed.crop))
-
-            def step(net: nn.Module = trained, images: torch.Tensor = images) -> float:
-                with device.autocast():  # noqa: B023 - called in this iteration only
-                    loss = net(images).logits.mean()
-                loss.backward()
-                return loss.item()
-
-            @torch.inference_mode()
-            def forward(net: nn.Module = fixed, images: torch.Tensor = images) -> float:
-                with device.autocast():  # noqa: B023
-                    return net(images).logits.mean().item()
-
-            times = [[seconds(work) for _ in range(4)] for work in (step, forward)]
+            works = partial(step, device, trained, images), partial(forward, device, fixed, images)
+            times = [[seconds(work) for _ in range(4)] for work in works]
             speed = [f"{typed.batch / statistics.median(own[1:]):.2f}" for own in times]
             cells = [name, backbone, size, device.precision, *speed]
             print(f"| {' | '.join(cells)} |", flush=True)

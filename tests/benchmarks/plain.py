@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from dataset.lists import Sample
 from dataset.reading import read_image, read_mask, to_input, to_label
 from dataset.training import QueryPair, RetrainSample
-from model.ops.dilated import DilatedConv2d
+from model.ops.dilated import DepthwiseConv2d, DilatedConv2d
 from utils import IGNORE, IMAGENET
 from utils.evaluation import ConfusionMatrix
 
 
 def plain_network(net: nn.Module) -> nn.Module:
-    """Let torch's own kernel do the dilated convolutions."""
+    """Let torch's own kernels do the dilated and depthwise convolutions."""
     for module in net.modules():
-        if isinstance(module, DilatedConv2d):
+        if isinstance(module, DilatedConv2d | DepthwiseConv2d):
             module.__class__ = nn.Conv2d
     return net
 
@@ -75,12 +75,8 @@ def retrain_step(
         size = batch.pseudo_label.shape[-2:]
         region = regions(batch.pseudo_label, queried.shared_class)
         weight = 1 - (region.float() - similarity(features, prototype, size)).abs()
-    pixels = F.cross_entropy(
-        net(batch.student_image[:, 0]).logits,
-        batch.pseudo_label,
-        ignore_index=IGNORE,
-        reduction="none",
-    )
+    logits = net(batch.student_image[:, 0]).logits
+    pixels = F.cross_entropy(logits, batch.pseudo_label, ignore_index=IGNORE, reduction="none")
     loss = (pixels * weight).sum() / (batch.pseudo_label != IGNORE).sum()
     labeled = net(batch.labeled_image).logits
     loss = loss + F.cross_entropy(labeled, batch.labeled_label, ignore_index=IGNORE)

@@ -76,18 +76,16 @@ class Bench:
     def __init__(self, typed: argparse.Namespace, folder: Path) -> None:
         self.folder, root = folder, folder / "data"
         self.batch, images = typed.batch, max(IMAGES, typed.batch)
-        self.crop, words = (
-            (typed.crop, typed.crop),
-            [
-                f"dataset.root={root}",
-                f"model={{backbone: {typed.backbone}, output_stride: 8, channels: null}}",
-                f"augment={{base_size: 480, crop_size: {typed.crop}}}",
-                f"pseudo_label={{scales: {SCALES}, neighbours: false}}",
-                f"inference.batch_size={images}",
-                "query.exclude=[]",
-                "workers=0",
-            ],
-        )
+        self.crop = (typed.crop, typed.crop)
+        words = [
+            f"dataset.root={root}",
+            f"model={{backbone: {typed.backbone}, output_stride: 8, channels: null}}",
+            f"augment={{base_size: 480, crop_size: {typed.crop}}}",
+            f"pseudo_label={{scales: {SCALES}, neighbours: false}}",
+            f"inference.batch_size={images}",
+            "query.exclude=[]",
+            "workers=0",
+        ]
         self.config = read_config("demo.yaml", words)
         kind = describe(self.config.dataset)
         write_demo(root, kind.palette(), 2 * images, images, images, size=SIZE)
@@ -127,19 +125,11 @@ class Bench:
             for part in batch
         )
 
-    def step(
-        self,
-        net: nn.Module,
-        objective: train.Objective,
-        batch: tuple,
-        prepare: train.Prepare | None = None,
-    ) -> Callable:
+    def step(self, net: nn.Module, objective: Callable, batch: tuple, prepare=None) -> Callable:
         """Build the step that ``train.fit`` repeats."""
         optimization = Optimization(net, self.config.optimizer, 10_000, self.device.scaler())
-        common = net, objective, optimization, self.device
-        return lambda: train.training_step(
-            *common, self.device.move(batch), seed=0, prepare=prepare
-        )
+        update = partial(train.training_step, net, objective, optimization, self.device)
+        return lambda: update(self.device.move(batch), seed=0, prepare=prepare)
 
     def retrain_step(self, rule: str, batch: tuple) -> Callable:
         net, teacher = self.ours(), frozen(self.network(), self.device)
@@ -206,18 +196,16 @@ class Bench:
         return Row({"plain": naive, "ours": lambda: ours}, len(samples), passes)
 
     def select(self) -> Row:
-        # The true masks of val stand for pseudo labels.
         labeled, unlabeled = self.splits.labeled[: self.batch], self.splits.val[: self.batch]
         splits = self.splits._replace(labeled=labeled, unlabeled=unlabeled)
-        ours = partial(
-            train.select, self.stage("select"), self.teacher, splits, unlabeled, self.index
-        )
+        given = self.stage("select"), self.teacher, splits, unlabeled, self.index
 
         def naive() -> Callable:
             net = self.plain().eval()
             return partial(plain.select, net, labeled, unlabeled, self.device.torch_device)
 
-        return Row({"plain": naive, "ours": lambda: ours}, 2 * self.batch, flop(self.network, SIZE))
+        forms = {"plain": naive, "ours": lambda: partial(train.select, *given)}
+        return Row(forms, 2 * self.batch, flop(self.network, SIZE))
 
     def evaluate(self) -> Row:
         val, settings = self.splits.val, (self.config, self.device)

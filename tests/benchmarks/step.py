@@ -5,14 +5,13 @@ python tests/benchmarks/step.py [--backbone resnet50] [--crop 321] [--batch 2] [
 Shares: a retraining step of the code that train.py runs, by torch's profiler, each operation's
 own time. Convolutions: the pyramid's three at output stride 8, and depthwise ones as in the last
 blocks of EfficientNet-Lite0, torch's and model/ops/dilated.py's in turn, the fastest of five.
-Compiled: the step with ``model.compile`` after the first one, which compiles; --no-compile leaves
-it out.
+Compiled: the step with ``model.compile`` after the first one; --no-compile leaves it out.
 """
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -57,36 +56,33 @@ def shares(step: Callable[[], object]) -> dict[str, float]:
     return {kind: time / sum(times.values()) for kind, time in times.items()}
 
 
-def print_convolutions(bench: Bench, crop: int) -> None:
-    side = (crop + 7) // 8
-    print("\n| convolution | maps | torch ms | ours ms | ours is faster |")
-    print("|---|---|---|---|---|")
+def convolutions(crop: int) -> Iterator[tuple[str, int, int, nn.Module, nn.Module]]:
+    """Yield what is timed: title, channels and side of the maps, torch's convolution, ours."""
     for rate in RATES:
-        own = DilatedConv2d(CHANNELS, FEATURES, rate)
         plain = nn.Conv2d(CHANNELS, FEATURES, 3, padding=rate, dilation=rate, bias=False)
-        print_pair(bench, f"dilated, rate {rate}", (CHANNELS, side, side), plain, own)
-    for channels, size, rate, length in DEPTHWISE:
+        own = DilatedConv2d(CHANNELS, FEATURES, rate)
+        yield f"dilated, rate {rate}", CHANNELS, (crop + 7) // 8, plain, own
+    for channels, size, rate, side in DEPTHWISE:
         shape = {"padding": rate * (size // 2), "dilation": rate, "groups": channels}
         plain = nn.Conv2d(channels, channels, size, bias=False, **shape)
-        title, own = f"depthwise {size} x {size}, rate {rate}", DepthwiseConv2d.of(plain)
-        print_pair(bench, title, (channels, length, length), plain, deepcopy(own))
+        own = DepthwiseConv2d.of(deepcopy(plain))
+        yield f"depthwise {size} x {size}, rate {rate}", channels, side, plain, own
 
 
-def print_pair(
-    bench: Bench, title: str, shape: tuple[int, ...], plain: nn.Module, own: nn.Module
-) -> None:
-    maps = torch.randn(2 * bench.batch, *shape)
-    maps = bench.device.move(maps).to(bench.device.dtype).requires_grad_()
-    works = {
-        "forward": torch.no_grad()(lambda conv: conv(maps)),
-        "both ways": lambda conv: conv(maps).sum().backward(),
-    }
-    pair = [bench.device.place(conv).to(bench.device.dtype) for conv in (plain, own)]
-    for way, work in works.items():
-        times = [[seconds(partial(work, conv)) for conv in pair] for _ in range(5)]
-        slow, fast = (1e3 * min(each) for each in zip(*times, strict=True))
-        size = " x ".join(map(str, maps.shape))
-        print(f"| {title}, {way} | {size} | {slow:.1f} | {fast:.1f} | {slow / fast:.1f} x |")
+def print_convolutions(bench: Bench, crop: int) -> None:
+    print("\n| convolution | maps | torch ms | ours ms | ours is faster |")
+    print("|---|---|---|---|---|")
+    for title, channels, side, *pair in convolutions(crop):
+        maps = bench.device.move(torch.randn(2 * bench.batch, channels, side, side))
+        maps = maps.to(bench.device.dtype).requires_grad_()
+        pair = [bench.device.place(conv).to(bench.device.dtype) for conv in pair]
+        forward = torch.no_grad()(lambda conv, maps=maps: conv(maps))
+        both = lambda conv, maps=maps: conv(maps).sum().backward()  # noqa: E731
+        for way, work in {"forward": forward, "both ways": both}.items():
+            times = [[seconds(partial(work, conv)) for conv in pair] for _ in range(5)]
+            slow, fast = (1e3 * min(each) for each in zip(*times, strict=True))
+            cells = f"{channels} x {side} x {side} | {slow:.1f} | {fast:.1f} | {slow / fast:.1f} x"
+            print(f"| {title}, {way} | {cells} |")
 
 
 def print_compiled(bench: Bench, step: Callable[[], object]) -> None:

@@ -27,9 +27,9 @@ def flop(build: Callable[[], nn.Module], size: Sequence[int]) -> float:
 
 
 def table(title: str, rows: Mapping[str, Mapping[str, str]]) -> None:
-    """Print rows of cells under the columns that they name; '-' where a row lacks one."""
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    """Print rows of cells under the columns that they name, all the same ones."""
+    columns = list(next(iter(rows.values())))
     print(f"| {' | '.join([title, *columns])} |", "| --- " * (1 + len(columns)) + "|", sep="\n")
     for name, row in rows.items():
-        print(f"| {' | '.join([name, *(row.get(column, '-') for column in columns)])} |")
+        print(f"| {' | '.join([name, *row.values()])} |")
     print(flush=True)

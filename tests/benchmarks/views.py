@@ -16,11 +16,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset.catalog import describe
 from dataset.lists import read_splits
 from dataset.loader import whole_images
-from model import network_of
 from model.ops.frozen import frozen
+from train import trained_network
 from utils import checkpoint
 from utils.config.reading import config_from
 from utils.device import Device
@@ -38,9 +37,7 @@ def main() -> None:
     content = checkpoint.load(typed.checkpoint)
     config = config_from(content["config"], str(typed.checkpoint), typed.settings)
     device = Device(config.device, config.precision)
-    net = network_of(config.model, len(describe(config.dataset).classes), pretrained=None)
-    checkpoint.load_weights(net, typed.checkpoint)
-    net = frozen(net, device)
+    net = frozen(trained_network(config, typed.checkpoint), device)
     unlabeled = read_splits(config.dataset).unlabeled
     samples = unlabeled[:: max(1, len(unlabeled) // typed.images)][: typed.images]
     predictors = {}
@@ -50,20 +47,19 @@ def main() -> None:
     equal, seconds, pixels = dict.fromkeys(SHARES, 0), dict.fromkeys(SHARES, 0.0), 0
     loader = whole_images(samples, config.inference, 0, preprocessing=net.preprocessing)
     for number, batch in enumerate(passes(loader, device, "views")):
-        ids = {}
+        ids, size = {}, tuple(batch.label.shape[-2:])
         for share in SHARES[:: -1 if number % 2 else 1]:  # none is always the first, and cold
             start = time.perf_counter()
-            probabilities = predictors[share](batch.image, tuple(batch.label.shape[-2:]))
-            ids[share] = probabilities.argmax(dim=1).cpu()
+            ids[share] = predictors[share](batch.image, size).argmax(dim=1).cpu()
             seconds[share] += time.perf_counter() - start
         pixels += batch.label.numel()
         for share in SHARES:
             equal[share] += int((ids[share] == ids[1.0]).sum())
-    print(f"{len(samples)} images, scales {config.pseudo_label.scales}, {device}")
+    count = len(samples)
+    print(f"{count} images, scales {config.pseudo_label.scales}, {device}")
     print("| average_at | equal pixels | s an image |", "|---|---|---|", sep="\n")
     for share in SHARES:
-        time_taken = seconds[share] / len(samples)
-        print(f"| {share} | {100 * equal[share] / pixels:.3f} % | {time_taken:.3f} |")
+        print(f"| {share} | {100 * equal[share] / pixels:.3f} % | {seconds[share] / count:.3f} |")
 
 
 if __name__ == "__main__":
