@@ -9,7 +9,7 @@ from torch import nn
 
 from model import SegmentationOutput, build_model
 from model.ops.bilinear import pull_back, resize_by_products
-from model.ops.dilated import DepthwiseConv2d, DilatedConv2d
+from model.ops.dilated import DilatedConv2d, DilatedDepthwiseConv2d
 from model.ops.frozen import frozen
 from utils.device import Device
 
@@ -57,8 +57,8 @@ def convolution(kernel, rate, bias):
         return DilatedConv2d(5, 4, rate, bias)
     shape = {"padding": rate * (kernel // 2), "dilation": rate, "groups": 5, "bias": bias}
     plain = nn.Conv2d(5, 5, kernel, **shape)
-    assert DepthwiseConv2d.can_replace(plain) == ((kernel, rate) != (3, 1))  # not slow
-    ours = DepthwiseConv2d.of(plain)
+    assert DilatedDepthwiseConv2d.can_replace(plain) == (rate > 1)
+    ours = DilatedDepthwiseConv2d.of(plain)
     assert ours.state_dict().keys() == plain.state_dict().keys()
     return ours
 
@@ -81,8 +81,8 @@ def test_equals_the_convolution_in_float64(kernel, rate, size, bias):
     [("stride", 2), ("padding", 1), ("groups", 3), ("groups", 1), ("kernel_size", (5, 3))],
 )
 def test_other_convolutions_stay_as_they_are(key, value):
-    shape = {"kernel_size": 5, "padding": 2, "groups": 6, key: value}
-    assert not DepthwiseConv2d.can_replace(nn.Conv2d(6, 6, **shape))
+    shape = {"kernel_size": 5, "padding": 4, "dilation": 2, "groups": 6, key: value}
+    assert not DilatedDepthwiseConv2d.can_replace(nn.Conv2d(6, 6, **shape))
 
 
 def test_autocast_rounds_products_not_their_sum():

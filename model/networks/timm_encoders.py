@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from model.networks.weights import LITE_NAMES
-from model.ops.dilated import DepthwiseConv2d
+from model.ops.dilated import DilatedDepthwiseConv2d
 from model.ops.layers import cut
 from utils import IMAGENET, Preprocessing
 from utils.checkpoint import Weights
@@ -56,8 +56,8 @@ class TimmEncoder(nn.Module):
         places = [info.out_indices[low], info.out_indices[-1]]
         self.net = _pyramid(name, output_stride, out_indices=places)
         for place, module in list(self.net.named_modules()):
-            if DepthwiseConv2d.can_replace(module):
-                self.net.set_submodule(place, DepthwiseConv2d.of(module))
+            if DilatedDepthwiseConv2d.can_replace(module):
+                self.net.set_submodule(place, DilatedDepthwiseConv2d.of(module))
         self.output_stride = output_stride
         self.channels = (channels[low], channels[-1])
         self.pad = not _rounds_up(shape, (33, 17), output_stride)

@@ -1,4 +1,4 @@
-"""Dilated and depthwise convolutions for CPUs, whose own kernels are slow at them."""
+"""Dilated convolutions for CPUs, dense and depthwise: torch's own kernels are slow at them."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-_SMALL = 100  # pixels of a map up to which a depthwise gradient by taps is the faster one
 
 
 class DilatedConv2d(nn.Conv2d):
@@ -36,18 +34,17 @@ class DilatedConv2d(nn.Conv2d):
         return _with_bias(_ByWindows.apply(maps, weight, self.dilation[0]), self.bias)
 
 
-class DepthwiseConv2d(nn.Conv2d):
+class DilatedDepthwiseConv2d(nn.Conv2d):
     """A depthwise convolution of stride 1 that keeps height and width, of odd size, at any rate.
 
-    On a CPU torch takes up to 20 times as long for the gradient of its weights as for the
-    convolution, if it is dilated, or larger than 3 x 3 on small maps; here each tap's is a sum over
-    the windows that it joins. Dilated, the gradient of the maps is slow too; it is a convolution
-    again (see ``tests/benchmarks/step.py``). Elsewhere, and in exported graphs, it is
+    On a CPU torch's gradients of dilated ones take more than ten times as long as the convolution.
+    Here that of the maps is a convolution again, and that of each weight a sum over the windows
+    that it joins (see ``tests/benchmarks/step.py``). Elsewhere, and in exported graphs, it is
     ``nn.Conv2d``.
     """
 
     @classmethod
-    def of(cls, conv: nn.Conv2d) -> "DepthwiseConv2d":
+    def of(cls, conv: nn.Conv2d) -> "DilatedDepthwiseConv2d":
         """Take over a convolution's parameters."""
         made = cls(
             *(conv.in_channels, conv.out_channels, conv.kernel_size, 1, conv.padding),
@@ -59,7 +56,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     @staticmethod
     def can_replace(module: nn.Module) -> bool:
-        """Tell whether a module is such a convolution, and one of the slow ones."""
+        """Tell whether a module is such a convolution, and dilated."""
         if type(module) is not nn.Conv2d:  # a subclass may do more
             return False
         kernel, rate = module.kernel_size[0], module.dilation[0]
@@ -69,14 +66,12 @@ class DepthwiseConv2d(nn.Conv2d):
             bias=module.bias is not None,
             device="meta",
         )
-        slow = kernel > 3 or (kernel > 1 and rate > 1)
-        return slow and kernel % 2 == 1 and like.extra_repr() == module.extra_repr()
+        return rate > 1 and kernel % 2 == 1 and like.extra_repr() == module.extra_repr()
 
     def forward(self, maps: Tensor) -> Tensor:
         """Map (B, C, h, w) to the same."""
         plain = maps.device.type != "cpu" or torch.compiler.is_compiling()
-        large = self.dilation[0] == 1 and maps.shape[-2:].numel() > _SMALL
-        if plain or large or not torch.is_grad_enabled():
+        if plain or not torch.is_grad_enabled():
             return super().forward(maps)
         maps, weight = _cast(maps, self.weight)
         return _with_bias(_Depthwise.apply(maps, weight, self.dilation[0]), self.bias)

@@ -8,11 +8,11 @@ from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from model.ops.dilated import DepthwiseConv2d, DilatedConv2d
+from model.ops.dilated import DilatedConv2d, DilatedDepthwiseConv2d
 from utils.device import Device
 
 # Exactly these types: a subclass may do more, as standardise its weights.
-_CONVOLUTIONS = (nn.Conv2d, DepthwiseConv2d, DilatedConv2d, Conv2dSame)
+_CONVOLUTIONS = (nn.Conv2d, DilatedDepthwiseConv2d, DilatedConv2d, Conv2dSame)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
 _EXAMPLE = (1, 3, 64, 64)
 _TOLERANCE = 1e-3  # of the largest logit and feature: rounding is far below, a wrong fold far above

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dataset.lists import Sample
 from dataset.reading import read_image, read_mask, to_input, to_label
 from dataset.training import QueryPair, RetrainSample
-from model.ops.dilated import DepthwiseConv2d, DilatedConv2d
+from model.ops.dilated import DilatedConv2d, DilatedDepthwiseConv2d
 from utils import IGNORE, IMAGENET
 from utils.evaluation import ConfusionMatrix
 
@@ -24,7 +24,7 @@ from utils.evaluation import ConfusionMatrix
 def plain_network(net: nn.Module) -> nn.Module:
     """Let torch's own kernels do the dilated and depthwise convolutions."""
     for module in net.modules():
-        if isinstance(module, DilatedConv2d | DepthwiseConv2d):
+        if isinstance(module, DilatedConv2d | DilatedDepthwiseConv2d):
             module.__class__ = nn.Conv2d
     return net
 

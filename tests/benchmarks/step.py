@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from model.ops.dilated import DepthwiseConv2d, DilatedConv2d
+from model.ops.dilated import DilatedConv2d, DilatedDepthwiseConv2d
 from tests.benchmarks.stages import Bench, bench_parser
 from tests.benchmarks.timing import seconds
 
@@ -36,7 +36,7 @@ KINDS = {  # of operations, by what their names hold; the first that fits
     "the rest": ("",),
 }
 CHANNELS, FEATURES, RATES = 2048, 256, (12, 24, 36)
-DEPTHWISE = ((672, 5, 1, 8), (672, 5, 2, 8), (1152, 5, 1, 4), (1152, 5, 2, 8), (1152, 3, 2, 8))
+DEPTHWISE = ((672, 5, 2, 8), (1152, 5, 2, 8), (1152, 3, 2, 8))
 
 
 def shares(step: Callable[[], object]) -> dict[str, float]:
@@ -65,7 +65,7 @@ def convolutions(crop: int) -> Iterator[tuple[str, int, int, nn.Module, nn.Modul
     for channels, size, rate, side in DEPTHWISE:
         shape = {"padding": rate * (size // 2), "dilation": rate, "groups": channels}
         plain = nn.Conv2d(channels, channels, size, bias=False, **shape)
-        own = DepthwiseConv2d.of(deepcopy(plain))
+        own = DilatedDepthwiseConv2d.of(deepcopy(plain))
         yield f"depthwise {size} x {size}, rate {rate}", channels, side, plain, own
 
 
