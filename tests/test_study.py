@@ -51,6 +51,13 @@ def test_a_method_may_have_settings_of_its_own(tmp_path):
     assert job.log.name == f"{job.folder.name}.log"
 
 
+def test_a_study_may_be_named(tmp_path):
+    words = [f"outdir={tmp_path}", "name=small"]
+    jobs = study.plan("demo.yaml", ["self_training", "cisc"], [0], words)
+    names = ["self_training_0", "cisc_0"]
+    assert [job.folder for job in jobs] == [tmp_path / "small_study" / name for name in names]
+
+
 def test_the_table_compares_equal_seeds_with_the_best_supervised_row(jobs):
     for job in jobs:
         seed = job.config.seed
@@ -107,6 +114,7 @@ def test_wrong_words_are_refused(complaint):
     assert "numbers" in complaint(study, *words, "supervised", "--seeds", "a")
     assert "use --seeds" in complaint(study, *words, "supervised", "seed=5")
     assert "use --seeds" in complaint(study, *words, "cisc seed=5")
+    assert "study names its runs" in complaint(study, *words, "cisc name=other")
     assert "'' is not one of" in complaint(study, *words, "cisc,")
     assert "twice" in complaint(study, *words, "cisc,cisc")
     assert "below 1" in complaint(study, *words, "supervised", "--processes", "0")

@@ -3,8 +3,8 @@
 python -m utils.study --config demo.yaml --methods supervised,cisc,"cisc select.keep=0.7"
     [--seeds 0,1,2] [--processes 1] [--write docs/results.md] [section.key=value ...]
 
-Runs are in ``<outdir>/<name>_study``. The same command continues where it was stopped; stage 1 of
-equal settings is done once and copied.
+Runs are in ``<outdir>/<name>_study``; ``name=...`` names another study. The same command continues
+where it was stopped; stage 1 of equal settings is done once and copied.
 """
 
 import json
@@ -75,11 +75,10 @@ def plan(
         overlay, *special = method.split() or [""]
         if overlay not in METHODS:
             raise UserError(f"--methods: '{overlay}' is not one of {', '.join(METHODS)}")
-        for setting in [*settings, *special]:
-            if setting.partition("=")[0] in ("seed", "name"):
-                raise UserError(f"'{setting}': a study names its runs and seeds; use --seeds")
-        if any(word.startswith("outdir=") for word in special):
-            raise UserError(f"--methods: '{method}': all runs are in one outdir")
+        if any(word.startswith("seed=") for word in [*settings, *special]):
+            raise UserError("seed: a study takes several; use --seeds")
+        if any(word.startswith(("outdir=", "name=")) for word in special):
+            raise UserError(f"--methods: '{method}': the study names its runs, in one outdir")
     jobs = []
     name = read_config(config, settings).name
     rows = [
