@@ -40,6 +40,22 @@ def test_auto_finds_a_device_and_a_precision():
     assert str(device) == f"{device.torch_device}, {device.precision}"
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, "bf16"),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, "fp32"),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_bf16": False}, "bf16"),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False, "amx_bf16": False}, "fp32"),
+        ({"cpu_name": "Neoverse-V1", "bf16": True}, "bf16"),
+        ({}, "fp32"),
+    ],
+)
+def test_auto_takes_bf16_on_cpus_that_are_faster_in_it(monkeypatch, capabilities, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert Device("cpu", "auto").precision == precision
+
+
 @pytest.mark.parametrize("name", ["cuda:63", "tpu", "cpu:x", ""])
 def test_an_absent_device_is_named(name):
     with pytest.raises(UserError, match=f"device: '{name}' is not on this machine"):

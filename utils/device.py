@@ -21,7 +21,7 @@ class Device:
             ``cuda:1``, ``mps``. Of several processes on a machine each takes a CUDA device of
             its own.
         precision: ``fp32``; ``bf16`` or ``fp16`` autocast; ``auto`` is bf16 where the hardware
-            has bf16 arithmetic, fp16 on older CUDA devices, else fp32.
+            is faster in it, fp16 on older CUDA devices, else fp32.
 
     Raises:
         UserError: the device does not exist here, or does not know the precision.
@@ -91,8 +91,11 @@ def _best_precision(device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.type != "cpu":
         return "fp32"
-    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.12 and newer; "bf16" is ARM's
+    if not hasattr(torch.cpu, "get_capabilities"):  # before torch 2.12
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
         known = torch.cpu.get_capabilities()
-        return "bf16" if any(map(known.get, ("amx_bf16", "avx512_bf16", "bf16"))) else "fp32"
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        # Without AMX, Intel's AVX512-BF16 is slower than fp32 (docs/speed.md).
+        avx512 = known.get("avx512_bf16") and "Intel" not in known.get("cpu_name", "")
+        fast = avx512 or known.get("amx_bf16") or known.get("bf16")  # "bf16" is ARM's
     return "bf16" if fast else "fp32"
