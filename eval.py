@@ -8,6 +8,7 @@ python eval.py outdir/demo --diagnose data/demo/truth.txt
 
 import argparse
 import csv
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
@@ -30,10 +31,11 @@ from dataset.lists import (
     read_list,
     read_splits,
     read_val,
+    readable,
 )
-from dataset.loader import Chance, photographs, whole_images
+from dataset.loader import Chance, whole_images
 from dataset.query import Querier, QueryRule, build_query_index, read_selection
-from dataset.reading import read_mask, read_photograph, to_label
+from dataset.reading import read_image, read_mask, to_label
 from dataset.training import RetrainSample
 from model import network_of
 from model.cisc import anchor_weight
@@ -83,20 +85,27 @@ def evaluate(
     return matrix.report(kind.classes)
 
 
-def segment(net: nn.Module, config: Config, device: Device, pictures: Path, out: Path) -> int:
-    """Segment the pictures below a folder: masks, overlays and a legend; return how many."""
-    kind, samples = describe(config.dataset), find_pictures(pictures)
-    loader = photographs(samples, config.inference, config.workers, preprocessing=net.preprocessing)
+def segment(
+    net: nn.Module, config: Config, device: Device, pictures: Path, out: Path
+) -> tuple[int, list[str]]:
+    """Segment the pictures below a folder: masks, overlays and a legend.
+
+    Returns:
+        How many; and what is wrong with those that cannot be read.
+    """
+    kind, (samples, broken) = describe(config.dataset), readable(find_pictures(pictures))
+    one_by_one = config.inference.model_copy(update={"batch_size": 1})
+    loader = whole_images(samples, one_by_one, config.workers, preprocessing=net.preprocessing)
     predict = Predictor(frozen(net, device), device, config.inference)
     for batch in passes(loader, device, "segmenting"):
         (ids,) = predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
         ids, sample = ids.byte().cpu().numpy(), samples[int(batch.index)]
         save_mask(mask_file(out / "masks", sample), ids, kind.palette())
         overlay = mask_file(out / "overlays", sample).with_suffix(".jpg")
-        save_overlay(overlay, read_photograph(sample.image), ids, kind.palette())
+        save_overlay(overlay, read_image(sample.image), ids, kind.palette())
     legend = list(zip(kind.classes, kind.colours, strict=True))
     by_first(save_legend)(out / "legend.png", legend)
-    return len(samples)
+    return len(samples), broken
 
 
 @torch.inference_mode()
@@ -224,6 +233,16 @@ def _judged(
     )
 
 
+def _with_paths(settings: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """Add what a checkpoint does not hold: the run's name, and the data root of its run folder."""
+    kept = checkpoint.absolute().parents[1] / "config.yaml"
+    run = read_config(str(kept)) if kept.is_file() else None
+    name, root = (run.name, run.dataset.root) if run else ("checkpoint", ".")
+    dataset = settings.get("dataset")
+    dataset = {"root": root, **dataset} if isinstance(dataset, dict) else dataset
+    return {"name": name, **settings, "dataset": dataset}
+
+
 def table(results: dict[str, Any]) -> str:
     """Lay out IoU by class, mIoU and pixel accuracy, in percent."""
     rows = {**results["per_class_iou"], "mIoU": results["miou"]}
@@ -253,10 +272,19 @@ def read_arguments() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if (arguments.images is None) != (arguments.out is None):
         raise UserError("--images and --out go together: pictures in, masks and overlays out")
-    images, out = arguments.images, arguments.out
-    if out is not None and out.resolve().is_relative_to(images.resolve()):
-        raise UserError("--out: lies in --images, where its masks would be pictures; name another")
+    if arguments.images is not None and arguments.export is not None:
+        raise UserError("--images and --export are two commands; give one")
+    if arguments.images is not None:
+        for folder in ("masks", "overlays"):
+            _refuse_nested("--out", arguments.out / folder, "--images", arguments.images)
     return arguments
+
+
+def _refuse_nested(key: str, written: Path, other: str, read: Path) -> None:
+    """Refuse to write where files are read, or into a folder around it."""
+    one, two = written.resolve(), read.resolve()
+    if one.is_relative_to(two) or two.is_relative_to(one):
+        raise UserError(f"{key}: {written} and {other} {read} lie in one another; name another")
 
 
 def main() -> None:
@@ -278,7 +306,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.config is not None:
         config = read_config(arguments.config, arguments.settings)
     elif isinstance(content.get("config"), dict):
-        config = config_from(content["config"], str(path), arguments.settings)
+        config = config_from(_with_paths(content["config"], path), str(path), arguments.settings)
     else:
         raise UserError(f"{path}: holds no config; name one with --config")
     device = Device(config.device, config.precision)
@@ -290,9 +318,15 @@ def run(arguments: argparse.Namespace) -> None:
         return
     net = device.place(net)
     if arguments.images is not None:
-        count = segment(net, config, device, arguments.images, arguments.out)
+        count, broken = segment(net, config, device, arguments.images, arguments.out)
         say(f"{arguments.out}: {count} masks, {count} overlays, legend.png")
+        if broken:
+            say("\n".join([f"{len(broken)} pictures left out:", *broken]))
+            sys.exit(1)
         return
+    if arguments.save_masks is not None:
+        root = Path(config.dataset.root)
+        _refuse_nested("--save-masks", arguments.save_masks, "dataset.root", root)
     results = evaluate(net, config, device, arguments.save_masks)
     say(table(results))
     if arguments.json is not None:

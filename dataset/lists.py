@@ -1,8 +1,8 @@
 """The three lists of a run: read them, and find what would invalidate a result."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from hashlib import sha256
 from itertools import combinations, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
@@ -18,7 +18,7 @@ from dataset.reading import picture_size, read_ids, read_image, read_mask
 from utils import IGNORE
 from utils.config.schema import DatasetSection
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import text_digest, write_text
 from utils.progress import no_bar
 
 
@@ -46,7 +46,7 @@ SampleReader = Callable[[Sample], tuple[Image.Image, Image.Image]]  # ``read_sam
 
 
 def find_pictures(folder: Path) -> list[Sample]:
-    """List the pictures below a folder, by name; other files do not count.
+    """List the pictures below a folder, by name; other files, and hidden ones, do not count.
 
     Raises:
         UserError: no such folder, no picture, or two whose names differ in the suffix alone.
@@ -54,12 +54,21 @@ def find_pictures(folder: Path) -> list[Sample]:
     readable = Image.registered_extensions().items()
     known = {suffix for suffix, format_name in readable if format_name in Image.OPEN}
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and p.is_file())
+    found = [p for p in found if not re.search(r"(^|/)\.", p.relative_to(folder).as_posix())]
     if not found:
         raise UserError(f"{folder}: no such folder, or it holds no picture that Pillow reads")
     for one, other in pairwise(sorted(found, key=lambda path: path.with_suffix(""))):
         if one.with_suffix("") == other.with_suffix(""):
             raise UserError(f"{other}: {one.name} has this name too and would share its mask")
     return [Sample(path.relative_to(folder).as_posix(), path, None) for path in found]
+
+
+def readable(samples: Sequence[Sample]) -> tuple[list[Sample], list[str]]:
+    """Return the samples whose images can be decoded, and what is wrong with the others."""
+    with ThreadPool() as pool:
+        faults = list(pool.imap(lambda sample: _fault_of("pictures", sample, True), samples))
+    whole = [sample for sample, fault in zip(samples, faults, strict=True) if fault is None]
+    return whole, [fault.line for fault in faults if fault is not None]
 
 
 def mask_file(folder: Path, sample: Sample) -> Path:
@@ -174,10 +183,20 @@ class Splits(NamedTuple):
     val: list[Sample]
 
     def digests(self) -> dict[str, str]:
-        """Return a sha256 of each list, by its name: of the files it names, in their order."""
-        texts = ("\n".join(f"{x.name} {x.mask}" for x in samples) for samples in self)
-        digests = (sha256(text.encode("utf-8", "surrogateescape")).hexdigest() for text in texts)
-        return dict(zip(self._fields, digests, strict=True))
+        """Return a sha256 of each list, by its name: of the files it names, in their order.
+
+        And, by ``<name> files``, of the sizes and times of these files. A data set that is moved
+        keeps the first; copied, it may get other times.
+        """
+        digests = {}
+        for name, samples in zip(self._fields, self, strict=True):
+            masks = [x.mask and os.path.relpath(x.mask, x.image.parent) for x in samples]
+            lines = (f"{x.name} {mask}" for x, mask in zip(samples, masks, strict=True))
+            digests[name] = text_digest("\n".join(lines))
+            stats = [file.stat() for x in samples for file in (x.image, x.mask) if file]
+            times = "\n".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)
+            digests[f"{name} files"] = text_digest(times)
+        return digests
 
 
 class Fault(NamedTuple):
@@ -276,15 +295,17 @@ def _file_of(sample: Sample) -> Path:
 
 
 def _image_faults(where: str, samples: Sequence[Sample], decode: bool) -> Iterator[Fault]:
-    def fault_of(sample: Sample) -> Fault | None:
-        try:
-            _size_of(sample, decode)
-        except UserError as error:
-            return Fault(where, "files that cannot be read", str(error))
-        return None
-
     with ThreadPool() as pool:
-        yield from filter(None, _bar(pool.imap(fault_of, samples), where, len(samples)))
+        faults = pool.imap(lambda sample: _fault_of(where, sample, decode), samples)
+        yield from filter(None, _bar(faults, where, len(samples)))
+
+
+def _fault_of(where: str, sample: Sample, decode: bool) -> Fault | None:
+    try:
+        _size_of(sample, decode)
+    except UserError as error:
+        return Fault(where, "files that cannot be read", str(error))
+    return None
 
 
 def _label_faults(
@@ -355,10 +376,15 @@ def find_root(section: DatasetSection) -> Path:
 
 def _find_list(section: DatasetSection, field: str, root: Path) -> Path:
     name = getattr(section, field)
-    for path in (Path(name), root / name):
-        if path.is_file():
-            return path
-    raise UserError(
-        f"dataset.{field}: {name} is neither in the working folder nor in {root}; "
-        f"set dataset.{field}=PATH"
-    )
+    found = [path for path in (Path(name), root / name) if path.is_file()]
+    if not found:
+        raise UserError(
+            f"dataset.{field}: {name} is neither in the working folder nor in {root}; "
+            f"set dataset.root=DIR or dataset.{field}=PATH"
+        )
+    if not found[0].samefile(found[-1]):
+        raise UserError(
+            f"dataset.{field}: {name} is in the working folder and in {root}; name one of them "
+            f"by its whole path, dataset.{field}={found[-1].absolute()}"
+        )
+    return found[0]

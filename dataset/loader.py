@@ -1,9 +1,8 @@
 """Batches: shuffled ones for training, whole images for inference."""
 
 import zlib
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.lists import Sample, read_label
-from dataset.reading import picture_size, read_image, read_photograph, to_input, to_label
+from dataset.reading import picture_size, read_image, to_input, to_label
 from utils import IGNORE, IMAGENET, Preprocessing
 from utils.config.schema import InferenceSection
 from utils.distributed import mine
@@ -117,7 +116,6 @@ class WholeImages(Dataset[WholeImage]):
     """Whole images, not augmented."""
 
     samples: Sequence[Sample]
-    read: Callable[[Path], Image.Image] = read_image
     preprocessing: Preprocessing = IMAGENET
 
     def __len__(self) -> int:
@@ -127,7 +125,7 @@ class WholeImages(Dataset[WholeImage]):
     def __getitem__(self, index: int) -> WholeImage:
         """Read an image and its mask."""
         sample = self.samples[index]
-        image = self.read(sample.image)
+        image = read_image(sample.image)
         label = read_label(sample) if sample.mask else Image.new("L", image.size, IGNORE)
         return WholeImage(to_input(image, self.preprocessing), to_label(label), index)
 
@@ -150,18 +148,7 @@ def whole_images(
         for batch in _batches_of_one_size(samples, settings.batch_size)
         if not all(samples[index].name in done for index in batch)
     ]
-    return _open_loader(WholeImages(samples, read_image, preprocessing), mine(batches), workers)
-
-
-def photographs(
-    samples: Sequence[Sample],
-    settings: InferenceSection,
-    workers: int,
-    preprocessing: Preprocessing = IMAGENET,
-) -> DataLoader[WholeImage]:
-    """Iterate over photographs, turned upright, one by one; ``settings`` is not used."""
-    dataset = WholeImages(samples, read_photograph, preprocessing)
-    return _open_loader(dataset, mine([[index] for index in range(len(samples))]), workers)
+    return _open_loader(WholeImages(samples, preprocessing), mine(batches), workers)
 
 
 def _batches_of_one_size(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tf
 
@@ -17,16 +17,14 @@ _SCALED = ("L;2", "L;4")  # raw modes whose values Pillow spreads over 0 to 255
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read a picture of any mode as RGB; a ``UserError`` if it cannot be read completely."""
-    return _as_rgb(_decoded(path), path)
+    """Read a picture of any mode as RGB, turned upright by its EXIF orientation, as viewers do.
 
-
-def read_photograph(path: Path) -> Image.Image:
-    """Read a picture as ``read_image``, turned upright by its EXIF orientation, as viewers do.
-
-    Data sets are read without it: their masks are drawn on the pixels as stored in the file.
+    Raises:
+        UserError: it cannot be read completely.
     """
-    return _as_rgb(ImageOps.exif_transpose(_decoded(path)), path)
+    picture = _decoded(path)
+    ImageOps.exif_transpose(picture, in_place=True)
+    return _as_rgb(picture, path)
 
 
 def read_ids(path: Path) -> np.ndarray:
@@ -65,9 +63,10 @@ def read_mask(path: Path, table: bytes | None = None) -> Image.Image:
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Read (height, width) off a file's header; a ``UserError`` if that cannot be read."""
+    """Read (height, width), upright, off a file's header; a ``UserError`` if it is unreadable."""
     with _readable(path), Image.open(path) as picture:
-        return picture.height, picture.width
+        sideways = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return picture.size if sideways else picture.size[::-1]
 
 
 def to_input(image: Image.Image, preprocessing: Preprocessing) -> Tensor:

@@ -110,7 +110,26 @@ def test_folder_of_pictures(complaint, trained, tmp_path, folder, names, told):
     assert told in line
 
 
-def test_segmented_pictures_go_elsewhere(complaint, trained, tmp_path):
-    for out in (tmp_path, tmp_path / "seg"):
-        line = complaint(eval_program, trained, "--images", tmp_path, "--out", out)
-        assert line.startswith("error: --out: lies in --images")
+def test_predictions_go_elsewhere(complaint, trained, demo_root, tmp_path):
+    photos, root = tmp_path / "masks", demo_root / "masks"
+    for out in (photos, photos / "seg", tmp_path):  # the last one's masks would be pictures, too
+        line = complaint(eval_program, trained, "--images", photos, "--out", out)
+        assert line.startswith("error: --out: ")
+    for masks in (demo_root, root):
+        words = [f"dataset.root={demo_root}", "--save-masks", masks]
+        assert complaint(eval_program, trained, *words).startswith("error: --save-masks: ")
+    assert not root.exists()
+
+
+def test_weights_that_are_not_finite_are_refused(complaint, trained, tmp_path):
+    content = checkpoint.load(trained)
+    content["model"]["classifier.bias"][0] = float("nan")
+    torch.save(content, tmp_path / "c.pth")
+    assert "holds weights that are not finite" in complaint(eval_program, tmp_path / "c.pth")
+
+
+def test_a_changed_bit_is_found(complaint, trained, tmp_path):
+    content = bytearray(trained.read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "c.pth").write_bytes(content)
+    assert "not a whole checkpoint" in complaint(eval_program, tmp_path / "c.pth")

@@ -47,14 +47,18 @@ def test_finished_set_is_left_alone_and_a_killed_one_drawn_again(tmp_path):
     write_demo(tmp_path, PALETTE, **SMALL)
     assert picture.read_bytes() == b"touched"
     (tmp_path / "demo.json").write_text("{}\n")  # as drawing begins
+    with pytest.raises(UserError, match=r"0001\.jpg: is there with other content"):
+        write_demo(tmp_path, PALETTE, **SMALL)
+    picture.unlink()
     write_demo(tmp_path, PALETTE, **SMALL)
     assert digest(tmp_path) == whole
 
 
-def test_another_data_set_is_left_alone(tmp_path):
-    theirs = tmp_path / "JPEGImages/a.jpg"
+@pytest.mark.parametrize("name", ["JPEGImages/a.jpg", "SegmentationClass/0000.png", "demo.json"])
+def test_another_data_set_is_left_alone(tmp_path, name):
+    theirs = tmp_path / name
     theirs.parent.mkdir(exist_ok=True)
-    theirs.write_text("mine")
+    theirs.write_text('{"mine": 1}')
     with pytest.raises(UserError, match="another data set is in this folder; name an empty one"):
         write_demo(tmp_path, PALETTE, **SMALL)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [theirs]

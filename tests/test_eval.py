@@ -40,7 +40,7 @@ def test_a_checkpoint_goes_through_a_peers_format_and_back(
     torch.save({**own, "model": back}, tmp_path / "back.pth")
     foreign = ["--config", "demo.yaml", *tiny_settings(demo_root, tmp_path)]
     scores = []
-    for name, words in (("unimatch.pth", foreign), ("back.pth", [])):
+    for name, words in (("unimatch.pth", foreign), ("back.pth", [f"dataset.root={demo_root}"])):
         done = run_program("eval.py", tmp_path / name, *words, "--json", tmp_path / "out.json")
         assert done.returncode == 0, done.stderr
         scores.append(json.loads((tmp_path / "out.json").read_text())["miou"])
@@ -61,11 +61,14 @@ def test_a_folder_of_pictures_is_segmented_upright(finished, tmp_path, run_progr
     Image.new("CMYK", (33, 64)).save(photos / "trip" / "print.jpg")
     Image.new("RGBA", (64, 48)).save(photos / "trip" / "clear.webp")
     (photos / "notes.txt").write_text("no picture")
+    (photos / "._a.jpg").write_text("of macOS")
+    (photos / "broken.jpg").write_bytes((photos / "as_seen.png").read_bytes()[:999])
     out = tmp_path / "out"
     words = ["--images", photos, "--out", out, "inference.batch_size=2"]
     done = run_program("eval.py", weights_file(finished[0]), *words)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
     assert "5 masks, 5 overlays" in done.stdout
+    assert f"1 pictures left out:\n{photos / 'broken.jpg'}: cannot read" in done.stdout
     masks = [np.asarray(Image.open(out / f"masks/{name}.png")) for name in ("as_seen", "sideways")]
     assert np.array_equal(*masks)
     for name, size in (("grey", (70, 41)), ("trip/print", (33, 64)), ("trip/clear", (64, 48))):

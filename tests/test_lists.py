@@ -85,15 +85,27 @@ def test_paths_with_spaces_stand_in_double_quotes(tmp_path, names):
     assert again == sample
 
 
-def test_digests_tell_lists_apart_by_their_files_and_order(tmp_path):
-    texts = "a.jpg a.png\nb.jpg b.png", "b.jpg b.png\na.jpg a.png"
-    one, two = (read(tmp_path, text) for text in texts)
-    first = Splits(one, one, read(tmp_path, "a.jpg")).digests()
-    second = Splits(one, two, read(tmp_path, "a.jpg a.png")).digests()
-    assert list(first) == ["labeled", "unlabeled", "val"]
-    assert first["labeled"] == first["unlabeled"] == second["labeled"]
-    assert first["unlabeled"] != second["unlabeled"]
-    assert first["val"] != second["val"]
+def test_digests_tell_lists_apart_by_their_files_and_order_wherever_they_are(tmp_path):
+    def digests(root, first="a.jpg a.png\nb.jpg b.png", second="b.jpg b.png\na.jpg a.png"):
+        (tmp_path / "list.txt").write_text(first)
+        one = read_list(tmp_path / "list.txt", root, PASCAL)
+        (tmp_path / "list.txt").write_text(second)
+        return Splits(one, one[:1], read_list(tmp_path / "list.txt", root, PASCAL)).digests()
+
+    root = tmp_path / "one"
+    root.mkdir()
+    for name in ("a.jpg", "a.png", "b.jpg", "b.png"):
+        (root / name).write_text(name)
+    first = digests(root)
+    names = ["labeled", "labeled files", "unlabeled", "unlabeled files", "val", "val files"]
+    assert list(first) == names
+    assert first["labeled"] != first["val"]
+    assert first["unlabeled"] != digests(root, "a.jpg b.png")["unlabeled"]  # another mask
+    root = root.rename(tmp_path / "other")
+    assert digests(root) == first
+    (root / "a.png").write_text("changed")
+    changed = digests(root)
+    assert [name for name in names if changed[name] != first[name]] == names[1::2]
 
 
 @pytest.mark.parametrize(
@@ -181,6 +193,19 @@ def test_masks_that_the_unlabeled_list_names_are_never_opened(demo_copy, opened)
     assert [sample.mask for sample in splits.unlabeled] == [None] * 10
     assert {"0000.png", "0006.jpg"} <= opened  # the watch works
     assert "true.png" not in opened
+
+
+def test_a_list_that_is_in_two_places_is_refused(demo_copy, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    Path("val.txt").write_text("stray")
+    line = refusal(read_splits, section(demo_copy))
+    whole = demo_copy / "val.txt"
+    assert f"in the working folder and in {demo_copy}" in line
+    assert line.endswith(f"dataset.val={whole}")
+    assert len(read_splits(section(demo_copy).model_copy(update={"val": str(whole)})).val) == 4
+    monkeypatch.chdir(demo_copy)
+    assert len(read_splits(section(demo_copy)).val) == 4  # one place under two names
 
 
 def test_val_alone_suffices_for_evaluation(demo_copy):

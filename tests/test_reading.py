@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dataset.reading import picture_size, read_image, read_mask, read_photograph, to_input, to_label
+from dataset.reading import picture_size, read_image, read_mask, to_input, to_label
 from dataset.transforms import View, random_view, recolour
 from tests.benchmarks.loader import whole_then_crop
 from utils import IMAGENET, Preprocessing
@@ -46,9 +46,17 @@ def test_every_mode_is_read_as_rgb(tmp_path, mode):
 def test_grey_of_sixteen_bits_keeps_its_shades(tmp_path):
     shades = np.array([[0, 257 * 50, 257 * 128, 65535]], dtype=np.uint16)
     Image.fromarray(shades).save(tmp_path / "x.png")
-    for reader in (read_image, read_photograph):
-        red = np.asarray(reader(tmp_path / "x.png"))[..., 0]
-        assert np.abs(red.astype(int) - [[0, 50, 128, 255]]).max() <= 1
+    red = np.asarray(read_image(tmp_path / "x.png"))[..., 0]
+    assert np.abs(red.astype(int) - [[0, 50, 128, 255]]).max() <= 1
+
+
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (6, 3), (3, 2), (8, 1)])
+def test_images_are_upright_and_masks_must_be_as_large(tmp_path, orientation, turns):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.rot90(COLOUR, -turns)).save(tmp_path / "x.png", exif=exif)
+    assert picture_size(tmp_path / "x.png") == COLOUR.shape[:2]
+    assert np.array_equal(np.asarray(read_image(tmp_path / "x.png")), COLOUR)
 
 
 def test_integers_below_256_are_shades_and_real_numbers_are_refused(tmp_path):

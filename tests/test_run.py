@@ -3,12 +3,15 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import time
 
 import pytest
+import torch
 import yaml
 from conftest import refusal
 
+from utils import IMAGENET
 from utils.config.reading import read_config
 from utils.errors import UserError
 from utils.run.results import stage_table
@@ -23,7 +26,7 @@ def config(tmp_path, *words):
 def work(log):
     def do(stage, *inputs):
         log.append((stage.name, inputs))
-        (stage.folder / "made.txt").write_text(stage.name)
+        (stage.folder / "confidence.csv").write_text(stage.name)
         return {"miou": 0.5, "per_class_iou": {"ball": 0.5}}
 
     return do
@@ -47,9 +50,29 @@ def test_a_stage_is_done_once_and_hands_its_folder_on(tmp_path):
     assert run_stages(config(tmp_path, *free)) == []
 
 
+def test_a_stage_that_is_gone_is_done_again_and_what_it_makes_new_counts(tmp_path):
+    settings = config(tmp_path)
+    run_stages(settings)
+    made = tmp_path / "demo" / "1_supervised"
+    shutil.rmtree(made)
+    assert [name for name, _ in run_stages(settings)] == [
+        "1_supervised"
+    ]  # the same files as before
+    shutil.rmtree(made)
+
+    def other(stage):
+        (stage.folder / "confidence.csv").write_text("other")
+        return {"miou": 0.5, "per_class_iou": {}}
+
+    with Run(settings) as run:
+        run.stage("1_supervised", other)
+    assert [name for name, _ in run_stages(settings)] == ["2_pseudo_label"]
+    assert "was made from other files" in (tmp_path / "demo" / "log.txt").read_text()
+
+
 def test_a_stage_that_fails_is_done_again(tmp_path):
     def fail(stage):
-        (stage.folder / "made.txt").write_text("half")
+        (stage.folder / "confidence.csv").write_text("half")
         raise KeyboardInterrupt
 
     with Run(config(tmp_path)) as run, pytest.raises(KeyboardInterrupt):
@@ -94,10 +117,13 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
 def test_a_fresh_run_leaves_nothing_of_the_old_one(tmp_path):
     run_stages(config(tmp_path))
     folder = tmp_path / "demo"
-    (folder / "notes.txt").write_text("mine")
+    mine = [folder / "notes.txt", folder / "2_mine" / "a.txt", folder / "1_supervised" / "b.txt"]
+    mine[1].parent.mkdir()
+    for file in mine:
+        file.write_text("mine")
     other = config(tmp_path, "optimizer.lr=0.5")
     assert len(run_stages(other, fresh=True)) == 2
-    assert (folder / "notes.txt").read_text() == "mine"
+    assert [file.read_text() for file in mine] == ["mine"] * 3
     assert (folder / "log.txt").read_text().count(f"{folder} on cpu") == 1
     assert len(list((folder / "tensorboard").iterdir())) == 1
 
@@ -115,6 +141,23 @@ def test_other_lists_are_refused_until_the_run_starts_over(tmp_path):
         run_with(2, labeled="A", unlabeled="b", val="C")
     run_with(1, labeled="A", unlabeled="b", val="C")
     run_with(labeled="A", unlabeled="b", val="C")
+
+
+def test_changed_files_are_told_and_a_run_may_move(tmp_path):
+    def run_in(outdir, name, root, files):
+        words = [f"outdir={outdir}", f"name={name}", f"dataset.root={root}"]
+        with Run(config(tmp_path, *words), lists={"val": "a", "val files": files}) as run:
+            run.stage("1_supervised", work([]))
+        return (outdir / name / "log.txt").read_text()
+
+    run_in(tmp_path / "one", "first", "here", "1")
+    (tmp_path / "one").rename(tmp_path / "other")
+    (tmp_path / "other" / "first").rename(tmp_path / "other" / "second")
+    moved = run_in(tmp_path / "other", "second", "there", "1")
+    assert "1_supervised: done before" in moved
+    assert "other sizes or times" not in moved
+    changed = run_in(tmp_path / "other", "second", "there", "2")
+    assert "dataset.val files: other sizes or times than when the run began" in changed
 
 
 def test_another_precision_is_refused_and_another_device_told(tmp_path):
@@ -152,7 +195,7 @@ def test_results_are_the_last_stages_with_the_sha256_of_every_file(tmp_path):
     assert (results["name"], results["miou"]) == ("demo", 0.5)
     assert results["per_class_iou"] == {"ball": 0.5}
     assert list(results["stages"]) == stages
-    made = [f"{stage}/made.txt" for stage in stages]
+    made = [f"{stage}/confidence.csv" for stage in stages]
     assert list(results["files"]) == ["config.yaml", "lists.json", "environment.json", *made]
     for name, digest in results["files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
@@ -188,6 +231,15 @@ def test_a_loss_that_is_not_finite_is_told_with_a_way_out_that_leads_out(tmp_pat
     assert len(run_stages(config(tmp_path, "optimizer.lr=0.0001"), from_stage=1)) == 2
     with pytest.raises(UserError, match=r"the loss is 0\.5, but its gradient is not finite, on a"):
         Stage("4_retrain", tmp_path, *[None] * 3, None).refuse_not_finite(0, 0, 0.5, ["a.jpg"])
+
+
+def test_a_network_that_is_not_finite_is_not_written(tmp_path):
+    net = torch.nn.BatchNorm2d(1)
+    net.preprocessing, net.running_var[0] = IMAGENET, float("inf")
+    with Run(config(tmp_path)) as run:
+        line = refusal(run.stage, "1_supervised", lambda stage: stage.save(net, 3))
+    assert line.startswith("1_supervised, epoch 3: weights or running statistics are not finite")
+    assert not (tmp_path / "demo" / "1_supervised" / "checkpoint.pth").exists()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Checkpoints: weights with the config, stage and epoch they come from. No pickled code is run."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ def load(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:  # torch.load compares no checksum
+                spoilt = parts.testzip()
+            if spoilt is not None:
+                raise ValueError(f"{spoilt} has another checksum")
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # neither reader documents what a broken file raises
@@ -99,7 +105,7 @@ def put_weights(
         reset_classifier: as in ``load_weights``.
 
     Raises:
-        UserError: the keys or shapes do not fit: a table says which.
+        UserError: the keys or shapes do not fit: a table says which; or a weight is not finite.
     """
     own = net.state_dict()
     if not hasattr(net, "backbone"):
@@ -112,7 +118,14 @@ def put_weights(
             weights[key] = own[key]
     _refuse_other_classes(weights, own, path)
     _refuse_other_keys(weights, own, path)
+    if not is_finite(weights):
+        raise UserError(f"{path}: holds weights that are not finite; take another checkpoint")
     net.load_state_dict(weights)
+
+
+def is_finite(weights: Weights) -> bool:
+    """Tell whether all numbers are."""
+    return all(bool(value.isfinite().all()) for value in weights.values())
 
 
 def weights_in(content: dict[str, Any], path: Path) -> Weights:

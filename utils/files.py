@@ -92,6 +92,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [record for record in records if isinstance(record, dict)]
 
 
+def text_digest(text: str) -> str:
+    """Return the sha256 of a text, in hex digits."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
 def sha256(path: Path) -> str:
     """Return the sha256 of a file, in hex digits; raises as ``file_digest``."""
     return file_digest(path, "sha256")

@@ -1,5 +1,6 @@
 """Pictures: masks in colour, overlays, legends, and predictions side by side."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -30,7 +31,7 @@ class Classes(Protocol):
 
 def save_mask(path: Path, ids: np.ndarray, palette: bytes) -> None:
     """Write class ids, (H, W) uint8, as a PNG of 768 bytes of palette, atomically."""
-    _save(_in_colour(ids, palette), path)
+    _save(in_colour(ids, palette), path)
 
 
 def save_overlay(path: Path, image: Image.Image, ids: np.ndarray, palette: bytes) -> None:
@@ -42,7 +43,7 @@ def save_overlay(path: Path, image: Image.Image, ids: np.ndarray, palette: bytes
         ids: (H, W) uint8 class ids, of the picture's size.
         palette: 768 bytes, the colours of the ids.
     """
-    picture = Image.blend(image, _in_colour(ids, palette).convert("RGB"), 0.5)
+    picture = Image.blend(image, in_colour(ids, palette).convert("RGB"), 0.5)
     _save(picture, path, "JPEG", quality=92)
 
 
@@ -75,7 +76,7 @@ def draw_examples(
         rows.append({})
         for place, index in enumerate(batch.index.tolist()):
             masks = [mask[place].byte().cpu().numpy() for mask in (batch.label, *ids)]
-            shown = [_in_colour(mask, kind.palette()) for mask in masks]
+            shown = [in_colour(mask, kind.palette()) for mask in masks]
             rows[-1][index] = [_as_picture(batch.image[place], preprocessing), *shown]
     pictures = [row for _, row in sorted(merged(rows).items())]
     legend = list(zip(kind.classes, kind.colours, strict=True))
@@ -123,14 +124,22 @@ def _save(picture: Image.Image, path: Path, kind: str = "PNG", **options: int) -
     write_atomically(path, lambda partial: picture.save(partial, kind, **options))
 
 
-def _in_colour(ids: np.ndarray, palette: bytes) -> Image.Image:
+def encoded(picture: Image.Image, kind: str = "PNG", **options: int) -> bytes:
+    """Return the content of a picture's file."""
+    content = io.BytesIO()
+    picture.save(content, kind, **options)
+    return content.getvalue()
+
+
+def in_colour(ids: np.ndarray, palette: bytes) -> Image.Image:
+    """Return class ids, (H, W) uint8, as a picture of mode P with 768 bytes of palette."""
     picture = Image.fromarray(ids)  # of mode L; a palette makes it P
     picture.putpalette(palette)
     return picture
 
 
 def _to_height(picture: Image.Image, height: int) -> Image.Image:
-    width = round(picture.width * height / picture.height)
+    width = max(1, round(picture.width * height / picture.height))
     smooth = picture.mode == "RGB"
     resample = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     return picture.resize((width, height), resample).convert("RGB")

@@ -112,7 +112,8 @@ def share_stage_1(one: Config, other: Config) -> bool:
     """Tell whether two configs describe the same stage 1, in the same arithmetic."""
     differing = {key.split(".")[0] for key in differing_keys(one, other)} - _OF_LATER_STAGES
     alike = [
-        (config.precision, config.device, config.select.score == "stability")  # more checkpoints
+        # Stability keeps more checkpoints.
+        (config.precision, config.device, config.dataset, config.select.score == "stability")
         for config in (one, other)
     ]
     return not differing and alike[0] == alike[1]

@@ -9,10 +9,11 @@ from PIL import Image
 from dataset.demo.objects import CLASSES
 from dataset.demo.scene import draw_scene
 from utils.errors import UserError
-from utils.files import writing
-from utils.panels import save_mask
+from utils.files import write_atomically, write_text, writing
+from utils.panels import encoded, in_colour
 
 VERSION = 2  # of the drawing: raise it when a seed draws something else
+_DRAWING = b"{}\n"  # demo.json until all is drawn
 
 
 def write_demo(
@@ -29,47 +30,58 @@ def write_demo(
     A scene depends on (seed, split, its number) alone. The first ``labeled`` training scenes have
     mask files; those of the others are in ``Truth``, listed in ``truth.txt``, for ``eval.py
     --diagnose`` alone. ``demo.json`` marks the folder as the demo's; it holds the settings when
-    all is drawn, so that a killed run is drawn again.
+    all is drawn, so that a killed run goes on. No other file that is there is changed.
 
     Args:
-        root: the folder; a ``UserError`` if it holds something else or is not to be written to.
+        root: the folder.
         palette: 768 bytes, of the masks.
         train: number of training images, of which ``labeled`` have a mask.
         labeled: number of training images with a mask.
         val: number of validation images.
         seed: of all scenes.
         size: (height, width) in pixels.
+
+    Raises:
+        UserError: the folder holds something else, or is not to be written to.
     """
     settings = {"train": train, "labeled": labeled, "val": val, "seed": seed, "size": list(size)}
     ours, text = root / "demo.json", json.dumps({"version": VERSION, **settings}) + "\n"
-    if ours.is_file() and ours.read_text() == text:
-        return
-    if not ours.is_file() and root.is_dir() and any(root.iterdir()):
-        raise UserError(f"{root}: another data set is in this folder; name an empty one")
-    lists: dict[str, list[str]] = {}
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
-        ours.write_text("{}\n")
-        truth = []
-        for folder in ("JPEGImages", "SegmentationClass", "Truth"):
-            (root / folder).mkdir(exist_ok=True)
-        for part, split, count, masks in ((0, "train", train, labeled), (1, "val", val, val)):
-            lists[split] = []
-            for number in range(count):
-                rng = np.random.default_rng([seed, part, number])
-                image, ids = draw_scene(rng, size, first=1 + number % (len(CLASSES) - 1))
-                line = f"JPEGImages/{part}{number:03d}.jpg"
-                Image.fromarray(image).save(root / line, quality=92)
-                folder = "SegmentationClass" if number < masks else "Truth"
-                mask = f"{folder}/{part}{number:03d}.png"
-                save_mask(root / mask, ids, palette)
-                if number < masks:
-                    line = f"{line} {mask}"
-                else:
-                    truth.append(f"{line} {mask}")
-                lists[split].append(line)
-        lists |= {"labeled": lists["train"][:labeled], "unlabeled": lists["train"][labeled:]}
-        lists |= {"truth": truth}
-        for name, lines in lists.items():
-            (root / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
-        ours.write_text(text)
+        there = ours.read_bytes() if ours.is_file() else _DRAWING * (not any(root.iterdir()))
+    if there == text.encode():
+        return
+    if there != _DRAWING:
+        raise UserError(f"{root}: another data set is in this folder; name an empty one")
+    _add(ours, _DRAWING)
+    lists: dict[str, list[str]] = {}
+    truth = []
+    for part, split, count, masks in ((0, "train", train, labeled), (1, "val", val, val)):
+        lists[split] = []
+        for number in range(count):
+            rng = np.random.default_rng([seed, part, number])
+            image, ids = draw_scene(rng, size, first=1 + number % (len(CLASSES) - 1))
+            line = f"JPEGImages/{part}{number:03d}.jpg"
+            _add(root / line, encoded(Image.fromarray(image), "JPEG", quality=92))
+            folder = "SegmentationClass" if number < masks else "Truth"
+            mask = f"{folder}/{part}{number:03d}.png"
+            _add(root / mask, encoded(in_colour(ids, palette)))
+            if number < masks:
+                line = f"{line} {mask}"
+            else:
+                truth.append(f"{line} {mask}")
+            lists[split].append(line)
+    lists |= {"labeled": lists["train"][:labeled], "unlabeled": lists["train"][labeled:]}
+    lists |= {"truth": truth}
+    for name, lines in lists.items():
+        _add(root / f"{name}.txt", "".join(f"{line}\n" for line in lines).encode())
+    write_text(ours, text)
+
+
+def _add(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet."""
+    with writing(path):
+        if path.exists() and path.read_bytes() != content:
+            raise UserError(f"{path}: is there with other content; name an empty folder")
+    if not path.exists():
+        write_atomically(path, lambda partial: partial.write_bytes(content))

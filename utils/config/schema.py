@@ -68,7 +68,7 @@ class Section(BaseModel):
 
 
 class DatasetSection(Section):
-    """The images. A list is looked for in the working folder, then in the root."""
+    """The images. A list is in the working folder or in the root, not in both."""
 
     kind: str  # a name of dataset.catalog, or 'custom' with classes
     root: str  # folder that the lists' paths are relative to

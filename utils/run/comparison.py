@@ -11,8 +11,10 @@ from utils.errors import UserError
 from utils.files import read_json
 from utils.run.results import environment
 
-# They change no result; of 'precision' and 'device' what counts is what they resolve to.
-_FREE_KEYS = {"workers", "cache", "outdir", "checkpoint_every", "precision", "device"}
+# They change no result, if the lists are the same.
+_FREE_KEYS = {"name", "outdir", "workers", "cache", "checkpoint_every", "dataset.root"}
+_RESOLVED = {"precision", "device"}  # what they resolve to counts
+_AGAIN = "restore this file, or start the run over with --from-stage 1"
 _ROUNDING = ("precision", "device", "threads", "processes")  # what the last digits depend on
 
 
@@ -28,9 +30,10 @@ def refuse_other_run(
     Args:
         folder: of the run.
         config: the settings now.
-        digests: of the lists of images now, by name.
+        digests: of the lists of images now, by name; and of their files, by ``<name> files``.
         device: where the run continues.
-        say: told if device, processes or threads, by which the last digits differ, are others.
+        say: told if files have changed; or device, processes or threads, by which the last digits
+            differ.
 
     Raises:
         UserError: what can change a result differs, or a file of the run folder is damaged.
@@ -38,10 +41,10 @@ def refuse_other_run(
     kept = differing_keys(_kept_config(folder), config)
     differing = [f"{key}={value}" for key, value in kept.items()]
     lists, then = _kept(folder / "lists.json"), _kept(folder / "environment.json")
-    changed = [name for name in digests if lists and lists.get(name) != digests[name]]
-    differing += [f"another list dataset.{name}" for name in changed]
+    others = [name for name in digests if lists.get(name) != digests[name]]
+    differing += [f"another list dataset.{name}" for name in others if " " not in name]
     now = environment(device)
-    changed = [key for key in _ROUNDING if then and then.get(key) != now[key]]
+    changed = [key for key in _ROUNDING if then.get(key) != now[key]]
     if "precision" in changed:
         differing.append(f"precision={then.get('precision')}")
     if differing:
@@ -49,6 +52,9 @@ def refuse_other_run(
             f"{folder}: holds a run with {', '.join(differing)}; restore that, set name=... for "
             "another run, or start this one over with --from-stage 1"
         )
+    if others:
+        what = ", ".join(f"dataset.{name}" for name in others)
+        say(f"{what}: other sizes or times than when the run began; results may mix the two")
     if changed:
         what = ", ".join(f"{key} {then.get(key)} → {now[key]}" for key in changed)
         say(f"{what}: results may differ in their last digits")
@@ -57,27 +63,37 @@ def refuse_other_run(
 def differing_keys(one: Config, other: Config) -> dict[str, Any]:
     """Return the settings of ``one`` that can change a result and differ from ``other``'s."""
     there, here = (_flat(config.model_dump(mode="json")) for config in (one, other))
-    keys = sorted((there.keys() | here.keys()) - _FREE_KEYS)
+    keys = sorted((there.keys() | here.keys()) - _FREE_KEYS - _RESOLVED)
     return {key: there.get(key) for key in keys if there.get(key) != here.get(key)}
 
 
+def portable(config: Config) -> dict[str, Any]:
+    """Return the settings that a checkpoint holds: those that can change a result, but a device."""
+    settings = config.model_dump(mode="json", exclude=_FREE_KEYS | {"device"})
+    del settings["dataset"]["root"]
+    return settings
+
+
 def _kept_config(folder: Path) -> Config:
-    path = folder / "config.yaml"
-    again = "restore this file, or start the run over with --from-stage 1"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file, which holds the settings of this run; {again}")
+    path = _existing(folder / "config.yaml")
     try:
         return read_config(str(path))
     except UserError as error:
-        raise UserError(f"{error}; {again}") from error
+        raise UserError(f"{error}; {_AGAIN}") from error
 
 
 def _kept(path: Path) -> dict[str, Any]:
-    """Read a JSON object of the run folder; empty if there is no such file."""
-    content = read_json(path) if path.is_file() else {}
+    """Read a JSON object of the run folder."""
+    content = read_json(_existing(path))
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object; restore or delete it")
+        raise UserError(f"{path}: holds no JSON object; {_AGAIN}")
     return content
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, which tells what run this folder holds; {_AGAIN}")
+    return path
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -55,14 +55,14 @@ class Log:
         self.say(f"{stage}  epoch {epoch}  {shown}")
 
     @by_first
-    def rewind(self, stage: str, epochs: int) -> None:
-        """Remove a stage's epochs after the first ``epochs``, later stages', and broken lines."""
+    def tidy(self, stage: str = "", epochs: int = 0) -> None:
+        """Remove a stage's epochs after the first ``epochs``, and broken lines; sort by stage."""
         kept = [
-            json.dumps(record) + "\n"
+            record
             for record in read_records(self._metrics)
-            if isinstance(record.get("stage"), str)
-            and isinstance(record.get("epoch"), int)
-            and (record["stage"], record["epoch"]) <= (stage, epochs)
+            if isinstance(record.get("stage"), str) and isinstance(record.get("epoch"), int)
+            if record["stage"] != stage or record["epoch"] <= epochs
         ]
+        kept.sort(key=lambda record: (record["stage"], record["epoch"]))
         if kept or self._metrics.exists():
-            write_text(self._metrics, "".join(kept))
+            write_text(self._metrics, "".join(f"{json.dumps(record)}\n" for record in kept))

@@ -64,7 +64,7 @@ class Progress:
                     f"--from-stage {self._stage.name[0]}"
                 ) from error
         # After a kill between an epoch's line of metrics.jsonl and its state, the epoch is redone.
-        self._stage.log.rewind(self._stage.name, self.epoch)
+        self._stage.log.tidy(self._stage.name, self.epoch)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:

@@ -1,5 +1,6 @@
 """The run folder: which stages are done, what they made, and who may work in it."""
 
+import json
 import math
 import os
 import platform
@@ -21,14 +22,24 @@ from utils.config.schema import Config
 from utils.device import Device
 from utils.distributed import barrier, broadcast, by_first, is_first
 from utils.errors import Stopped, UserError
-from utils.files import read_json, sha256, write_json, write_text, writing
-from utils.run.comparison import refuse_other_run
+from utils.files import read_json, sha256, text_digest, write_json, write_text, writing
+from utils.run.comparison import portable, refuse_other_run
 from utils.run.log import Log, Numbers
 from utils.run.results import environment, stage_table
 from utils.run.signals import stopping_later
 
 Report = dict[str, Any]  # what results.json says of a stage
 _UNFINISHED = "unfinished"  # folder in a stage's
+_STAGES = ["1_supervised", "2_pseudo_label", "3_select", "4_retrain", "5_relabel", "6_retrain"]
+# What stages leave in their folders; other files there are the user's.
+_MADE = (
+    *("checkpoint.pth", "earlier_*.pth", "masks/**/*.png", "confidence.csv", "reliable.txt"),
+    *("unreliable.txt", "query_index.json", "unlabeled_scores.csv", "labeled_scores.csv"),
+)
+
+
+# A run has one config: --from-stage of a later stage would refuse another one.
+_LOWER = "lower optimizer.lr or set precision=fp32, and start over with --from-stage 1"
 
 
 class Stopwatch:
@@ -70,7 +81,12 @@ class Stage:
     def save(self, net: nn.Module, epoch: int, name: str = "checkpoint.pth") -> None:
         """Write a checkpoint: weights, preprocessing, config, stage, number of epochs."""
         content = {"model": net.state_dict(), "preprocessing": net.preprocessing._asdict()}
-        content["config"] = self.config.model_dump(mode="json")
+        if not checkpoint.is_finite(content["model"]):
+            raise UserError(
+                f"{self.name}, epoch {epoch}: weights or running statistics are not finite; "
+                f"{_LOWER}"
+            )
+        content["config"] = portable(self.config)
         checkpoint.save(self.folder / name, {**content, "stage": self.name, "epoch": epoch})
 
     def record(self, epoch: int, numbers: Numbers) -> None:
@@ -92,11 +108,9 @@ class Stage:
             UserError: always.
         """
         but = ", but its gradient is not finite," if math.isfinite(loss) else ""
-        # A run has one config: --from-stage of a later stage would refuse another one.
         raise UserError(
             f"{self.name}, epoch {epoch + 1}, iteration {step + 1}: the loss is {loss:.4g}{but} on "
-            f"{', '.join(images)}; lower optimizer.lr or set precision=fp32, and start over with "
-            "--from-stage 1"
+            f"{', '.join(images)}; {_LOWER}"
         )
 
 
@@ -105,16 +119,11 @@ def checkpoint_of(folder: Path) -> Path:
     return folder / "checkpoint.pth"
 
 
-def _is_finished(folder: Path) -> bool:
-    return (folder / "stage.json").is_file()
-
-
-def _finish(folder: Path, report: Report) -> None:
+def _finish(folder: Path, report: Report, made_from: str) -> None:
     """Write ``stage.json``: the report, and the sha256 of every file that the stage made."""
-    made = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    made = [p for p in made if folder / _UNFINISHED not in p.parents and p.suffix != ".partial"]
+    made = sorted({path for pattern in _MADE for path in folder.glob(pattern)})
     files = {path.relative_to(folder).as_posix(): sha256(path) for path in made}
-    write_json(folder / "stage.json", {**report, "files": files})
+    write_json(folder / "stage.json", {**report, "made_from": made_from, "files": files})
 
 
 def _read_finished(folder: Path) -> tuple[Report, dict[str, str]]:
@@ -135,6 +144,7 @@ def _read_finished(folder: Path) -> tuple[Report, dict[str, str]]:
         raise UserError(
             f"{folder / spoilt[0]}{more}: changed or gone since {folder.name} ended; {again}"
         )
+    del content["made_from"]
     return content, files
 
 
@@ -188,7 +198,7 @@ class Run:
         config: the run's settings; kept as ``config.yaml``.
         from_stage: do stages of this number and later again; None continues the run.
         fresh: remove all that the run has made, with its logs.
-        lists: digests of the lists of images, by name; kept as ``lists.json``.
+        lists: digests of the lists of images and of their files; kept as ``lists.json``.
 
     Attributes:
         device: where and in which precision networks run.
@@ -246,12 +256,15 @@ class Run:
 
         Raises:
             UserError: the stage is done, and a file of it is gone or has changed.
+
+        A stage that was made from other files than the stages before it hold now is done again.
         """
         folder = self.folder / name
-        if broadcast(_is_finished, folder):
+        made_from = text_digest(json.dumps(self._files))
+        if broadcast(self._is_done, folder, made_from):
             self.log.say(f"{name}: done before")
         else:
-            self._work(name, work, inputs)
+            self._work(name, work, inputs, made_from)
         self.stages[name], files = broadcast(_read_finished, folder)
         self._files |= {f"{name}/{file}": digest for file, digest in files.items()}
         return folder
@@ -259,6 +272,7 @@ class Run:
     @by_first
     def finish(self) -> None:
         """Write results.json: the last stage's mIoU, every stage's report, every file's sha256."""
+        self.log.tidy()
         last = next(reversed(self.stages.values()))
         others = ("config.yaml", "lists.json", "environment.json", "metrics.jsonl", "examples.png")
         there = [self.folder / name for name in others if (self.folder / name).is_file()]
@@ -273,7 +287,20 @@ class Run:
         write_json(self.folder / "results.json", results)
         self.log.say(stage_table(self.stages, self.config.evaluate.checkpoint))
 
-    def _work(self, name: str, work: Callable[..., Report], inputs: tuple[Any, ...]) -> None:
+    def _is_done(self, folder: Path, made_from: str) -> bool:
+        """Tell whether a stage has ended; remove one that was made from other files."""
+        if not (folder / "stage.json").is_file():
+            return False
+        content = read_json(folder / "stage.json")
+        if not isinstance(content, dict) or content.get("made_from", made_from) == made_from:
+            return True
+        self.log.say(f"{folder.name}: was made from other files of earlier stages; done again")
+        self._remove_stages(int(folder.name[0]))
+        return False
+
+    def _work(
+        self, name: str, work: Callable[..., Report], inputs: tuple[Any, ...], made_from: str
+    ) -> None:
         folder = self.folder / name
         with writing(folder):
             folder.mkdir(exist_ok=True)
@@ -287,12 +314,13 @@ class Run:
                 watch.note()
             raise
         barrier()  # every process has written its files
-        by_first(_finish)(folder, {**report, "seconds": watch.seconds})
+        by_first(_finish)(folder, {**report, "seconds": watch.seconds}, made_from)
 
     def _prepare(self) -> None:
         """Compare with what the folder holds, and remove what is to be done again."""
         first = 1 if self._fresh else self._from_stage
-        if first != 1 and any(self.folder.glob("[1-6]_*/*")):
+        traces = [self.folder / x / y for x in _STAGES for y in ("stage.json", _UNFINISHED)]
+        if first != 1 and any(trace.exists() for trace in traces):
             refuse_other_run(self.folder, self.config, self._lists, self.device, self.log.say)
         if first is not None:
             self._remove_stages(first)
@@ -304,11 +332,17 @@ class Run:
         write_json(self.folder / "lists.json", self._lists)
 
     def _remove_stages(self, first: int) -> None:
-        """Remove stages, their results and numbers; after a kill halfway none looks finished."""
-        folders = [f for f in sorted(self.folder.glob("[1-6]_*")) if int(f.name[0]) >= first]
-        results = (self.folder / "results.json", self.folder / "examples.png")
-        _remove(*results, *(folder / "stage.json" for folder in folders), *folders)
-        self.log.rewind(str(first), 0)
+        """Remove what stages made, their results and numbers; files of others stay."""
+        folders = [self.folder / name for name in _STAGES[first - 1 :]]
+        _remove(self.folder / "results.json", self.folder / "examples.png")
+        _remove(*(folder / "stage.json" for folder in reversed(folders)))
+        for folder in folders:
+            made = [path for pattern in _MADE for path in folder.glob(pattern)]
+            _remove(folder / _UNFINISHED, *made, *folder.rglob(".*.partial"))
+            for place in (*sorted(folder.rglob("*/"), reverse=True), folder):
+                with suppress(OSError):  # something is in there
+                    place.rmdir()
+            self.log.tidy(folder.name)
 
     def _log_stop(self, _: object, error: BaseException | None, __: object) -> None:
         if isinstance(error, Stopped):
