@@ -233,6 +233,7 @@ def _mean_entropy(probability: Tensor, region: Tensor, label: Tensor) -> Tensor:
     """Binary cross entropy averaged over the valid pixels of each map: (..., H, W) to (...)."""
     bounded = probability.clamp(_PROBABILITY_EPS, 1.0 - _PROBABILITY_EPS)
     with full_precision(probability):
-        loss = F.binary_cross_entropy(bounded, region.to(bounded.dtype), reduction="none")
+        # torch's binary_cross_entropy asserts where a probability is NaN; this loss becomes NaN.
+        loss = -torch.where(region, bounded.log(), (-bounded).log1p())
     valid = (label != IGNORE).to(loss.dtype)
     return (loss * valid).sum(dim=(-2, -1)) / valid.sum(dim=(-2, -1)).clamp_min(1)

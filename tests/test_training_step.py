@@ -13,7 +13,6 @@ from model.mixing import View, cut_mix, cut_out, paste_queried
 from model.ops.layers import SegmentationNetwork
 from train import (
     ClassThresholds,
-    Loss,
     Rule,
     label_confidence,
     predicted_labels,
@@ -256,11 +255,8 @@ def test_parts_of_a_batch_give_the_update_of_the_batch(pair, samples, kind, coun
 def test_a_step_that_is_not_finite_updates_nothing(net, pair):
     before = {key: value.clone() for key, value in net.state_dict().items()}
     optimization = Optimization(net, OptimizerSection(), 9, CPU.scaler())
-
-    def objective(student, part, _):
-        total = student(part.image).logits.mean() * torch.nan
-        return Loss(total, {"ce": total})
-
+    objective = partial(supervised_objective, labeled_loss=cross_entropy, consistency=1.0)
+    pair = pair._replace(image=pair.image * torch.nan)
     _, spoilt = training_step(net, objective, optimization, CPU, pair, 0)
     assert spoilt != spoilt
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
