@@ -24,7 +24,6 @@ from dataset.catalog import describe
 from dataset.lists import (
     Sample,
     Splits,
-    find_faults,
     find_pictures,
     mask_file,
     read_label,
@@ -32,6 +31,7 @@ from dataset.lists import (
     read_splits,
     read_val,
     readable,
+    refuse_faults,
 )
 from dataset.loader import Chance, whole_images
 from dataset.query import Querier, QueryRule, build_query_index, read_selection
@@ -133,8 +133,7 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> str:
     samples = [sample for sample in listed if sample.mask and sample.name in unlabeled]
     if not samples:
         raise UserError(f"{truth}: names no unlabeled image of this run with a mask beside it")
-    for fault in find_faults(Splits([], [], samples), kind):
-        raise UserError(fault.line)
+    refuse_faults(Splits([], [], samples), kind)
     lines, mious = [], defaultdict(dict)  # by stage and image
     for stage in ("2_pseudo_label", "5_relabel"):
         matrix, valid = ConfusionMatrix(classes), 0
@@ -331,7 +330,7 @@ def run(arguments: argparse.Namespace) -> None:
     say(table(results))
     if arguments.json is not None:
         stage = {"miou": results["miou"], "epoch": content.get("epoch")}
-        stages = {content.get("stage", "checkpoint"): stage}
+        stages = {str(content.get("stage", "checkpoint")): stage}
         by_first(write_json)(arguments.json, {"name": config.name, **results, "stages": stages})
 
 

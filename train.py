@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from dataset.cache import sample_reader
 from dataset.catalog import describe
-from dataset.lists import Sample, SampleReader, Splits, mask_file, read_splits, with_pseudo_masks
+from dataset.lists import (
+    Sample,
+    SampleReader,
+    Splits,
+    mask_file,
+    read_splits,
+    refuse_faults,
+    with_pseudo_masks,
+)
 from dataset.loader import Chance, batch_keys, training_batches, whole_images
 from dataset.query import (
     QueriedImage,
@@ -121,6 +129,8 @@ def train(config: Config, from_stage: int | None = None, fresh: bool = False) ->
     refuse_crop(config.model.backbone, config.augment.crop_size)
     index = build_query_index(splits.labeled, QueryRule.of(config.query, kind))
     with Run(config, from_stage, fresh, splits.digests()) as run:
+        if broadcast(lambda: run.is_new):  # a truncated image shall not end a later stage
+            broadcast(refuse_faults, splits, kind, decode=True)
         first = final = run.stage("1_supervised", train_supervised, splits, index)
         teacher, pseudo_labeled = first, splits.unlabeled
         if 2 in config.stages:
@@ -140,8 +150,8 @@ def train(config: Config, from_stage: int | None = None, fresh: bool = False) ->
             pseudo_labeled += with_pseudo_masks(unreliable, masks / "masks")
         if 6 in config.stages:
             final = run.stage("6_retrain", retrain, splits, pseudo_labeled, teacher, index)
-        _draw(run, splits.val, first, final)
         run.finish()
+        _draw(run, splits.val, first, final)
 
 
 def train_supervised(stage: Stage, splits: Splits, index: QueryIndex) -> Report:

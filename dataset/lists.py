@@ -214,9 +214,14 @@ def read_splits(section: DatasetSection, fields: Sequence[str] = Splits._fields)
         UserError: as ``read_lists``, or the first fault of ``find_faults``.
     """
     splits = read_lists(section, fields)
-    for fault in find_faults(splits, describe(section)):
-        raise UserError(fault.line)
+    refuse_faults(splits, describe(section))
     return splits
+
+
+def refuse_faults(splits: Splits, kind: Kind, decode: bool = False) -> None:
+    """Raise the first fault of ``find_faults`` as a ``UserError``."""
+    for fault in find_faults(splits, kind, decode):
+        raise UserError(fault.line)
 
 
 def read_val(section: DatasetSection) -> list[Sample]:
@@ -365,7 +370,7 @@ def _complaint(unknown: Mapping[int, Path], kind: Kind) -> str:
 
 def find_root(section: DatasetSection) -> Path:
     """Return the folder that paths are relative to; a ``UserError`` if there is none."""
-    root = Path(section.root).expanduser()
+    root = Path(section.root)
     if root.is_dir():
         return root
     drawn = f" (python -m dataset.demo {root} draws it)" if section.kind == "demo" else ""

@@ -75,6 +75,7 @@ def test_unlabeled_image_that_cannot_be_read_is_found_before_anything_trains(
         ("model.pretrained=x.pth", ["x.pth: no such file", "model.pretrained"]),
         ("outdir=/dev/null", ["/dev/null/demo/lock: cannot write this file"]),
         ("device=cuda:99", ["device", "'cuda:99'", "auto, cpu"]),
+        ("device=meta", ["device", "'meta'", "auto, cpu"]),
         ("precision=fp16", ["precision", "'fp16'", "fp32 or bf16"]),
     ],
 )
@@ -83,6 +84,15 @@ def test_bad_settings(train, monkeypatch, no_step, setting, told):
         monkeypatch.setattr(train_program, "fit", no_step)
     line = train(setting)
     assert [part for part in told if part not in line] == []
+
+
+def test_a_truncated_unlabeled_image_is_found_before_anything_trains(
+    train, demo_copy, monkeypatch, no_step
+):
+    monkeypatch.setattr(train_program, "fit", no_step)
+    path = demo_copy / "JPEGImages" / "0009.jpg"
+    path.write_bytes(path.read_bytes()[:700])  # its header is whole
+    assert f"{path}: cannot read this picture" in train(f"dataset.root={demo_copy}")
 
 
 def test_backbone_weights_that_are_missing_or_do_not_fit(train, monkeypatch, tmp_path):
@@ -98,7 +108,7 @@ def test_backbone_weights_that_are_missing_or_do_not_fit(train, monkeypatch, tmp
 
 def test_program_as_typed(demo_copy, tmp_path, run_program):
     for path in demo_copy.glob("JPEGImages/00*.jpg"):
-        path.write_bytes(path.read_bytes()[:700])  # met in a worker
+        path.write_bytes(path.read_bytes()[:700])
     settings = [f"dataset.root={demo_copy}", "workers=1", "device=cpu", "outdir=out"]
     settings += ["supervised.batch_size=4", "retrain.batch_size=4"]
     done = run_program(ROOT / "train.py", "--config", "demo.yaml", *settings, cwd=tmp_path)

@@ -224,6 +224,8 @@ def test_a_worker_that_dies_alone_is_an_error():
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError("could not create a primitive"),
+        MemoryError(),
     ],
 )
 def test_memory_that_runs_out_is_told_with_what_takes_less(error, complaint):
@@ -233,6 +235,29 @@ def test_memory_that_runs_out_is_told_with_what_takes_less(error, complaint):
     line = complaint(SimpleNamespace(main=main, __file__="program.py"))
     assert line.startswith("error: memory: ")
     assert "raise supervised.accumulate and retrain.accumulate, or lower batch_size" in line
+
+
+SAY = """
+import sys
+from pathlib import Path
+from utils.errors import exit_with_one_line
+from utils.run.log import Log
+def main():
+    log = Log(Path(sys.argv[1]))
+    for number in range(3):
+        log.say(f"ü {number}")
+exit_with_one_line(main)
+"""
+
+
+@pytest.mark.parametrize("to", ["> /dev/full", "| head -0", "> out"])
+def test_a_run_goes_on_where_nothing_can_be_printed(tmp_path, to):
+    command = f'set -o pipefail; "$0" -c "$1" "$2" {to}'
+    words = ["bash", "-c", command, sys.executable, SAY, str(tmp_path)]
+    places = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    done = subprocess.run(words, env={**os.environ, **places}, cwd=tmp_path, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "log.txt").read_text("utf-8").count("ü") == 3
 
 
 def test_an_error_of_ours_keeps_its_traceback():

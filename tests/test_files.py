@@ -10,7 +10,7 @@ from PIL import Image
 from dataset.catalog import KINDS
 from dataset.reading import read_mask
 from utils.files import read_json, write_atomically, write_json
-from utils.panels import save_mask, save_panel
+from utils.panels import save_mask, save_overlay, save_panel
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path):
@@ -68,6 +68,15 @@ def test_panel_shows_every_picture_at_its_place(tmp_path, size):
             assert (y.mean() > panel.shape[0] / 2) == (row == 1)
             assert (x.mean() > panel.shape[1] / 2) == (column == 1)
     assert (panel == (1, 2, 3)).all(axis=2).any()  # the legend's swatch
+
+
+def test_pictures_of_extreme_shapes_are_drawn(tmp_path):
+    narrow = Image.new("RGB", (7, 3000))
+    save_panel(tmp_path / "p.png", ["one"], [[narrow]], [("cat", (1, 2, 3))])
+    wide = Image.new("RGB", (70_000, 4))
+    ids = np.zeros((4, 70_000), np.uint8)
+    save_overlay(tmp_path / "o.jpg", wide, ids, KINDS["demo"].palette())
+    assert Image.open(tmp_path / "o.jpg").width == 65_500
 
 
 def test_legend_of_many_classes_breaks_into_lines(tmp_path):

@@ -162,7 +162,8 @@ def test_confidence_of_masks_that_are_there_is_kept_exactly(labeling):
 def test_lines_that_are_cut_short_or_garbage_do_not_count(labeling):
     stage, masks = labeling
     path = stage.unfinished / "masks.0.jsonl"
-    path.write_bytes(b"\xff\n[]\n{}\n" + path.read_bytes() + b'\n{"image": "c.jpg", "conf')
+    edited = b'{"image": [], "confidence": 1.0, "mask": "a"}\n'
+    path.write_bytes(b"\xff\n[]\n{}\n" + edited + path.read_bytes() + b'\n{"image": "c.jpg", "conf')
     assert set(Journal(stage).read()) == {"a.jpg", "b.jpg"}
     Journal(stage).add(["d.jpg"], masks[:1], [0.5])
     path.rename(path.with_name("masks.1.jsonl"))  # of another process

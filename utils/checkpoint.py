@@ -133,11 +133,14 @@ def weights_in(content: dict[str, Any], path: Path) -> Weights:
     weights = content.get("model", content)
     if not isinstance(weights, dict):
         raise UserError(f"{path}: its 'model' holds no weights; take a checkpoint of a network")
-    return {
+    weights = {
         key.removeprefix("module."): value
         for key, value in weights.items()
         if isinstance(key, str) and isinstance(value, Tensor)
     }
+    if any(value.is_meta or value.layout != torch.strided for value in weights.values()):
+        raise UserError(f"{path}: holds sparse tensors, or no numbers; take another checkpoint")
+    return weights
 
 
 def _backbone_of(weights: Weights, backbone: nn.Module) -> Weights:

@@ -78,8 +78,8 @@ def _find_device(name: str) -> torch.device:
 def _existing(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # "meta" has no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
             f"device: '{name}' is not on this machine; take auto, cpu, cuda, cuda:N or mps"
         ) from error

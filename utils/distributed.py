@@ -4,6 +4,9 @@ All processes must call a function that is collective, in the same order. In a p
 it returns what it is given.
 """
 
+import ctypes
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from utils.errors import Stopped, UserError
 
 P, K, T = ParamSpec("P"), TypeVar("K"), TypeVar("T")
+_PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 _TIMEOUT = timedelta(hours=12)  # of collectives: one process may hash or download alone
 # The name of DistributedDataParallel's argument before and since torch 2.13.
 _KNOWN = signature(nn.parallel.DistributedDataParallel).parameters
@@ -139,6 +143,8 @@ def joined() -> Iterator[None]:
     if not dist.is_torchelastic_launched():
         yield
         return
+    if sys.platform == "linux":  # a torchrun that is killed cannot end its processes
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
     # Decisions are reduced on the CPU, gradients on the device.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=_TIMEOUT)

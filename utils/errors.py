@@ -1,6 +1,8 @@
 """The one error that users see, and how a program ends."""
 
 import argparse
+import errno
+import io
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -44,11 +46,14 @@ def exit_with_one_line(program: Callable[[], None]) -> None:
 
     SIGINT and SIGTERM end it with the shells' codes, 130 and 143.
     """
+    for stream in (sys.stdout, sys.stderr):  # names of classes and files, on an ASCII terminal
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         program()
     except UserError as error:
         _exit(2, "\n  ".join([f"error: {error}", *error.rows]))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         line = _line_of(error)
         if line is None:
             raise
@@ -65,13 +70,20 @@ def _exit(code: int, line: str) -> NoReturn:
     sys.exit(code)
 
 
-def _line_of(error: RuntimeError) -> str | None:
+def _line_of(error: RuntimeError | MemoryError | OSError) -> str | None:
     """Say in a line what a user can do about an error of torch or the system; None if nothing."""
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        return "files: the system lets this program open no more; raise its limit (ulimit -n 4096)"
+    if isinstance(error, BrokenPipeError):
+        return "standard output: was closed before all was printed"
     what = str(error).split("\n")[0].split(". ")[0]
     if what.startswith("DataLoader worker (pid"):  # raised wherever the program is
         hint = "if memory ran out lower workers; the same command continues"
         return f"workers: {what}, a process that reads images; {hint}"
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    known = ("can't allocate memory", "could not create a primitive", "not enough memory")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        x in str(error) for x in known
+    ):
         return (
             f"memory: {what}; raise supervised.accumulate and retrain.accumulate, or lower "
             "batch_size, augment.crop_size, inference.batch_size or, in stages 2 and 5, "

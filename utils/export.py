@@ -1,6 +1,7 @@
 """Networks as files that run without this project: ONNX, or torch's own .pt2."""
 
 import copy
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -157,8 +158,9 @@ def _capture(net: nn.Module) -> torch.export.ExportedProgram:
 
 
 def _write_pt2(net: nn.Module, path: Path) -> None:
-    with path.open("wb") as file:  # a path would have to end in .pt2
-        torch.export.save(_capture(net), file)
+    content = io.BytesIO()  # on a full disk torch's own writer aborts the process
+    torch.export.save(_capture(net), content)
+    path.write_bytes(content.getbuffer())
 
 
 def _read_pt2(path: Path) -> Run:

@@ -17,6 +17,7 @@ from utils.files import write_atomically
 
 Entry = tuple[str, tuple[int, int, int]]  # of a legend: class name and colour
 _MARGIN, _LINE = 6, 18  # pixels
+_JPEG = 65_500  # pixels, the longest side
 
 
 class Classes(Protocol):
@@ -37,6 +38,8 @@ def save_mask(path: Path, ids: np.ndarray, palette: bytes) -> None:
 def save_overlay(path: Path, image: Image.Image, ids: np.ndarray, palette: bytes) -> None:
     """Write an RGB picture under its half-transparent classes, as JPEG, atomically.
 
+    A picture that is larger than JPEG can be (65,500 pixels) is shrunk.
+
     Args:
         path: where.
         image: the picture.
@@ -44,6 +47,7 @@ def save_overlay(path: Path, image: Image.Image, ids: np.ndarray, palette: bytes
         palette: 768 bytes, the colours of the ids.
     """
     picture = Image.blend(image, in_colour(ids, palette).convert("RGB"), 0.5)
+    picture.thumbnail((_JPEG, _JPEG))
     _save(picture, path, "JPEG", quality=92)
 
 

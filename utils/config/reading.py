@@ -5,6 +5,7 @@ import os.path
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from reprlib import Repr
 from typing import Any, get_args
 
 import yaml
@@ -19,8 +20,23 @@ METHODS = sorted(file.stem for file in (CONFIGS / "methods").glob("*.yaml"))
 Layer = tuple[str, Mapping[str, Any]]  # where settings come from, and the settings
 
 
+_SHORT = Repr()  # of values: one from a checkpoint may hold itself, or a billion parts
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 3, 20, 20
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML with keys as strings, none of them twice: YAML itself keeps the last one silently."""
+    """YAML with keys as strings, none of them twice: YAML itself keeps the last one silently.
+
+    Without aliases: a few lines of them make gigabytes.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            message = "aliases (*name, <<) are not read; write the value out, or use base:"
+            raise yaml.composer.ComposerError(None, None, message, mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         keys = [str(self.construct_object(key, deep=True)) for key, _ in node.value]
@@ -96,6 +112,8 @@ def _file_layers(name: str) -> list[Layer]:
             content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         except (OSError, yaml.YAMLError, ValueError) as error:  # or not UTF-8, no such date
             raise UserError(f"{path}: not YAML: {error}") from error
+        except RecursionError:
+            raise UserError(f"{path}: is nested too deeply for a config") from None
         if not isinstance(content, dict):
             raise UserError(f"{path}: holds no 'key: value' lines")
         base = content.pop("base", None)
@@ -120,7 +138,7 @@ def _override(text: str) -> Layer:
         raise UserError(f"'{text}': settings on the command line read key=value")
     try:
         parsed: Any = yaml.load(value, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"'{text}': the value is not YAML") from error
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
@@ -146,7 +164,7 @@ def _explain(error: ValidationError, layers: Sequence[Layer]) -> str:
         "model_type": "a section holds 'key: value' lines",
         "missing": "more values are wanted",
     }.get(kind, first["msg"].removeprefix("Value error, "))
-    return f"{source}: {key}: {first['input']!r} is not allowed: {allowed}"
+    return f"{source}: {key}: {_SHORT.repr(first['input'])} is not allowed: {allowed}"
 
 
 def _sets(values: Any, path: Sequence[str]) -> bool:

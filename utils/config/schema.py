@@ -1,5 +1,6 @@
 """A run's settings: typed, explained, read from YAML, checked before anything starts."""
 
+from os.path import expanduser
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -25,6 +26,8 @@ def _ordered(numbers: tuple[float, float]) -> tuple[float, float]:
 def _distinct(names: list[str]) -> list[str]:
     if len(set(names)) < len(names):
         raise ValueError("two classes have one name")
+    if any("\ud800" <= letter <= "\udfff" for name in names for letter in name):
+        raise ValueError("a class name holds half of a character, which no file can hold")
     return names
 
 
@@ -48,6 +51,7 @@ def _runnable(stages: list[int]) -> list[int]:
     return stages
 
 
+Folder = Annotated[str, AfterValidator(expanduser)]
 Stages = Annotated[list[int], AfterValidator(_runnable)]
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
 
@@ -71,7 +75,7 @@ class DatasetSection(Section):
     """The images. A list is in the working folder or in the root, not in both."""
 
     kind: str  # a name of dataset.catalog, or 'custom' with classes
-    root: str  # folder that the lists' paths are relative to
+    root: Folder  # folder that the lists' paths are relative to
     # A published list of dataset/published, such as 1_16, instead of labeled, unlabeled and val.
     split: SplitName | None = None
     labeled: str = "labeled.txt"  # image and mask a line
@@ -263,7 +267,7 @@ class Config(Section):
     """One run of the six stages."""
 
     name: str = Field(pattern=r"^\w[\w.+-]*$")  # run folder: <outdir>/<name>
-    outdir: str = "outdir"
+    outdir: Folder = "outdir"
     seed: int = Field(0, ge=0)  # of all random numbers: weights, order, augmentation, dropout
     device: str = "auto"  # auto (the first accelerator, else the CPU), cpu, cuda, cuda:1, mps
     # Arithmetic of convolutions and matrix products; auto: see docs/devices.md.

@@ -1,6 +1,8 @@
 """What a run reports while it works: log.txt, metrics.jsonl, TensorBoard, the terminal."""
 
 import json
+import os
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -39,7 +41,11 @@ class Log:
     @by_first
     def say(self, text: str) -> None:
         """Print a line above any progress bar, and keep it in log.txt."""
-        tqdm.write(text)
+        try:
+            tqdm.write(text)
+            sys.stdout.flush()
+        except OSError:  # a closed pipe, a full disk: the run goes on, its log tells all
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         append_text(self._text, f"{now} {text}\n")
 

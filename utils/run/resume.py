@@ -139,8 +139,8 @@ class Journal:
         return dict(zip(images, confidences, strict=True))
 
     def _is_there(self, record: dict[str, Any]) -> bool:
-        whole = set(_KEYS) <= record.keys()
-        return whole and (self._stage.folder / str(record["mask"])).is_file()
+        whole = all(isinstance(record.get(key), kind) for key, kind in _KEYS.items())
+        return whole and (self._stage.folder / record["mask"]).is_file()
 
 
-_KEYS = ("image", "confidence", "mask")  # of a line of the journal
+_KEYS = {"image": str, "confidence": float, "mask": str}  # of a line of the journal

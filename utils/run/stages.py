@@ -205,6 +205,7 @@ class Run:
         folder: of the run.
         stages: what each finished stage reported, by its name.
         log: takes lines and numbers.
+        is_new: in the block, on rank 0: nothing was kept that the run could continue.
 
     Raises:
         UserError: the device does not exist. Entering the block raises it where another run works
@@ -223,6 +224,7 @@ class Run:
         self.folder = Path(config.outdir) / config.name
         self.stages: dict[str, Report] = {}
         self.log = Log(self.folder)
+        self.is_new = True
         self._from_stage, self._fresh, self._lists = from_stage, fresh, dict(lists)
         self._files: dict[str, str] = {}
 
@@ -274,7 +276,7 @@ class Run:
         """Write results.json: the last stage's mIoU, every stage's report, every file's sha256."""
         self.log.tidy()
         last = next(reversed(self.stages.values()))
-        others = ("config.yaml", "lists.json", "environment.json", "metrics.jsonl", "examples.png")
+        others = ("config.yaml", "lists.json", "environment.json", "metrics.jsonl")
         there = [self.folder / name for name in others if (self.folder / name).is_file()]
         results = {
             "name": self.config.name,
@@ -311,7 +313,8 @@ class Run:
             report = work(stage, *inputs)
         except BaseException:
             if stage.unfinished.is_dir():
-                watch.note()
+                with suppress(UserError):  # the disk may be full: the first error says more
+                    watch.note()
             raise
         barrier()  # every process has written its files
         by_first(_finish)(folder, {**report, "seconds": watch.seconds}, made_from)
@@ -320,7 +323,8 @@ class Run:
         """Compare with what the folder holds, and remove what is to be done again."""
         first = 1 if self._fresh else self._from_stage
         traces = [self.folder / x / y for x in _STAGES for y in ("stage.json", _UNFINISHED)]
-        if first != 1 and any(trace.exists() for trace in traces):
+        self.is_new = first == 1 or not any(trace.exists() for trace in traces)
+        if not self.is_new:
             refuse_other_run(self.folder, self.config, self._lists, self.device, self.log.say)
         if first is not None:
             self._remove_stages(first)
