@@ -2,14 +2,16 @@
 
 python tests/faults.py [--kills 20] [--seed 0]
 
-A tiny demo run is done once in peace. Then, for every kill, it is begun anew, killed with SIGKILL
-(each kill in its own share of the run's duration), and gone on with by the same command. Weights,
-masks, lists, CSVs, metrics.jsonl and results.json must be the same to the last bit, but for times.
+A tiny demo run is done once in peace. Then, for every kill, it is begun anew, or begun over with
+--from-stage or --fresh; killed with SIGKILL, by turns in a share of the run's duration of its own
+and right before or after a file is renamed or removed; and gone on with. Weights, masks, lists,
+CSVs, metrics.jsonl and results.json must be the same to the last bit, but for times.
 Exit code 1 if one is not.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -17,7 +19,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from dataset.demo.writing import write_demo  # noqa: E402
 from utils.errors import exit_with_one_line  # noqa: E402
 from utils.files import sha256  # noqa: E402
 
+_COMMANDS = ("", "--from-stage 2", "", "--fresh demo", "--from-stage 4")
 _TIMES = ("seconds", "images_per_second")
 _SETTINGS = """outdir=out device=cpu precision=fp32 workers=1 checkpoint_every=2 evaluate.every=1
     inference.batch_size=3 augment.base_size=48 augment.crop_size=32 pseudo_label.scales=[1.0]
@@ -47,25 +51,54 @@ def quiet_run(folder: Path) -> tuple[dict[str, Any], float]:
     return outcome(folder / "out" / "demo"), time.monotonic() - start
 
 
-def killed_run(folder: Path, moment: float, expected: dict[str, Any]) -> tuple[float, str, list]:
+def killed_run(
+    folder: Path, words: Sequence[str], moment: float, expected: dict[str, Any]
+) -> tuple[float, str, list]:
     """Kill a run, go on, and compare; a run that is over before its kill is done again, sooner.
 
-    Returns the moment, seconds after the start; the stage under way; what differs.
+    Args:
+        folder: with the data, and the quiet run as ``quiet``.
+        words: of the command that is killed; with some it begins where the quiet run ended.
+        moment: seconds after the start; or, below 0, how many files are renamed or removed before:
+            -3 is right before the third time, -3.5 right after it.
+        expected: outcome of the quiet run.
+
+    Returns the moment, the stage under way, and what differs.
     """
     while True:
         shutil.rmtree(folder / "out", ignore_errors=True)
-        process = _start(folder)
-        time.sleep(moment)
-        os.kill(process, signal.SIGKILL)
+        if words:
+            shutil.copytree(folder / "quiet", folder / "out")
+        process = _start(folder, words, -moment)
+        if moment > 0:
+            time.sleep(moment)
+            os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
         if os.WIFSIGNALED(status):
             break
-        moment *= 0.9
+        moment = moment * 0.9 if moment > 0 else math.ceil(moment * 0.9)
     place = stage_under_way(folder / "out" / "demo")
     _wait(_start(folder))
     found = outcome(folder / "out" / "demo")
     names = sorted(expected.keys() | found.keys())
     return moment, place, [name for name in names if expected.get(name) != found.get(name)]
+
+
+def _kill_at(operations: float) -> None:
+    """Let this process die right before, or half a number later right after, a file operation."""
+    count = 0
+
+    def fatal(operation: Callable[..., None], *args: Any, **keys: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == operations:
+            os.kill(os.getpid(), signal.SIGKILL)
+        operation(*args, **keys)
+        if count + 0.5 == operations:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for name in ("replace", "unlink", "rmdir"):
+        setattr(os, name, partial(fatal, getattr(os, name)))
 
 
 def outcome(run: Path) -> dict[str, Any]:
@@ -93,16 +126,17 @@ def stage_under_way(run: Path) -> str:
     return f"after {begun[-1].name}" if (begun[-1] / "stage.json").exists() else begun[-1].name
 
 
-def _start(folder: Path) -> int:
+def _start(folder: Path, more: Sequence[str] = (), operations: float = 0) -> int:
     """Begin ``train.py`` in a process of its own, with all imports done; return its id."""
     process = os.fork()
     if process:
         return process
     os.chdir(folder)
+    _kill_at(operations)
     with Path("printed.txt").open("a") as printed:
         os.dup2(printed.fileno(), 1)
         os.dup2(printed.fileno(), 2)
-    words = [*_SETTINGS.split(), "dataset.root=data"]
+    words = [*_SETTINGS.split(), "dataset.root=data", *more]
     sys.argv = ["train.py", "--config", str(ROOT / "configs" / "demo.yaml"), *words]
     code = 1
     try:
@@ -130,12 +164,18 @@ def main(words: Sequence[str] | None = None) -> None:
         write_demo(folder / "data", palette, train=10, labeled=4, val=2, size=(36, 48))
         expected, duration = quiet_run(folder)
         print(f"quiet run: {duration:.1f} s, {len(expected)} files", flush=True)
+        (folder / "out").rename(folder / "quiet")
         for number in range(arguments.kills):  # each in its own share of the duration
+            words = _COMMANDS[number // 2 % len(_COMMANDS)].split()
             moment = duration * (number + chance.random()) / arguments.kills
-            moment, place, differing = killed_run(folder, moment, expected)
+            if number % 2:
+                moment = -chance.randint(2, 120) / 2
+            moment, place, differing = killed_run(folder, words, moment, expected)
+            at = f"{moment:.2f} s" if moment > 0 else f"file {-moment:g}"
             verdict = f"differs: {', '.join(differing)}" if differing else "identical"
             failed += bool(differing)
-            print(f"{number + 1:>3} {moment:7.2f} s  {place:<22} {verdict}", flush=True)
+            command = " ".join(words)
+            print(f"{number + 1:>3} {command:<14} {at:>9}  {place:<22} {verdict}", flush=True)
     print(f"{arguments.kills - failed} of {arguments.kills} identical")
     sys.exit(1 if failed else 0)
 

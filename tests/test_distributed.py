@@ -8,6 +8,7 @@ import sys
 import time
 from collections import OrderedDict
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,6 +264,13 @@ def test_an_image_that_one_process_cannot_read_ends_all_with_one_line(
     assert said.count("Traceback") == 1  # torchrun's own
 
 
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.mark.exhaustive
 def test_a_run_of_two_processes_is_stopped_and_continues_to_its_end(
     demo_root, tmp_path, tiny_settings
@@ -271,14 +279,17 @@ def test_a_run_of_two_processes_is_stopped_and_continues_to_its_end(
     words += ["retrain.epochs=1", "supervised.epochs=5"]
     log = tmp_path / "cut" / "log.txt"
     with torchrun(2, *words) as processes:
-        deadline = time.monotonic() + 60
-        while not (log.is_file() and "epoch 1" in log.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_until(lambda: log.is_file() and "epoch 1" in log.read_text())
         processes.send_signal(signal.SIGTERM)
         _, said = processes.communicate(timeout=60)
     assert said.count("stopped by SIGTERM; the same command") == 1
     state = checkpoint.load(tmp_path / "cut" / "1_supervised" / "unfinished" / "resume.pth")
     assert 1 <= state["epoch"] < 5
+    with torchrun(2, *words) as processes:  # its processes end with it
+        wait_until(lambda: log.read_text().count("on cpu") == 2)
+        children = Path(f"/proc/{processes.pid}/task/{processes.pid}/children").read_text().split()
+        processes.kill()
+    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
     with torchrun(2, *words) as processes:
         _, said = processes.communicate(timeout=300)
     assert processes.returncode == 0, said
