@@ -251,8 +251,8 @@ def test_baselines_are_switches(demo_root, tmp_path, tiny_settings):
 @pytest.mark.parametrize(
     "model",
     [
-        pytest.param("model.backbone=timm/convnext_atto", marks=pytest.mark.exhaustive),
-        pytest.param("model.backbone=timm/mobilenetv3_small_050", marks=pytest.mark.exhaustive),
+        pytest.param("model.backbone=timm/convnext_tiny", marks=pytest.mark.exhaustive),
+        pytest.param("model.backbone=timm/mobilenetv3_large_100", marks=pytest.mark.exhaustive),
         "model={name: dpt, backbone: timm/vit_tiny_patch16_224}",
     ],
 )

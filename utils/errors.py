@@ -85,8 +85,8 @@ def _line_of(error: RuntimeError | MemoryError | OSError) -> str | None:
         x in str(error) for x in known
     ):
         return (
-            f"memory: {what}; raise supervised.accumulate and retrain.accumulate, or lower "
-            "batch_size, augment.crop_size, inference.batch_size or, in stages 2 and 5, "
-            "pseudo_label.neighbour_scales; what was done is kept"
+            f"memory: {what or 'there is no more'}; raise supervised.accumulate and "
+            "retrain.accumulate, or lower batch_size, augment.crop_size, inference.batch_size or, "
+            "in stages 2 and 5, pseudo_label.neighbour_scales; what was done is kept"
         )
     return None
