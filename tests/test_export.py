@@ -1,8 +1,10 @@
 import copy
+import resource
 from functools import partial
 
 import pytest
 import torch
+from conftest import refusal
 from networks import FAMILIES, family, with_statistics
 from timm.layers import AvgPool2dSame, Conv2dSame
 from torch import nn
@@ -54,6 +56,18 @@ def test_round_trip_at_another_size(network, tmp_path, capfd, suffix):
     assert capfd.readouterr() == ("", "")
     images = torch.randn(UNSEEN)
     assert_agrees(answer_of(path, images), logits_of(network, images))
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_and_leaves_no_file(network, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # bytes; less than the weights
+    try:
+        line = refusal(export, network, tmp_path / "model.pt2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert line.startswith(f"{tmp_path / 'model.pt2'}: cannot write this file (File too large)")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
