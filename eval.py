@@ -11,7 +11,9 @@ import csv
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from dataset.catalog import describe
 from dataset.lists import (
     Sample,
     Splits,
+    find_faults,
     find_pictures,
     mask_file,
     read_label,
@@ -31,7 +34,6 @@ from dataset.lists import (
     read_splits,
     read_val,
     readable,
-    refuse_faults,
 )
 from dataset.loader import Chance, whole_images
 from dataset.query import Querier, QueryRule, build_query_index, read_selection
@@ -133,7 +135,8 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> str:
     samples = [sample for sample in listed if sample.mask and sample.name in unlabeled]
     if not samples:
         raise UserError(f"{truth}: names no unlabeled image of this run with a mask beside it")
-    refuse_faults(Splits([], [], samples), kind)
+    for fault in find_faults(Splits([], [], samples), kind):
+        raise UserError(fault.line)
     lines, mious = [], defaultdict(dict)  # by stage and image
     for stage in ("2_pseudo_label", "5_relabel"):
         matrix, valid = ConfusionMatrix(classes), 0
@@ -232,14 +235,15 @@ def _judged(
     )
 
 
-def _with_paths(settings: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """Add what a checkpoint does not hold: the run's name, and the data root of its run folder."""
-    kept = checkpoint.absolute().parents[1] / "config.yaml"
-    run = read_config(str(kept)) if kept.is_file() else None
-    name, root = (run.name, run.dataset.root) if run else ("checkpoint", ".")
+def _of_run_folder(settings: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """Add what a checkpoint does not hold, from its run folder: name, workers, data root."""
+    added, root = {"name": "checkpoint"}, "unknown"  # no folder: an error tells to set dataset.root
+    with suppress(UserError):  # no such file, or another program's
+        run = read_config(str(checkpoint.absolute().parent.parent / "config.yaml"))
+        added, root = {"name": run.name, "workers": run.workers}, run.dataset.root
     dataset = settings.get("dataset")
     dataset = {"root": root, **dataset} if isinstance(dataset, dict) else dataset
-    return {"name": name, **settings, "dataset": dataset}
+    return {**added, **settings, "dataset": dataset}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -273,17 +277,21 @@ def read_arguments() -> argparse.Namespace:
         raise UserError("--images and --out go together: pictures in, masks and overlays out")
     if arguments.images is not None and arguments.export is not None:
         raise UserError("--images and --export are two commands; give one")
-    if arguments.images is not None:
-        for folder in ("masks", "overlays"):
-            _refuse_nested("--out", arguments.out / folder, "--images", arguments.images)
     return arguments
 
 
-def _refuse_nested(key: str, written: Path, other: str, read: Path) -> None:
-    """Refuse to write where files are read, or into a folder around it."""
-    one, two = written.resolve(), read.resolve()
-    if one.is_relative_to(two) or two.is_relative_to(one):
-        raise UserError(f"{key}: {written} and {other} {read} lie in one another; name another")
+def refuse_inputs(arguments: argparse.Namespace, root: Path) -> None:
+    """Refuse to write where files are read: pictures, the data root, the checkpoint."""
+    read = {"--images": arguments.images, "dataset.root": root, "checkpoint": arguments.checkpoint}
+    written = [("--save-masks", arguments.save_masks), ("--json", arguments.json)]
+    if arguments.out is not None:
+        written += [("--out", arguments.out / folder) for folder in ("masks", "overlays")]
+    for (key, path), (other, place) in product(written, read.items()):
+        if path is None or place is None:
+            continue
+        one, two = path.resolve(), place.resolve()
+        if one.is_relative_to(two) or (other == "--images" and two.is_relative_to(one)):
+            raise UserError(f"{key}: {path} would lie where {other} is read, {place}; change it")
 
 
 def main() -> None:
@@ -305,9 +313,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.config is not None:
         config = read_config(arguments.config, arguments.settings)
     elif isinstance(content.get("config"), dict):
-        config = config_from(_with_paths(content["config"], path), str(path), arguments.settings)
+        config = config_from(_of_run_folder(content["config"], path), str(path), arguments.settings)
     else:
         raise UserError(f"{path}: holds no config; name one with --config")
+    refuse_inputs(arguments, Path(config.dataset.root))
     device = Device(config.device, config.precision)
     net = network_of(config.model, len(describe(config.dataset).classes), pretrained=None)
     checkpoint.load_weights(net, path, arguments.reset_classifier)
@@ -323,9 +332,6 @@ def run(arguments: argparse.Namespace) -> None:
             say("\n".join([f"{len(broken)} pictures left out:", *broken]))
             sys.exit(1)
         return
-    if arguments.save_masks is not None:
-        root = Path(config.dataset.root)
-        _refuse_nested("--save-masks", arguments.save_masks, "dataset.root", root)
     results = evaluate(net, config, device, arguments.save_masks)
     say(table(results))
     if arguments.json is not None:

@@ -23,7 +23,7 @@ from dataset.lists import (
     Splits,
     mask_file,
     read_splits,
-    refuse_faults,
+    refuse_broken_images,
     with_pseudo_masks,
 )
 from dataset.loader import Chance, batch_keys, training_batches, whole_images
@@ -128,9 +128,10 @@ def train(config: Config, from_stage: int | None = None, fresh: bool = False) ->
     refuse_batch_sizes(config, splits)
     refuse_crop(config.model.backbone, config.augment.crop_size)
     index = build_query_index(splits.labeled, QueryRule.of(config.query, kind))
-    with Run(config, from_stage, fresh, splits.digests()) as run:
-        if broadcast(lambda: run.is_new):  # a truncated image shall not end a later stage
-            broadcast(refuse_faults, splits, kind, decode=True)
+    run = Run(config, from_stage, fresh, splits.digests())
+    if broadcast(lambda: run.is_new):  # else a truncated image could end a late stage
+        broadcast(refuse_broken_images, splits)
+    with run:
         first = final = run.stage("1_supervised", train_supervised, splits, index)
         teacher, pseudo_labeled = first, splits.unlabeled
         if 2 in config.stages:

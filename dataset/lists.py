@@ -51,8 +51,8 @@ def find_pictures(folder: Path) -> list[Sample]:
     Raises:
         UserError: no such folder, no picture, or two whose names differ in the suffix alone.
     """
-    readable = Image.registered_extensions().items()
-    known = {suffix for suffix, format_name in readable if format_name in Image.OPEN}
+    formats = Image.registered_extensions().items()
+    known = {suffix for suffix, format_name in formats if format_name in Image.OPEN}
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and p.is_file())
     found = [p for p in found if not re.search(r"(^|/)\.", p.relative_to(folder).as_posix())]
     if not found:
@@ -214,14 +214,16 @@ def read_splits(section: DatasetSection, fields: Sequence[str] = Splits._fields)
         UserError: as ``read_lists``, or the first fault of ``find_faults``.
     """
     splits = read_lists(section, fields)
-    refuse_faults(splits, describe(section))
+    for fault in find_faults(splits, describe(section)):
+        raise UserError(fault.line)
     return splits
 
 
-def refuse_faults(splits: Splits, kind: Kind, decode: bool = False) -> None:
-    """Raise the first fault of ``find_faults`` as a ``UserError``."""
-    for fault in find_faults(splits, kind, decode):
-        raise UserError(fault.line)
+def refuse_broken_images(splits: Splits) -> None:
+    """Decode every image; a ``UserError`` names the first one that cannot be read completely."""
+    for where, samples in zip(Splits._fields, splits, strict=True):
+        for fault in _image_faults(where, samples, decode=True):
+            raise UserError(fault.line)
 
 
 def read_val(section: DatasetSection) -> list[Sample]:

@@ -6,13 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tf
 
 from utils import IGNORE, Preprocessing
 from utils.errors import UserError
 
+_TURNS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = [_TURNS[orientation] for orientation in (5, 6, 7, 8)]
 _SCALED = ("L;2", "L;4")  # raw modes whose values Pillow spreads over 0 to 255
 
 
@@ -22,9 +32,7 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         UserError: it cannot be read completely.
     """
-    picture = _decoded(path)
-    ImageOps.exif_transpose(picture, in_place=True)
-    return _as_rgb(picture, path)
+    return _as_rgb(_decoded(path, upright=True), path)
 
 
 def read_ids(path: Path) -> np.ndarray:
@@ -65,8 +73,7 @@ def read_mask(path: Path, table: bytes | None = None) -> Image.Image:
 def picture_size(path: Path) -> tuple[int, int]:
     """Read (height, width), upright, off a file's header; a ``UserError`` if it is unreadable."""
     with _readable(path), Image.open(path) as picture:
-        sideways = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return picture.size if sideways else picture.size[::-1]
+        return picture.size if _turn(picture) in _SIDEWAYS else picture.size[::-1]
 
 
 def to_input(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
@@ -94,13 +101,24 @@ def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def _decoded(path: Path, refused: tuple[str, ...] = ()) -> Image.Image:
+def _decoded(path: Path, refused: tuple[str, ...] = (), upright: bool = False) -> Image.Image:
     """Open and decode completely, so that a truncated file fails here; refuse some raw modes."""
     with _readable(path), Image.open(path) as image:
         if any(tile[3] in refused for tile in image.tile):
             raise UserError(f"{path}: a mask of 2 or 4 grey bits; save it with 8, or as a palette")
+        turn = _turn(image) if upright else None
         image.load()
-        return image
+        return image if turn is None else image.transpose(turn)
+
+
+def _turn(picture: Image.Image) -> Image.Transpose | None:
+    """Return what turns a picture upright, by the EXIF orientation in its header; None: nothing."""
+    if picture.format == "TIFF":  # Pillow turns these itself
+        return None
+    try:  # a PNG's own getexif decodes the picture
+        return _TURNS.get(Image.Image.getexif(picture).get(ExifTags.Base.Orientation))
+    except Exception:  # EXIF that is damaged counts as none
+        return None
 
 
 @contextmanager

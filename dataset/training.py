@@ -152,18 +152,21 @@ def repeats(settings: SupervisedSection, labeled: Sequence[Sample]) -> int:
 def refuse_batch_sizes(config: Config, splits: Splits) -> None:
     """Raise a ``UserError`` if a batch exceeds an epoch or is no equal share for each process."""
     labeled = len(splits.labeled) * repeats(config.supervised, splits.labeled)
-    reliable = count_kept(len(splits.unlabeled), config.select.keep)
+    unlabeled = len(splits.unlabeled)
+    unlabeled = count_kept(unlabeled, config.select.keep) if 3 in config.stages else unlabeled
     mixed = 6 in config.stages and config.retrain.mix == "unlabeled"
     if mixed and config.retrain.batch_size < 2 * world():
         raise UserError(
             f"retrain.batch_size: {config.retrain.batch_size} gives {world()} processes less than "
             "two images each, which retrain.mix=unlabeled mixes; raise it, or set retrain.mix=none"
         )
-    for key, samples in (("supervised", labeled), ("retrain", reliable)):
+    epochs = [("supervised", labeled), ("retrain", unlabeled)]
+    for key, samples in epochs[: 1 + (6 in config.stages)]:
         size, cuts = getattr(config, key).batch_size, getattr(config, key).accumulate
         name = f"{key}.batch_size: {size}"
         if size > samples:
-            raise UserError(f"{name} is larger than the {samples} samples of an epoch; lower it")
+            mend = "lower it" if samples > 1 else "give it a list of more images"
+            raise UserError(f"{name} is larger than the {samples} samples of an epoch; {mend}")
         if size < world():
             raise UserError(f"{name} is less than {world()} processes; raise it")
         if cuts > 1 and size % (cuts * world()):

@@ -34,7 +34,15 @@ from dataset.demo.writing import write_demo  # noqa: E402
 from utils.errors import exit_with_one_line  # noqa: E402
 from utils.files import sha256  # noqa: E402
 
-_COMMANDS = ("", "--from-stage 2", "", "--fresh demo", "--from-stage 4")
+# What is killed, and the run that it begins with: none, the quiet one, or one of another seed, whose
+# stages may not be among the new ones.
+_COMMANDS = (
+    ("", None),
+    ("--fresh demo", "other"),
+    ("--from-stage 4", "quiet"),
+    ("--from-stage 1", "other"),
+    ("", None),
+)
 _TIMES = ("seconds", "images_per_second")
 _SETTINGS = """outdir=out device=cpu precision=fp32 workers=1 checkpoint_every=2 evaluate.every=1
     inference.batch_size=3 augment.base_size=48 augment.crop_size=32 pseudo_label.scales=[1.0]
@@ -44,21 +52,28 @@ _SETTINGS = """outdir=out device=cpu precision=fp32 workers=1 checkpoint_every=2
     retrain.epochs=2 retrain.batch_size=2"""
 
 
-def quiet_run(folder: Path) -> tuple[dict[str, Any], float]:
-    """Do the run in peace; return its outcome and its seconds."""
+def quiet_run(folder: Path, name: str, *words: str) -> tuple[dict[str, Any], float]:
+    """Do the run in peace and rename its folder; return its outcome and its seconds."""
     start = time.monotonic()
-    _wait(_start(folder))
-    return outcome(folder / "out" / "demo"), time.monotonic() - start
+    _end(_start(folder, words))
+    duration = time.monotonic() - start
+    (folder / "out").rename(folder / name)
+    return outcome(folder / name / "demo"), duration
 
 
 def killed_run(
-    folder: Path, words: Sequence[str], moment: float, expected: dict[str, Any]
+    folder: Path,
+    words: Sequence[str],
+    begins: str | None,
+    moment: float,
+    expected: dict[str, Any],
 ) -> tuple[float, str, list]:
     """Kill a run, go on, and compare; a run that is over before its kill is done again, sooner.
 
     Args:
-        folder: with the data, and the quiet run as ``quiet``.
-        words: of the command that is killed; with some it begins where the quiet run ended.
+        folder: with the data and the quiet runs.
+        words: of the command that is killed.
+        begins: folder of the run that it begins with; None for none.
         moment: seconds after the start; or, below 0, how many files are renamed or removed before:
             -3 is right before the third time, -3.5 right after it.
         expected: outcome of the quiet run.
@@ -67,8 +82,8 @@ def killed_run(
     """
     while True:
         shutil.rmtree(folder / "out", ignore_errors=True)
-        if words:
-            shutil.copytree(folder / "quiet", folder / "out")
+        if begins is not None:
+            shutil.copytree(folder / begins, folder / "out")
         process = _start(folder, words, -moment)
         if moment > 0:
             time.sleep(moment)
@@ -78,7 +93,8 @@ def killed_run(
             break
         moment = moment * 0.9 if moment > 0 else math.ceil(moment * 0.9)
     place = stage_under_way(folder / "out" / "demo")
-    _wait(_start(folder))
+    if _code(_start(folder)) != 0:  # killed before it removed a run of other settings
+        _end(_start(folder, words))
     found = outcome(folder / "out" / "demo")
     names = sorted(expected.keys() | found.keys())
     return moment, place, [name for name in names if expected.get(name) != found.get(name)]
@@ -146,10 +162,15 @@ def _start(folder: Path, more: Sequence[str] = (), operations: float = 0) -> int
         os._exit(code)
 
 
-def _wait(process: int) -> None:
-    _, status = os.waitpid(process, 0)
-    if os.waitstatus_to_exitcode(status):
-        raise SystemExit(f"a run failed with {os.waitstatus_to_exitcode(status)}")
+def _code(process: int) -> int:
+    """Wait for a process; return its exit code."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def _end(process: int) -> None:
+    code = _code(process)
+    if code:
+        raise SystemExit(f"a run failed with {code}")
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -162,19 +183,19 @@ def main(words: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, palette = Path(name), KINDS["demo"].palette()
         write_demo(folder / "data", palette, train=10, labeled=4, val=2, size=(36, 48))
-        expected, duration = quiet_run(folder)
+        quiet_run(folder, "other", "seed=1")
+        expected, duration = quiet_run(folder, "quiet")
         print(f"quiet run: {duration:.1f} s, {len(expected)} files", flush=True)
-        (folder / "out").rename(folder / "quiet")
         for number in range(arguments.kills):  # each in its own share of the duration
-            words = _COMMANDS[number // 2 % len(_COMMANDS)].split()
+            command, begins = _COMMANDS[number % len(_COMMANDS)]
             moment = duration * (number + chance.random()) / arguments.kills
             if number % 2:
                 moment = -chance.randint(2, 120) / 2
-            moment, place, differing = killed_run(folder, words, moment, expected)
+            kill = killed_run(folder, command.split(), begins, moment, expected)
+            moment, place, differing = kill
             at = f"{moment:.2f} s" if moment > 0 else f"file {-moment:g}"
             verdict = f"differs: {', '.join(differing)}" if differing else "identical"
             failed += bool(differing)
-            command = " ".join(words)
             print(f"{number + 1:>3} {command:<14} {at:>9}  {place:<22} {verdict}", flush=True)
     print(f"{arguments.kills - failed} of {arguments.kills} identical")
     sys.exit(1 if failed else 0)

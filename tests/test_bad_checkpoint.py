@@ -1,7 +1,9 @@
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from PIL import Image
 
@@ -9,15 +11,19 @@ import eval as eval_program
 from model import network_of
 from utils import checkpoint
 from utils.config.reading import read_config
+from utils.files import write_text
+from utils.run.comparison import portable
 
 
 @pytest.fixture(scope="module")
 def trained(demo_root, tmp_path_factory) -> Path:
     """A checkpoint as ``train.py`` writes it, of random weights."""
     settings = [f"dataset.root={demo_root}", "workers=0", "device=cpu", "precision=fp32"]
-    config, path = read_config("demo.yaml", settings), tmp_path_factory.mktemp("run") / "c.pth"
+    config, run = read_config("demo.yaml", settings), tmp_path_factory.mktemp("run")
+    path = run / "1_supervised" / "c.pth"
+    write_text(run / "config.yaml", yaml.safe_dump(config.model_dump(mode="json")))
     torch.manual_seed(0)
-    content = {"config": config.model_dump(), "stage": "1_supervised", "epoch": 1}
+    content = {"config": portable(config), "stage": "1_supervised", "epoch": 1}
     checkpoint.save(path, {**content, "model": network_of(config.model, 7, None).state_dict()})
     return path
 
@@ -115,10 +121,19 @@ def test_predictions_go_elsewhere(complaint, trained, demo_root, tmp_path):
     for out in (photos, photos / "seg", tmp_path):  # the last one's masks would be pictures, too
         line = complaint(eval_program, trained, "--images", photos, "--out", out)
         assert line.startswith("error: --out: ")
-    for masks in (demo_root, root):
-        words = [f"dataset.root={demo_root}", "--save-masks", masks]
-        assert complaint(eval_program, trained, *words).startswith("error: --save-masks: ")
+    data = f"dataset.root={demo_root}"
+    for words in (
+        ["--save-masks", demo_root],
+        ["--save-masks", root],
+        ["--json", trained],
+        ["--json", demo_root / "val.txt"],
+        ["--images", demo_root / "JPEGImages", "--out", demo_root],
+    ):
+        line = complaint(eval_program, trained, data, *words)
+        assert line.startswith(f"error: {words[-2]}: ")
     assert not root.exists()
+    words = ["--images", photos, "--out", photos, "--export", tmp_path / "n.pt2"]
+    assert "two commands" in complaint(eval_program, trained, *words)
 
 
 def test_weights_that_are_not_finite_are_refused(complaint, trained, tmp_path):
@@ -126,6 +141,25 @@ def test_weights_that_are_not_finite_are_refused(complaint, trained, tmp_path):
     content["model"]["classifier.bias"][0] = float("nan")
     torch.save(content, tmp_path / "c.pth")
     assert "holds weights that are not finite" in complaint(eval_program, tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(2, 2).to_sparse(), torch.zeros(2, device="meta")], ids=["sparse", "meta"]
+)
+def test_tensors_without_numbers_are_refused(complaint, trained, tmp_path, tensor):
+    content = checkpoint.load(trained)
+    content["model"]["classifier.bias"] = tensor
+    torch.save(content, tmp_path / "c.pth")
+    assert "holds sparse tensors, or no numbers" in complaint(eval_program, tmp_path / "c.pth")
+
+
+def test_a_checkpoint_beside_another_programs_config(complaint, trained, tmp_path):
+    (tmp_path / "config.yaml").write_text("theirs: 1")
+    (tmp_path / "weights").mkdir()
+    path = Path(shutil.copy(trained, tmp_path / "weights"))
+    assert "dataset.root: unknown is no folder" in complaint(eval_program, path)
+    line = complaint(eval_program, path, "--images", tmp_path / "in", "--out", tmp_path / "out")
+    assert "holds no picture" in line
 
 
 def test_a_changed_bit_is_found(complaint, trained, tmp_path):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, refusal
 from PIL import Image
 
 import train as train_program
@@ -115,6 +115,17 @@ def test_program_as_typed(demo_copy, tmp_path, run_program):
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {demo_copy}/JPEGImages/")
+
+
+def test_the_way_out_of_a_large_batch_leads_out(splits):
+    def check(splits, *words):
+        config = read_config("demo.yaml", ["supervised.batch_size=2", "retrain.mix=none", *words])
+        refuse_batch_sizes(config, splits)
+
+    few = splits._replace(unlabeled=splits.unlabeled[:2])  # stage 4 has one of them
+    assert "give it a list of more images" in refusal(check, few, "retrain.batch_size=2")
+    check(few, "stages=[1,2,6]", "retrain.batch_size=2")
+    check(few, "stages=[1]", "retrain.batch_size=9")
 
 
 def test_cutmix_needs_two_images_in_each_process(monkeypatch, splits):

@@ -213,7 +213,7 @@ def test_error_names_the_file_that_is_wrong(write):
         ("seed", "settings on the command line read key=value"),
         ("model=2001-99-99", "'model=2001-99-99': the value is not YAML"),
         ("model=[1", "the value is not YAML"),
-        ("model=&a [*a]", "the value is not YAML"),
+        ("model=&a [*a]", "not YAML: aliases .* are not read"),
     ],
 )
 def test_bad_setting_is_named(setting, message):

@@ -1,5 +1,6 @@
 """What goes wrong in the world while a run works: one line, nothing lost, the run goes on."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -258,6 +259,38 @@ def test_a_run_goes_on_where_nothing_can_be_printed(tmp_path, to):
     done = subprocess.run(words, env={**os.environ, **places}, cwd=tmp_path, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
     assert (tmp_path / "log.txt").read_text("utf-8").count("ü") == 3
+
+
+PRINT = """
+from utils.errors import exit_with_one_line
+exit_with_one_line(lambda: print("a table"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("to", "why"), [("> /dev/full", "No space left on device"), ("| head -0", "Broken pipe")]
+)
+def test_what_cannot_be_printed_is_told(tmp_path, to, why):
+    command = f'set -o pipefail; (sleep 0.5; "$0" -c "$1") {to}'  # head has ended by then
+    places = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable, PRINT],
+        env={**places, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == f"error: standard output: {why}; not all was printed\n"
+    assert done.returncode == 2
+
+
+def test_files_that_the_system_does_not_open_are_told(complaint):
+    def main():
+        raise OSError(errno.EMFILE, "Too many open files", "a.jpg")
+
+    line = complaint(SimpleNamespace(main=main, __file__="program.py"))
+    assert line.startswith("error: files: the system lets this program open no more")
 
 
 def test_an_error_of_ours_keeps_its_traceback():

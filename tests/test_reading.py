@@ -9,8 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
+from dataset.catalog import KINDS
+from dataset.lists import Sample, Splits, find_faults
 from dataset.reading import picture_size, read_image, read_mask, to_input, to_label
 from dataset.transforms import View, random_view, recolour
 from tests.benchmarks.loader import whole_then_crop
@@ -50,11 +53,34 @@ def test_grey_of_sixteen_bits_keeps_its_shades(tmp_path):
     assert np.abs(red.astype(int) - [[0, 50, 128, 255]]).max() <= 1
 
 
-@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (6, 3), (3, 2), (8, 1)])
-def test_images_are_upright_and_masks_must_be_as_large(tmp_path, orientation, turns):
-    exif = Image.Exif()
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+@pytest.mark.parametrize("orientation", range(10))  # 1 to 8 have a meaning
+def test_images_are_upright_as_viewers_show_them(tmp_path, orientation, suffix):
+    path, exif = tmp_path / f"x.{suffix}", Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(np.rot90(COLOUR, -turns)).save(tmp_path / "x.png", exif=exif)
+    Image.fromarray(COLOUR).save(path, exif=exif)
+    with Image.open(path) as picture:
+        expected = np.asarray(ImageOps.exif_transpose(picture))
+    assert picture_size(path) == expected.shape[:2]
+    assert np.array_equal(np.asarray(read_image(path)), expected)
+
+
+def test_a_mask_has_the_size_of_the_upright_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(COLOUR).save(tmp_path / "x.png", exif=exif)
+    turned = Sample("x.png", tmp_path / "x.png", tmp_path / "upright.png")
+    Image.fromarray(IDS % 7).save(tmp_path / "stored.png")
+    Image.fromarray(np.rot90(IDS % 7, 3)).save(tmp_path / "upright.png")
+    stored = turned._replace(mask=tmp_path / "stored.png")
+    (fault,) = find_faults(Splits([turned, stored], [], []), KINDS["demo"])
+    assert f"{stored.mask}: this mask is" in fault.line
+
+
+def test_damaged_exif_counts_as_none(tmp_path):
+    text = PngInfo()
+    text.add_text("Raw profile type exif", "\nexif\n 4\nzzzz")
+    Image.fromarray(COLOUR).save(tmp_path / "x.png", pnginfo=text)
     assert picture_size(tmp_path / "x.png") == COLOUR.shape[:2]
     assert np.array_equal(np.asarray(read_image(tmp_path / "x.png")), COLOUR)
 

@@ -64,10 +64,29 @@ def test_a_stage_that_is_gone_is_done_again_and_what_it_makes_new_counts(tmp_pat
         (stage.folder / "confidence.csv").write_text("other")
         return {"miou": 0.5, "per_class_iou": {}}
 
+    def interrupted(stage):
+        (stage.unfinished / "resume.pth").write_text("state")
+        (stage.folder / "confidence.csv").write_text("half")
+        raise KeyboardInterrupt
+
     with Run(settings) as run:
         run.stage("1_supervised", other)
-    assert [name for name, _ in run_stages(settings)] == ["2_pseudo_label"]
-    assert "was made from other files" in (tmp_path / "demo" / "log.txt").read_text()
+        with pytest.raises(KeyboardInterrupt):
+            run.stage("2_pseudo_label", interrupted)
+    log = tmp_path / "demo" / "log.txt"
+    assert log.read_text().count("was made from other files") == 1
+    shutil.rmtree(made)
+    log_of_stages = run_stages(settings)  # stage 1 as at first, and stage 2 from its beginning
+    assert [name for name, _ in log_of_stages] == ["1_supervised", "2_pseudo_label"]
+    assert log.read_text().count("was made from other files") == 2
+
+
+def test_what_a_kill_left_of_removed_stages_is_removed(tmp_path):
+    folder = tmp_path / "demo" / "2_pseudo_label" / "masks"
+    folder.mkdir(parents=True)
+    (folder / "old.png").write_text("of another run")
+    run_stages(config(tmp_path))
+    assert not folder.exists()
 
 
 def test_a_stage_that_fails_is_done_again(tmp_path):
@@ -156,8 +175,10 @@ def test_changed_files_are_told_and_a_run_may_move(tmp_path):
     moved = run_in(tmp_path / "other", "second", "there", "1")
     assert "1_supervised: done before" in moved
     assert "other sizes or times" not in moved
-    changed = run_in(tmp_path / "other", "second", "there", "2")
-    assert "dataset.val files: other sizes or times than when the run began" in changed
+    for count in (1, 2):  # each time
+        changed = run_in(tmp_path / "other", "second", "there", "2")
+        told = "dataset.val files: other sizes or times than when the run began"
+        assert changed.count(told) == count
 
 
 def test_another_precision_is_refused_and_another_device_told(tmp_path):
@@ -177,7 +198,7 @@ def test_seconds_count_all_sittings_whatever_the_clock_of_the_wall_does(tmp_path
     monkeypatch.setattr("time.time", lambda: 0.0)
 
     def interrupted(stage):
-        stage.unfinished.mkdir()
+        (stage.unfinished / "resume.pth").write_text("state")
         raise KeyboardInterrupt
 
     with Run(config(tmp_path)) as run, pytest.raises(KeyboardInterrupt):
@@ -240,6 +261,16 @@ def test_a_network_that_is_not_finite_is_not_written(tmp_path):
         line = refusal(run.stage, "1_supervised", lambda stage: stage.save(net, 3))
     assert line.startswith("1_supervised, epoch 3: weights or running statistics are not finite")
     assert not (tmp_path / "demo" / "1_supervised" / "checkpoint.pth").exists()
+
+
+def test_checkpoints_of_a_run_elsewhere_are_the_same_bytes(tmp_path):
+    net, files = torch.nn.BatchNorm2d(1), []
+    net.preprocessing = IMAGENET
+    for words in (["name=a", "workers=1"], ["name=b", "workers=2", "dataset.root=elsewhere"]):
+        with Run(config(tmp_path, *words)) as run:
+            folder = run.stage("1_supervised", lambda stage: stage.save(net, 3) or {})
+        files.append((folder / "checkpoint.pth").read_bytes())
+    assert files[0] == files[1]
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def put_weights(
 
 def is_finite(weights: Weights) -> bool:
     """Tell whether all numbers are."""
-    return all(bool(value.isfinite().all()) for value in weights.values())
+    return all(bool(value.float().isfinite().all()) for value in weights.values())
 
 
 def weights_in(content: dict[str, Any], path: Path) -> Weights:

@@ -79,7 +79,7 @@ def _existing(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # "meta" has no numbers
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"device: '{name}' is not on this machine; take auto, cpu, cuda, cuda:N or mps"
         ) from error

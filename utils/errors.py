@@ -51,6 +51,7 @@ def exit_with_one_line(program: Callable[[], None]) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         program()
+        sys.stdout.flush()
     except UserError as error:
         _exit(2, "\n  ".join([f"error: {error}", *error.rows]))
     except (RuntimeError, MemoryError, OSError) as error:
@@ -74,8 +75,9 @@ def _line_of(error: RuntimeError | MemoryError | OSError) -> str | None:
     """Say in a line what a user can do about an error of torch or the system; None if nothing."""
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         return "files: the system lets this program open no more; raise its limit (ulimit -n 4096)"
-    if isinstance(error, BrokenPipeError):
-        return "standard output: was closed before all was printed"
+    if isinstance(error, OSError) and error.filename is None:  # from print; files have names
+        sys.stdout = None  # nothing else is tried at exit
+        return f"standard output: {error.strerror}; not all was printed"
     what = str(error).split("\n")[0].split(". ")[0]
     if what.startswith("DataLoader worker (pid"):  # raised wherever the program is
         hint = "if memory ran out lower workers; the same command continues"

@@ -36,7 +36,7 @@ from utils.run.comparison import differing_keys
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 LENGTHS = (1, 2, 4)  # of supervised training; the best one is what other methods are compared with
 STAGE = "1_supervised"  # which runs share
-_OF_LATER_STAGES = {"name", "pseudo_label", "select", "retrain", "stages", "relabel"}
+_OF_LATER_STAGES = {"pseudo_label", "select", "retrain", "stages", "relabel"}
 
 
 class Job(NamedTuple):
@@ -149,7 +149,8 @@ def is_done(job: Job) -> bool:
 
 def _is_of(job: Job) -> bool:
     """Tell whether a run folder was made with the settings that are planned for it."""
-    return not differing_keys(read_config(str(job.folder / "config.yaml")), job.config)
+    kept = read_config(str(job.folder / "config.yaml"))
+    return kept.dataset == job.config.dataset and not differing_keys(kept, job.config)
 
 
 class Children:

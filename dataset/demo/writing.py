@@ -52,7 +52,9 @@ def write_demo(
     if there == text.encode():
         return
     if there != _DRAWING:
-        raise UserError(f"{root}: another data set is in this folder; name an empty one")
+        raise UserError(
+            f"{root}: another data set, or another drawing, is in this folder; name an empty one"
+        )
     _add(ours, _DRAWING)
     lists: dict[str, list[str]] = {}
     truth = []

@@ -139,7 +139,8 @@ def _override(text: str) -> Layer:
     try:
         parsed: Any = yaml.load(value, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"'{text}': the value is not YAML") from error
+        reason = f": {error.problem}" if isinstance(error, yaml.composer.ComposerError) else ""
+        raise UserError(f"'{text}': the value is not YAML{reason}") from error
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
     return _COMMAND_LINE, parsed

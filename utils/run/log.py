@@ -44,7 +44,7 @@ class Log:
         try:
             tqdm.write(text)
             sys.stdout.flush()
-        except OSError:  # a closed pipe, a full disk: the run goes on, its log tells all
+        except OSError:  # a closed pipe, a full disk: log.txt has every line
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         append_text(self._text, f"{now} {text}\n")

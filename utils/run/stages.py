@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -31,9 +32,10 @@ from utils.run.signals import stopping_later
 Report = dict[str, Any]  # what results.json says of a stage
 _UNFINISHED = "unfinished"  # folder in a stage's
 _STAGES = ["1_supervised", "2_pseudo_label", "3_select", "4_retrain", "5_relabel", "6_retrain"]
+_CONTINUED = ("stage.json", f"{_UNFINISHED}/resume.pth", f"{_UNFINISHED}/masks.*.jsonl")
 # What stages leave in their folders; other files there are the user's.
 _MADE = (
-    *("checkpoint.pth", "earlier_*.pth", "masks/**/*.png", "confidence.csv", "reliable.txt"),
+    *("checkpoint.pth", "earlier_[12].pth", "masks/**/*.png", "confidence.csv", "reliable.txt"),
     *("unreliable.txt", "query_index.json", "unlabeled_scores.csv", "labeled_scores.csv"),
 )
 
@@ -79,7 +81,11 @@ class Stage:
 
     @by_first
     def save(self, net: nn.Module, epoch: int, name: str = "checkpoint.pth") -> None:
-        """Write a checkpoint: weights, preprocessing, config, stage, number of epochs."""
+        """Write a checkpoint: weights, preprocessing, config, stage, number of epochs.
+
+        Raises:
+            UserError: a weight or running statistic is not finite, or the disk is full.
+        """
         content = {"model": net.state_dict(), "preprocessing": net.preprocessing._asdict()}
         if not checkpoint.is_finite(content["model"]):
             raise UserError(
@@ -144,7 +150,7 @@ def _read_finished(folder: Path) -> tuple[Report, dict[str, str]]:
         raise UserError(
             f"{folder / spoilt[0]}{more}: changed or gone since {folder.name} ended; {again}"
         )
-    del content["made_from"]
+    content.pop("made_from", None)
     return content, files
 
 
@@ -205,7 +211,6 @@ class Run:
         folder: of the run.
         stages: what each finished stage reported, by its name.
         log: takes lines and numbers.
-        is_new: in the block, on rank 0: nothing was kept that the run could continue.
 
     Raises:
         UserError: the device does not exist. Entering the block raises it where another run works
@@ -224,8 +229,7 @@ class Run:
         self.folder = Path(config.outdir) / config.name
         self.stages: dict[str, Report] = {}
         self.log = Log(self.folder)
-        self.is_new = True
-        self._from_stage, self._fresh, self._lists = from_stage, fresh, dict(lists)
+        self._first, self._fresh, self._lists = 1 if fresh else from_stage, fresh, dict(lists)
         self._files: dict[str, str] = {}
 
     def __enter__(self) -> "Run":
@@ -247,8 +251,16 @@ class Run:
         """Close the logs and release the folder."""
         self._opened.__exit__(*error)
 
+    @property
+    def is_new(self) -> bool:
+        """Whether there is nothing that the run will continue."""
+        kept = product(_STAGES, _CONTINUED)
+        return self._first == 1 or not any(any(self.folder.glob(f"{x}/{y}")) for x, y in kept)
+
     def stage(self, name: str, work: Callable[..., Report], *inputs: Any) -> Path:
         """Do a stage, unless it is done, and return its folder.
+
+        One that was made, or begun, from other files than earlier stages hold now is done again.
 
         Args:
             name: of the folder, which begins with the stage's number.
@@ -258,8 +270,6 @@ class Run:
 
         Raises:
             UserError: the stage is done, and a file of it is gone or has changed.
-
-        A stage that was made from other files than the stages before it hold now is done again.
         """
         folder = self.folder / name
         made_from = text_digest(json.dumps(self._files))
@@ -290,15 +300,18 @@ class Run:
         self.log.say(stage_table(self.stages, self.config.evaluate.checkpoint))
 
     def _is_done(self, folder: Path, made_from: str) -> bool:
-        """Tell whether a stage has ended; remove one that was made from other files."""
-        if not (folder / "stage.json").is_file():
-            return False
-        content = read_json(folder / "stage.json")
-        if not isinstance(content, dict) or content.get("made_from", made_from) == made_from:
-            return True
-        self.log.say(f"{folder.name}: was made from other files of earlier stages; done again")
-        self._remove_stages(int(folder.name[0]))
-        return False
+        """Tell whether a stage has ended; remove one that was made or begun from other files."""
+        done, begun = folder / "stage.json", folder / _UNFINISHED / "made_from"
+        then: Any = made_from
+        if done.is_file():
+            content = read_json(done)
+            then = content.get("made_from", then) if isinstance(content, dict) else then
+        elif begun.is_file():
+            then = begun.read_text(encoding="utf-8")
+        if then != made_from:
+            self.log.say(f"{folder.name}: was made from other files of earlier stages; done again")
+            self._remove_stages(int(folder.name[0]))
+        return done.is_file()
 
     def _work(
         self, name: str, work: Callable[..., Report], inputs: tuple[Any, ...], made_from: str
@@ -307,33 +320,32 @@ class Run:
         with writing(folder):
             folder.mkdir(exist_ok=True)
         by_first(write_json)(self.folder / "environment.json", environment(self.device))
+        by_first(write_text)(folder / _UNFINISHED / "made_from", made_from)
         watch = Stopwatch(folder / _UNFINISHED / "seconds")
         stage = Stage(name, folder, self.config, self.device, self.log, watch)
         try:
             report = work(stage, *inputs)
         except BaseException:
-            if stage.unfinished.is_dir():
-                with suppress(UserError):  # the disk may be full: the first error says more
-                    watch.note()
+            with suppress(UserError):  # the disk may be full: the first error says more
+                watch.note()
             raise
         barrier()  # every process has written its files
         by_first(_finish)(folder, {**report, "seconds": watch.seconds}, made_from)
 
     def _prepare(self) -> None:
         """Compare with what the folder holds, and remove what is to be done again."""
-        first = 1 if self._fresh else self._from_stage
-        traces = [self.folder / x / y for x in _STAGES for y in ("stage.json", _UNFINISHED)]
-        self.is_new = first == 1 or not any(trace.exists() for trace in traces)
-        if not self.is_new:
+        is_new = self.is_new
+        if not is_new:
             refuse_other_run(self.folder, self.config, self._lists, self.device, self.log.say)
-        if first is not None:
-            self._remove_stages(first)
+        if is_new or self._first is not None:  # a kill may have left parts of stages
+            self._remove_stages(self._first or 1)
         if self._fresh:
             names = ("config.yaml", "lists.json", "environment.json", "log.txt", "tensorboard")
             _remove(*(self.folder / name for name in names))
         settings = yaml.safe_dump(self.config.model_dump(mode="json"))
         write_text(self.folder / "config.yaml", settings)
-        write_json(self.folder / "lists.json", self._lists)
+        if is_new:
+            write_json(self.folder / "lists.json", self._lists)
 
     def _remove_stages(self, first: int) -> None:
         """Remove what stages made, their results and numbers; files of others stay."""
