@@ -383,15 +383,11 @@ def find_root(section: DatasetSection) -> Path:
 
 def _find_list(section: DatasetSection, field: str, root: Path) -> Path:
     name = getattr(section, field)
-    found = [path for path in (Path(name), root / name) if path.is_file()]
-    if not found:
+    path = root / name  # or the name alone, if it is a whole path
+    if not path.is_file():
+        elsewhere = Path(name).absolute() if Path(name).is_file() else "PATH, a whole path"
         raise UserError(
-            f"dataset.{field}: {name} is neither in the working folder nor in {root}; "
-            f"set dataset.root=DIR or dataset.{field}=PATH"
+            f"dataset.{field}: {name} is not in {root}; set dataset.root=DIR or "
+            f"dataset.{field}={elsewhere}"
         )
-    if not found[0].samefile(found[-1]):
-        raise UserError(
-            f"dataset.{field}: {name} is in the working folder and in {root}; name one of them "
-            f"by its whole path, dataset.{field}={found[-1].absolute()}"
-        )
-    return found[0]
+    return path

@@ -34,8 +34,8 @@ from dataset.demo.writing import write_demo  # noqa: E402
 from utils.errors import exit_with_one_line  # noqa: E402
 from utils.files import sha256  # noqa: E402
 
-# What is killed, and the run that it begins with: none, the quiet one, or one of another seed, whose
-# stages may not be among the new ones.
+# What is killed, and the run that it begins with: none, the quiet one, or one of another seed, of
+# which nothing may be left.
 _COMMANDS = (
     ("", None),
     ("--fresh demo", "other"),

@@ -53,7 +53,7 @@ def test_bad_checkpoint(complaint, trained, tmp_path, spoilt, told):
         ("model.backbone=resnet34", [OTHER, "missing", "check model.name"]),
         ("dataset.kind=pascal", ["was trained for 7 classes", "has 21", "--reset-classifier"]),
         ("dataset.root=nowhere", ["dataset.root", "nowhere is no folder"]),
-        ("dataset.val=no.txt", ["dataset.val", "no.txt is neither in the working folder nor in"]),
+        ("dataset.val=no.txt", ["dataset.val", "no.txt is not in"]),
         ("inference.long_sid=3", ["unknown key", "'inference.long_side'"]),
     ],
 )

@@ -133,6 +133,15 @@ def test_the_way_out_leads_out(train, run):
     assert train("--fresh", "demo") == "error: as far as this goes"
 
 
+def test_a_picture_that_cannot_be_drawn_costs_no_result(train, run, monkeypatch):
+    def fail(*_):
+        raise UserError("no picture")
+
+    monkeypatch.setattr(train_program, "_draw", fail)
+    assert train("stages=[1]") == "error: no picture"
+    assert json.loads((run / "results.json").read_text())["miou"] == 0.5
+
+
 def test_garbage_in_metrics_is_left_out_when_stages_are_done_again(train, run):
     train()
     metrics = run / "metrics.jsonl"

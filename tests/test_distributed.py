@@ -289,7 +289,8 @@ def test_a_run_of_two_processes_is_stopped_and_continues_to_its_end(
         wait_until(lambda: log.read_text().count("on cpu") == 2)
         children = Path(f"/proc/{processes.pid}/task/{processes.pid}/children").read_text().split()
         processes.kill()
-    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children), seconds=10)
+    assert not (tmp_path / "cut" / "results.json").exists()
     with torchrun(2, *words) as processes:
         _, said = processes.communicate(timeout=300)
     assert processes.returncode == 0, said

@@ -213,6 +213,17 @@ def test_workers_outlive_an_interrupt_and_their_death_by_a_signal_to_all_is_a_st
     assert stopped.value.number == signal.SIGTERM
 
 
+class Broken(Pids):
+    def __getitem__(self, _):
+        raise UserError("a.jpg: cannot read this picture")
+
+
+def test_an_error_in_a_worker_is_its_line():
+    loader = DataLoader(Broken(), num_workers=1)
+    with pytest.raises(UserError, match=r"^a\.jpg: cannot read this picture$"):
+        next(iter(loader))
+
+
 def test_a_worker_that_dies_alone_is_an_error():
     loader = DataLoader(Pids(), num_workers=1, worker_init_fn=ignore_interrupts)
     with pytest.raises(RuntimeError, match="DataLoader worker"), stopping_later():  # noqa: PT012

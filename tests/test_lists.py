@@ -2,6 +2,7 @@
 
 import builtins
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -195,17 +196,17 @@ def test_masks_that_the_unlabeled_list_names_are_never_opened(demo_copy, opened)
     assert "true.png" not in opened
 
 
-def test_a_list_that_is_in_two_places_is_refused(demo_copy, tmp_path, monkeypatch):
+def test_a_list_is_in_the_root_or_a_whole_path(demo_copy, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
+    whole = shutil.copy(demo_copy / "val.txt", Path("val.txt").absolute())
     Path("val.txt").write_text("stray")
+    assert len(read_splits(section(demo_copy)).val) == 4
+    (demo_copy / "val.txt").rename(demo_copy / "other.txt")
     line = refusal(read_splits, section(demo_copy))
-    whole = demo_copy / "val.txt"
-    assert f"in the working folder and in {demo_copy}" in line
-    assert line.endswith(f"dataset.val={whole}")
-    assert len(read_splits(section(demo_copy).model_copy(update={"val": str(whole)})).val) == 4
-    monkeypatch.chdir(demo_copy)
-    assert len(read_splits(section(demo_copy)).val) == 4  # one place under two names
+    assert line.endswith(f"is not in {demo_copy}; set dataset.root=DIR or dataset.val={whole}")
+    named = section(demo_copy).model_copy(update={"val": str(demo_copy / "other.txt")})
+    assert len(read_splits(named).val) == 4
 
 
 def test_val_alone_suffices_for_evaluation(demo_copy):

@@ -72,7 +72,7 @@ class Section(BaseModel):
 
 
 class DatasetSection(Section):
-    """The images. A list is in the working folder or in the root, not in both."""
+    """The images. A list is in the root, or named by a whole path."""
 
     kind: str  # a name of dataset.catalog, or 'custom' with classes
     root: Folder  # folder that the lists' paths are relative to
