@@ -75,8 +75,10 @@ def _line_of(error: RuntimeError | MemoryError | OSError) -> str | None:
     """Say in a line what a user can do about an error of torch or the system; None if nothing."""
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         return "files: the system lets this program open no more; raise its limit (ulimit -n 4096)"
-    if isinstance(error, OSError) and error.filename is None:  # from print; files have names
-        sys.stdout = None  # nothing else is tried at exit
+    if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
+        sys.stdout = (
+            None  # where writing a file fails there is a UserError; nothing is left to print
+        )
         return f"standard output: {error.strerror}; not all was printed"
     what = str(error).split("\n")[0].split(". ")[0]
     if what.startswith("DataLoader worker (pid"):  # raised wherever the program is

@@ -1,6 +1,7 @@
 """Whether a command continues the run that a folder holds, or would be another run."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,12 @@ def _kept_config(folder: Path) -> Config:
 
 def _kept(path: Path) -> dict[str, Any]:
     """Read a JSON object of the run folder."""
-    content = read_json(_existing(path))
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object; {_AGAIN}")
-    return content
+    _existing(path)
+    with suppress(UserError):
+        content = read_json(path)
+        if isinstance(content, dict):
+            return content
+    raise UserError(f"{path}: holds no JSON object; {_AGAIN}")
 
 
 def _existing(path: Path) -> Path:
