@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from networks import FAMILIES, family
 from torch import nn
 
 import train
@@ -22,7 +23,7 @@ from dataset.loader import Chance, training_batches, whole_images
 from dataset.query import QueryRule, build_query_index
 from dataset.training import QueryPair
 from eval import evaluate
-from model import build_model, network_of
+from model import network_of
 from model.losses import cross_entropy
 from train import StudentBatch, retrain_objective, supervised_objective, training_step
 from utils import checkpoint
@@ -103,12 +104,17 @@ def samples(chosen):
     return partial(retrain_objective, labeled_loss=cross_entropy), batch
 
 
-@pytest.mark.parametrize(("kind", "count", "accumulate"), [(samples, 3, 1), (pairs, 2, 2)])
-def test_a_step_of_several_processes_is_that_of_one(together, kind, count, accumulate):
+@pytest.mark.parametrize(
+    ("name", "kind", "count", "accumulate"),
+    [
+        ("ResNet", samples, 3, 1),
+        *((name, pairs, 2, 2) for name in FAMILIES if name != "Xception"),
+        pytest.param("Xception", pairs, 2, 2, marks=pytest.mark.exhaustive),  # a minute
+    ],
+)
+def test_a_step_of_several_processes_is_that_of_one(together, name, kind, count, accumulate):
     def step():
-        torch.manual_seed(0)
-        net = build_model("deeplabv3plus", "resnet18", 5, output_stride=16).double()
-        net.train()
+        net = family(name).double().train()
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d | nn.Dropout | nn.Dropout2d):
                 module.eval()  # parts of a batch have statistics and noise of their own
