@@ -123,14 +123,14 @@ NETWORKS |= {name: partial(published, name) for name in ("deeplabv3plus", "pspne
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_computes_the_same_as_in_eval_mode(name):
-    """To 1e-12 in float64; in float32 as near to that as eval mode itself, whose error is 3e-5."""
+    """To 1e-12 in float64; in float32 to 1e-5 of the largest logit, or as near as eval mode is."""
     net, images = with_statistics(NETWORKS[name]()).eval(), torch.randn(1, 3, 65, 49)
     device, exact = Device("cpu", "fp32"), deepcopy(net).double()
     with torch.no_grad():
         plain, folded, expected = net(images), frozen(net, device)(images), exact(images.double())
         assert_same(frozen(exact, device)(images.double()), expected, 1e-12)
     errors = [(output.logits - expected.logits).abs().max() for output in (folded, plain)]
-    assert errors[0] <= 2 * errors[1]
+    assert errors[0] <= max(2 * errors[1], 1e-5 * expected.logits.abs().max())
 
 
 def test_leaves_the_network_as_it_was():
