@@ -1,7 +1,10 @@
 import pytest
 import torch
+from conftest import same
+from networks import FAMILIES, family
 from torch import nn
 
+from utils import checkpoint
 from utils.config.schema import OptimizerSection
 from utils.device import Device
 from utils.optimization import Optimization
@@ -135,3 +138,31 @@ def test_fp16_skips_a_gradient_that_overflows_and_stops_when_all_do():
     ]
     assert infinite[0] is None
     assert infinite[-1] is not None
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_goes_on_to_the_same_bits(name, tmp_path):
+    """Weights, running statistics and the optimizer's state, through a file."""
+
+    scaler = Device("cpu", "fp32").scaler()
+
+    def begin():
+        net = family(name).train()
+        return net, Optimization(net, OptimizerSection(name="adamw"), 9, scaler)
+
+    def step(net, optimization, number):
+        torch.manual_seed(number)  # of dropout, too
+        optimization.backward(net(torch.randn(2, 3, 64, 64)).logits.square().mean())
+        optimization.step()
+
+    net, optimization = begin()
+    step(net, optimization, 0)
+    states = {"net": net.state_dict(), "optimization": optimization.state_dict()}
+    checkpoint.save(tmp_path / "resume.pth", states)
+    step(net, optimization, 1)
+    again, resumed = begin()
+    states = checkpoint.load(tmp_path / "resume.pth")
+    again.load_state_dict(states["net"])
+    resumed.load_state_dict(states["optimization"])
+    step(again, resumed, 1)
+    assert same(net.state_dict(), again.state_dict())
