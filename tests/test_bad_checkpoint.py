@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -151,6 +152,14 @@ def test_tensors_without_numbers_are_refused(complaint, trained, tmp_path, tenso
     content["model"]["classifier.bias"] = tensor
     torch.save(content, tmp_path / "c.pth")
     assert "holds sparse tensors, or no numbers" in complaint(eval_program, tmp_path / "c.pth")
+
+
+def test_a_stage_that_is_no_text_is_written_as_text(answer, trained, demo_root, tmp_path):
+    content = {**checkpoint.load(trained), "stage": ["4", {}]}
+    torch.save(content, tmp_path / "c.pth")
+    words = [f"dataset.root={demo_root}", "workers=0", "--json", tmp_path / "out.json"]
+    answer(eval_program, tmp_path / "c.pth", *words)
+    assert list(json.loads((tmp_path / "out.json").read_text())["stages"]) == ["['4', {}]"]
 
 
 def test_a_checkpoint_beside_another_programs_config(complaint, trained, tmp_path):
