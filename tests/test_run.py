@@ -137,12 +137,14 @@ def test_a_fresh_run_leaves_nothing_of_the_old_one(tmp_path):
     run_stages(config(tmp_path))
     folder = tmp_path / "demo"
     mine = [folder / "notes.txt", folder / "2_mine" / "a.txt", folder / "1_supervised" / "b.txt"]
+    mine.append(folder / "2_pseudo_label" / "masks" / "own.png")
     mine[1].parent.mkdir()
+    mine[3].parent.mkdir()
     for file in mine:
         file.write_text("mine")
     other = config(tmp_path, "optimizer.lr=0.5")
     assert len(run_stages(other, fresh=True)) == 2
-    assert [file.read_text() for file in mine] == ["mine"] * 3
+    assert [file.read_text() for file in mine] == ["mine"] * 4
     assert (folder / "log.txt").read_text().count(f"{folder} on cpu") == 1
     assert len(list((folder / "tensorboard").iterdir())) == 1
 

@@ -154,6 +154,17 @@ def _read_finished(folder: Path) -> tuple[Report, dict[str, str]]:
     return content, files
 
 
+def _made_in(folder: Path) -> list[Path]:
+    """List what a stage left: the files in its ``stage.json``; without it, those of ``_MADE``."""
+    with suppress(UserError):
+        content = read_json(folder / "stage.json")
+        files = content.get("files") if isinstance(content, dict) else None
+        if isinstance(files, dict):
+            inside = (name for name in files if not {"..", "/"} & {*Path(name).parts})
+            return [folder / name for name in inside]
+    return [path for pattern in _MADE for path in folder.glob(pattern)]
+
+
 def _digest(path: Path) -> str | None:
     return sha256(path) if path.is_file() else None
 
@@ -350,11 +361,11 @@ class Run:
     def _remove_stages(self, first: int) -> None:
         """Remove what stages made, their results and numbers; files of others stay."""
         folders = [self.folder / name for name in _STAGES[first - 1 :]]
+        made = {folder: _made_in(folder) for folder in folders}
         _remove(self.folder / "results.json", self.folder / "examples.png")
         _remove(*(folder / "stage.json" for folder in reversed(folders)))
         for folder in folders:
-            made = [path for pattern in _MADE for path in folder.glob(pattern)]
-            _remove(folder / _UNFINISHED, *made, *folder.rglob(".*.partial"))
+            _remove(folder / _UNFINISHED, *made[folder], *folder.rglob(".*.partial"))
             for place in (*sorted(folder.rglob("*/"), reverse=True), folder):
                 with suppress(OSError):  # something is in there
                     place.rmdir()
