@@ -119,6 +119,13 @@ def test_hostile_yaml_is_refused(write, tmp_path, text, told):
         read_config("bad.yaml")
 
 
+def test_a_chain_of_bases_has_an_end(write):
+    for number in range(30):
+        write(f"{number}.yaml", base=f"{number + 1}.yaml")
+    with pytest.raises(UserError, match=r"^20\.yaml: is one 'base' too many"):
+        read_config("0.yaml")
+
+
 def test_a_value_of_a_billion_parts_is_named_in_short():
     value = "x"
     for _ in range(60):

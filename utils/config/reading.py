@@ -15,6 +15,7 @@ from utils.config.schema import Config
 from utils.errors import UserError
 
 _COMMAND_LINE = "command line"
+_BASES = 20
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 METHODS = sorted(file.stem for file in (CONFIGS / "methods").glob("*.yaml"))
 Layer = tuple[str, Mapping[str, Any]]  # where settings come from, and the settings
@@ -107,6 +108,8 @@ def _file_layers(name: str) -> list[Layer]:
     while path is not None:
         if path.resolve() in seen:
             raise UserError(f"{path}: 'base' leads back to this file")
+        if len(seen) == _BASES:
+            raise UserError(f"{path}: is one 'base' too many, a config has less than {_BASES}")
         seen.append(path.resolve())
         try:
             content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
