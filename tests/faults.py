@@ -1,11 +1,11 @@
-"""Kill runs at random moments, go on, and compare with a run that nothing disturbed.
+"""Kill runs at random moments, go on, and compare with a run that was not killed.
 
 python tests/faults.py [--kills 20] [--seed 0]
 
-A tiny demo run is done once in peace. Then, for every kill, it is begun anew, or begun over with
---from-stage or --fresh; killed with SIGKILL, by turns in a share of the run's duration of its own
-and right before or after a file is renamed or removed; and gone on with. Weights, masks, lists,
-CSVs, metrics.jsonl and results.json must be the same to the last bit, but for times.
+A tiny demo run is done once without a kill. Then, for every kill, it is begun anew, or begun over
+with --from-stage or --fresh; killed with SIGKILL, by turns in a share of the run's duration of its
+own and right before or after a file is renamed or removed; and gone on with. Weights, masks,
+lists, CSVs, metrics.jsonl and results.json must be the same to the last bit, but for times.
 Exit code 1 if one is not.
 """
 
@@ -53,7 +53,7 @@ _SETTINGS = """outdir=out device=cpu precision=fp32 workers=1 checkpoint_every=2
 
 
 def quiet_run(folder: Path, name: str, *words: str) -> tuple[dict[str, Any], float]:
-    """Do the run in peace and rename its folder; return its outcome and its seconds."""
+    """Do the run without a kill and rename its folder; return its outcome and its seconds."""
     start = time.monotonic()
     _end(_start(folder, words))
     duration = time.monotonic() - start

@@ -85,7 +85,7 @@ def test_what_a_kill_left_of_removed_stages_is_removed(tmp_path):
     folder = tmp_path / "demo" / "2_pseudo_label" / "masks"
     folder.mkdir(parents=True)
     (folder / "old.png").write_text("of another run")
-    run_stages(config(tmp_path))
+    run_stages(config(tmp_path), from_stage=3)
     assert not folder.exists()
 
 

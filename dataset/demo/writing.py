@@ -56,27 +56,21 @@ def write_demo(
             f"{root}: another data set, or another drawing, is in this folder; name an empty one"
         )
     _add(ours, _DRAWING)
-    lists: dict[str, list[str]] = {}
-    truth = []
+    lines: dict[str, list[str]] = {"train": [], "val": [], "truth": []}  # of lists, by name
     for part, split, count, masks in ((0, "train", train, labeled), (1, "val", val, val)):
-        lists[split] = []
         for number in range(count):
             rng = np.random.default_rng([seed, part, number])
             image, ids = draw_scene(rng, size, first=1 + number % (len(CLASSES) - 1))
-            line = f"JPEGImages/{part}{number:03d}.jpg"
-            _add(root / line, encoded(Image.fromarray(image), "JPEG", quality=92))
-            folder = "SegmentationClass" if number < masks else "Truth"
-            mask = f"{folder}/{part}{number:03d}.png"
+            name, masked = f"{part}{number:03d}", number < masks
+            photo = f"JPEGImages/{name}.jpg"
+            mask = f"{'SegmentationClass' if masked else 'Truth'}/{name}.png"
+            _add(root / photo, encoded(Image.fromarray(image), "JPEG", quality=92))
             _add(root / mask, encoded(in_colour(ids, palette)))
-            if number < masks:
-                line = f"{line} {mask}"
-            else:
-                truth.append(f"{line} {mask}")
-            lists[split].append(line)
-    lists |= {"labeled": lists["train"][:labeled], "unlabeled": lists["train"][labeled:]}
-    lists |= {"truth": truth}
-    for name, lines in lists.items():
-        _add(root / f"{name}.txt", "".join(f"{line}\n" for line in lines).encode())
+            lines[split].append(f"{photo} {mask}" if masked else photo)
+            lines["truth"] += [] if masked else [f"{photo} {mask}"]
+    lines |= {"labeled": lines["train"][:labeled], "unlabeled": lines["train"][labeled:]}
+    for name, listed in lines.items():
+        _add(root / f"{name}.txt", "".join(f"{line}\n" for line in listed).encode())
     write_text(ours, text)
 
 

@@ -108,8 +108,8 @@ def _file_layers(name: str) -> list[Layer]:
     while path is not None:
         if path.resolve() in seen:
             raise UserError(f"{path}: 'base' leads back to this file")
-        if len(seen) == _BASES:
-            raise UserError(f"{path}: is one 'base' too many, a config has less than {_BASES}")
+        if len(seen) > _BASES:
+            raise UserError(f"{path}: more than {_BASES} files in a chain of 'base:'; merge some")
         seen.append(path.resolve())
         try:
             content = yaml.load(path.read_text(encoding="utf-8"), _Loader)

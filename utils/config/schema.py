@@ -27,7 +27,7 @@ def _distinct(names: list[str]) -> list[str]:
     if len(set(names)) < len(names):
         raise ValueError("two classes have one name")
     if any("\ud800" <= letter <= "\udfff" for name in names for letter in name):
-        raise ValueError("a class name holds half of a character, which no file can hold")
+        raise ValueError("a class name holds a lone surrogate, which UTF-8 cannot encode")
     return names
 
 

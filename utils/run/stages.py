@@ -38,8 +38,6 @@ _MADE = (
     *("checkpoint.pth", "earlier_[12].pth", "masks/**/*.png", "confidence.csv", "reliable.txt"),
     *("unreliable.txt", "query_index.json", "unlabeled_scores.csv", "labeled_scores.csv"),
 )
-
-
 # A run has one config: --from-stage of a later stage would refuse another one.
 _LOWER = "lower optimizer.lr or set precision=fp32, and start over with --from-stage 1"
 
@@ -348,8 +346,8 @@ class Run:
         is_new = self.is_new
         if not is_new:
             refuse_other_run(self.folder, self.config, self._lists, self.device, self.log.say)
-        if is_new or self._first is not None:  # a kill may have left parts of stages
-            self._remove_stages(self._first or 1)
+        if is_new or self._first is not None:
+            self._remove_stages(1 if is_new else self._first)  # 1: a kill may have left parts
         if self._fresh:
             names = ("config.yaml", "lists.json", "environment.json", "log.txt", "tensorboard")
             _remove(*(self.folder / name for name in names))
