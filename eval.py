@@ -3,6 +3,7 @@
 python eval.py outdir/demo/6_retrain/checkpoint.pth [section.key=value ...] [--save-masks DIR]
 python eval.py outdir/demo/6_retrain/checkpoint.pth --images photos --out segmented
 python eval.py outdir/demo/6_retrain/checkpoint.pth --export net.onnx
+python eval.py outdir/demo/6_retrain/checkpoint.pth --export net.safetensors
 python eval.py outdir/demo --diagnose data/demo/truth.txt
 """
 
@@ -11,7 +12,6 @@ import csv
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import default_collate
 
 from dataset.catalog import describe
@@ -39,7 +39,7 @@ from dataset.loader import Chance, whole_images
 from dataset.query import Querier, QueryRule, build_query_index, read_selection
 from dataset.reading import read_image, read_mask, to_label
 from dataset.training import RetrainSample
-from model import network_of
+from model import Segmenter
 from model.cisc import anchor_weight
 from model.ops.frozen import frozen
 from model.retrieval import pooled
@@ -52,7 +52,7 @@ from train import (
     weight_by_image,
 )
 from utils import IGNORE, checkpoint
-from utils.config.reading import config_from, read_config
+from utils.config.reading import read_config
 from utils.config.schema import Config
 from utils.device import Device
 from utils.diagnosis import WeightQuality, rank_correlation
@@ -72,40 +72,36 @@ from utils.panels import save_legend, save_mask, save_overlay
 from utils.run.stages import Stage, checkpoint_of
 
 
-def evaluate(
-    net: nn.Module, config: Config, device: Device, masks: Path | None = None
-) -> dict[str, Any]:
-    """Score a network on the config's val list; write predicted masks below ``masks``."""
-    kind, samples, settings = describe(config.dataset), read_val(config.dataset), config.inference
-    loader = whole_images(samples, settings, config.workers, preprocessing=net.preprocessing)
+def evaluate(net: Segmenter, masks: Path | None = None) -> dict[str, Any]:
+    """Score a network on its config's val list; write predicted masks below ``masks``."""
+    config, samples = net.config, read_val(net.config.dataset)
+    loader = whole_images(
+        samples, config.inference, config.workers, preprocessing=net.preprocessing
+    )
 
     def save(index: int, ids: Tensor) -> None:
-        save_mask(mask_file(masks, samples[index]), ids.byte().cpu().numpy(), kind.palette())
+        save_mask(mask_file(masks, samples[index]), ids.byte().cpu().numpy(), net.palette)
 
-    predict = Predictor(frozen(net, device), device, settings)
-    matrix = validate(predict, loader, len(kind.classes), None if masks is None else save)
-    return matrix.report(kind.classes)
+    keep = None if masks is None else save
+    return validate(net.predict, loader, len(net.classes), keep).report(net.classes)
 
 
-def segment(
-    net: nn.Module, config: Config, device: Device, pictures: Path, out: Path
-) -> tuple[int, list[str]]:
+def segment(net: Segmenter, pictures: Path, out: Path) -> tuple[int, list[str]]:
     """Segment the pictures below a folder: masks, overlays and a legend.
 
     Returns:
         How many; and what is wrong with those that cannot be read.
     """
-    kind, (samples, broken) = describe(config.dataset), readable(find_pictures(pictures))
-    one_by_one = config.inference.model_copy(update={"batch_size": 1})
-    loader = whole_images(samples, one_by_one, config.workers, preprocessing=net.preprocessing)
-    predict = Predictor(frozen(net, device), device, config.inference)
-    for batch in passes(loader, device, "segmenting"):
-        (ids,) = predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
-        ids, sample = ids.byte().cpu().numpy(), samples[int(batch.index)]
-        save_mask(mask_file(out / "masks", sample), ids, kind.palette())
+    samples, broken = readable(find_pictures(pictures))
+    one_by_one = net.config.inference.model_copy(update={"batch_size": 1})
+    loader = whole_images(samples, one_by_one, net.config.workers, preprocessing=net.preprocessing)
+    for batch in passes(loader, net.device, "segmenting"):
+        (ids,), _ = net.segment(batch.image)
+        ids, sample = ids.cpu().numpy(), samples[int(batch.index)]
+        save_mask(mask_file(out / "masks", sample), ids, net.palette)
         overlay = mask_file(out / "overlays", sample).with_suffix(".jpg")
-        save_overlay(overlay, read_image(sample.image), ids, kind.palette())
-    legend = list(zip(kind.classes, kind.colours, strict=True))
+        save_overlay(overlay, read_image(sample.image), ids, net.palette)
+    legend = list(zip(net.classes, net.colours, strict=True))
     by_first(save_legend)(out / "legend.png", legend)
     return len(samples), broken
 
@@ -235,17 +231,6 @@ def _judged(
     )
 
 
-def _of_run_folder(settings: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """Add what a checkpoint does not hold, from its run folder: name, workers, data root."""
-    added, root = {"name": "checkpoint"}, "unknown"  # no folder: an error tells to set dataset.root
-    with suppress(UserError):  # no such file, or another program's
-        run = read_config(str(checkpoint.absolute().parent.parent / "config.yaml"))
-        added, root = {"name": run.name, "workers": run.workers}, run.dataset.root
-    dataset = settings.get("dataset")
-    dataset = {"root": root, **dataset} if isinstance(dataset, dict) else dataset
-    return {**added, **settings, "dataset": dataset}
-
-
 def table(results: dict[str, Any]) -> str:
     """Lay out IoU by class, mIoU and pixel accuracy, in percent."""
     rows = {**results["per_class_iou"], "mIoU": results["miou"]}
@@ -268,7 +253,12 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     parser.add_argument("--images", type=Path, metavar="DIR", help="segment these pictures instead")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where --images writes")
-    parser.add_argument("--export", type=Path, metavar="FILE", help="write net.onnx or net.pt2")
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="write net.onnx, net.pt2, net.safetensors, or a folder for the Hugging Face hub",
+    )
     parser.add_argument(
         "--reset-classifier", action="store_true", help="leave the checkpoint's classifier out"
     )
@@ -283,7 +273,11 @@ def read_arguments() -> argparse.Namespace:
 def refuse_inputs(arguments: argparse.Namespace, root: Path) -> None:
     """Refuse to write where files are read: pictures, the data root, the checkpoint."""
     read = {"--images": arguments.images, "dataset.root": root, "checkpoint": arguments.checkpoint}
-    written = [("--save-masks", arguments.save_masks), ("--json", arguments.json)]
+    written = [
+        ("--save-masks", arguments.save_masks),
+        ("--json", arguments.json),
+        ("--export", arguments.export),
+    ]
     if arguments.out is not None:
         written += [("--out", arguments.out / folder) for folder in ("masks", "overlays")]
     for (key, path), (other, place) in product(written, read.items()):
@@ -309,35 +303,34 @@ def run(arguments: argparse.Namespace) -> None:
         device = Device(config.device, config.precision)
         say(diagnose(arguments.checkpoint, config, device, arguments.diagnose))
         return
-    path, content = arguments.checkpoint, checkpoint.load(arguments.checkpoint)
-    if arguments.config is not None:
-        config = read_config(arguments.config, arguments.settings)
-    elif isinstance(content.get("config"), dict):
-        config = config_from(_of_run_folder(content["config"], path), str(path), arguments.settings)
-    else:
-        raise UserError(f"{path}: holds no config; name one with --config")
-    refuse_inputs(arguments, Path(config.dataset.root))
-    device = Device(config.device, config.precision)
-    net = network_of(config.model, len(describe(config.dataset).classes), pretrained=None)
-    checkpoint.load_weights(net, path, arguments.reset_classifier)
+    net = Segmenter.load(
+        arguments.checkpoint,
+        arguments.settings,
+        config=arguments.config,
+        reset_classifier=arguments.reset_classifier,
+    )
+    refuse_inputs(arguments, Path(net.config.dataset.root))
     if arguments.export is not None:
-        difference = broadcast(export, net, arguments.export)
-        say(f"{arguments.export}: logits differ from the network's by {difference:.1e} at most")
+        if arguments.export.suffix in checkpoint.SUFFIXES:
+            broadcast(net.save, arguments.export)
+            say(f"{arguments.export}: weights and config")
+        else:
+            difference = broadcast(export, net.net, arguments.export)
+            say(f"{arguments.export}: logits differ from the network's by {difference:.1e} at most")
         return
-    net = device.place(net)
     if arguments.images is not None:
-        count, broken = segment(net, config, device, arguments.images, arguments.out)
+        count, broken = segment(net, arguments.images, arguments.out)
         say(f"{arguments.out}: {count} masks, {count} overlays, legend.png")
         if broken:
             say("\n".join([f"{len(broken)} pictures left out:", *broken]))
             sys.exit(1)
         return
-    results = evaluate(net, config, device, arguments.save_masks)
+    results = evaluate(net, arguments.save_masks)
     say(table(results))
     if arguments.json is not None:
-        stage = {"miou": results["miou"], "epoch": content.get("epoch")}
-        stages = {str(content.get("stage", "checkpoint")): stage}
-        by_first(write_json)(arguments.json, {"name": config.name, **results, "stages": stages})
+        stage = {"miou": results["miou"], "epoch": net.origin.get("epoch")}
+        stages = {str(net.origin.get("stage", "checkpoint")): stage}
+        by_first(write_json)(arguments.json, {"name": net.config.name, **results, "stages": stages})
 
 
 if __name__ == "__main__":

@@ -32,7 +32,25 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         UserError: it cannot be read completely.
     """
-    return _as_rgb(_decoded(path, upright=True), path)
+    with _readable(path), Image.open(path) as image:
+        return upright(image, path)
+
+
+def upright(image: Image.Image, name: str | Path) -> Image.Image:
+    """Return a copy of a picture as RGB, turned upright by the EXIF orientation that it carries.
+
+    Args:
+        image: of any mode; a copy carries no EXIF, so that it is not turned again.
+        name: for the error.
+
+    Raises:
+        UserError: it holds floating-point numbers.
+    """
+    turn = _turn(image)
+    image.load()
+    image = _as_rgb(image if turn is None else image.transpose(turn), name)
+    image.info.clear()
+    return image
 
 
 def read_ids(path: Path) -> np.ndarray:
@@ -41,7 +59,10 @@ def read_ids(path: Path) -> np.ndarray:
     Raises:
         UserError: as ``read_image``, or more than one channel, or ids that 16 bits do not hold.
     """
-    mask = _decoded(path, refused=_SCALED)
+    with _readable(path), Image.open(path) as mask:
+        if any(tile[3] in _SCALED for tile in mask.tile):
+            raise UserError(f"{path}: a mask of 2 or 4 grey bits; save it with 8, or as a palette")
+        mask.load()  # completely, so that a truncated file fails here
     if mask.mode not in ("1", "L", "P") and not mask.mode.startswith("I"):
         raise UserError(
             f"{path}: a mask has one channel of class ids, this one is {mask.mode}; "
@@ -79,8 +100,13 @@ def picture_size(path: Path) -> tuple[int, int]:
 def to_input(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     """Return an RGB picture as the network takes it: (3, H, W) float32, normalised."""
     pixels = tf.pil_to_tensor(image).contiguous()  # planes now, as bytes, not later as floats
+    return normalised(pixels, preprocessing)
+
+
+def normalised(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Normalise (..., 3, H, W) RGB, uint8 in 0-255 or float in [0, 1]; the result is float32."""
     mean, std = list(preprocessing.mean), list(preprocessing.std)
-    return tf.normalize(tf.to_dtype(pixels, scale=True), mean, std)
+    return tf.normalize(tf.to_dtype(pixels, torch.float32, scale=True), mean, std)
 
 
 def to_label(mask: Image.Image) -> Tensor:
@@ -88,10 +114,10 @@ def to_label(mask: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(mask).astype(np.int64))
 
 
-def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
+def _as_rgb(image: Image.Image, name: str | Path) -> Image.Image:
     if image.mode == "F":
         raise UserError(
-            f"{path}: holds floating-point numbers of unknown range; save it with 8 or 16 bits"
+            f"{name}: holds floating-point numbers of unknown range; save it with 8 or 16 bits"
         )
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip to white
         values = np.asarray(image)
@@ -99,16 +125,6 @@ def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
             values = values / 256
         image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
-
-
-def _decoded(path: Path, refused: tuple[str, ...] = (), upright: bool = False) -> Image.Image:
-    """Open and decode completely, so that a truncated file fails here; refuse some raw modes."""
-    with _readable(path), Image.open(path) as image:
-        if any(tile[3] in refused for tile in image.tile):
-            raise UserError(f"{path}: a mask of 2 or 4 grey bits; save it with 8, or as a palette")
-        turn = _turn(image) if upright else None
-        image.load()
-        return image if turn is None else image.transpose(turn)
 
 
 def _turn(picture: Image.Image) -> Image.Transpose | None:
@@ -126,6 +142,8 @@ def _readable(path: Path) -> Iterator[None]:
     """Turn any error of Pillow into a ``UserError``."""
     try:
         yield
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; correct the list or dataset.root") from None
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and their own

@@ -23,7 +23,7 @@ from dataset.loader import Chance, training_batches, whole_images
 from dataset.query import QueryRule, build_query_index
 from dataset.training import QueryPair
 from eval import evaluate
-from model import network_of
+from model import Segmenter, network_of
 from model.losses import cross_entropy
 from train import StudentBatch, retrain_objective, supervised_objective, training_step
 from utils import checkpoint
@@ -225,7 +225,7 @@ def test_files_of_labeling_and_selection_are_those_of_one_process(together, conf
             run.stage("3_select", train.select, teacher, splits, labeled, index)
             student = run.device.place(network_of(settings.model, 7, pretrained=None))
             checkpoint.load_weights(student, teacher / "checkpoint.pth")
-            return run.folder, evaluate(student, settings, run.device)
+            return run.folder, evaluate(Segmenter(student, settings))
 
     outcomes = [together(count, infer) for count in (1, 2, 3)]
     ((folder, score),) = outcomes[0]

@@ -1,16 +1,23 @@
-"""Checkpoints: weights with the config, stage and epoch they come from. No pickled code is run."""
+"""Checkpoints: weights with the config, stage and epoch they come from. No pickled code is run.
 
+A file of torch's; a ``.safetensors`` file with all but the weights in its metadata; or a folder of
+``config.json`` and ``model.safetensors``, as on the Hugging Face hub.
+"""
+
+import json
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.files import write_atomically
+from utils.files import read_json, write_atomically, write_json
 
 Weights = dict[str, Tensor]
 # UniMatch keeps its best mIoU as a numpy number, under numpy 1's name for what builds it.
@@ -21,16 +28,37 @@ _NUMPY_SCALARS = [
     np._core.multiarray.scalar,
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
 ]
+SUFFIXES = ("", ".pth", ".safetensors")  # "": a folder
+_METADATA = "checkpoint"  # of a .safetensors file, in JSON; all values there are text
+_FOLDER = ("config.json", "model.safetensors")
 _SHOWN = 8  # keys of each kind in the table of a mismatch
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Write tensors, numbers, strings and containers of them, atomically.
 
+    Args:
+        path: a ``.safetensors`` file, or a folder, a path without a suffix, take the weights in
+            ``content["model"]`` and what JSON can express beside them; any other path is torch's.
+        content: to be written.
+
     Raises:
-        UserError: the disk is full, or the place is not to be written to.
+        UserError: the disk is full, the place is not to be written to, or the folder holds other
+            files.
     """
-    write_atomically(path, lambda partial: write(partial, content))
+    if path.suffix not in ("", ".safetensors"):
+        write_atomically(path, lambda place: write(place, content))
+        return
+    weights = {key: value.contiguous() for key, value in content["model"].items()}
+    others = {key: value for key, value in content.items() if key != "model"}
+    metadata = {"format": "pt", _METADATA: json.dumps(others)}
+    if path.suffix == "":
+        if path.is_dir() and any(path.iterdir()) and not _is_folder(path):
+            raise UserError(f"{path}: holds other files; name a new folder")
+        metadata.pop(_METADATA)
+        write_json(path / _FOLDER[0], others)
+        path /= _FOLDER[1]
+    write_atomically(path, partial(_write_safetensors, weights, metadata))
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -46,17 +74,39 @@ def write(path: Path, content: dict[str, Any]) -> None:
         raise OSError(f"torch writes no further, the disk may be full: {error}") from error
 
 
+def _is_folder(path: Path) -> bool:
+    return all((path / name).is_file() for name in _FOLDER)
+
+
+def _write_safetensors(weights: Weights, metadata: dict[str, str], path: Path) -> None:
+    try:
+        safetensors.torch.save_file(weights, path, metadata)
+    except safetensors.SafetensorError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(f"safetensors writes no further, the disk may be full: {error}") from error
+
+
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, or a .safetensors file, onto the CPU, with ``weights_only=True`` always.
+    """Read a checkpoint in any of its forms onto the CPU, with ``weights_only=True`` always.
 
     Raises:
         UserError: no such file; or one that is truncated, no checkpoint, or holds pickled code.
     """
+    if _is_folder(path):
+        others = read_json(path / _FOLDER[0])
+        if not isinstance(others, dict):
+            raise UserError(f"{path / _FOLDER[0]}: holds no JSON object; download it again")
+        return {**others, "model": load(path / _FOLDER[1])}
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; name a checkpoint.pth of a run")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            with safetensors.safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+            weights = safetensors.torch.load_file(path)
+            if _METADATA not in metadata:
+                return weights
+            return {**json.loads(metadata[_METADATA]), "model": weights}
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as parts:  # torch.load compares no checksum
                 spoilt = parts.testzip()

@@ -46,9 +46,14 @@ def save_overlay(path: Path, image: Image.Image, ids: np.ndarray, palette: bytes
         ids: (H, W) uint8 class ids, of the picture's size.
         palette: 768 bytes, the colours of the ids.
     """
-    picture = Image.blend(image, in_colour(ids, palette).convert("RGB"), 0.5)
+    picture = overlay(image, ids, palette)
     picture.thumbnail((_JPEG, _JPEG))
     _save(picture, path, "JPEG", quality=92)
+
+
+def overlay(image: Image.Image, ids: np.ndarray, palette: bytes) -> Image.Image:
+    """Blend an RGB picture with the colours of its (H, W) uint8 class ids, half and half."""
+    return Image.blend(image, in_colour(ids, palette).convert("RGB"), 0.5)
 
 
 def save_legend(path: Path, legend: Sequence[Entry]) -> None:

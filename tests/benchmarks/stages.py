@@ -34,7 +34,7 @@ from dataset.loader import Chance, training_batches
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.training import LabeledPairs, RetrainSamples
 from eval import evaluate
-from model import network_of
+from model import Segmenter, network_of
 from model.losses import cross_entropy
 from model.ops.frozen import frozen
 from tests.benchmarks import plain
@@ -208,13 +208,16 @@ class Bench:
         return Row(forms, 2 * self.batch, flop(self.network, SIZE))
 
     def evaluate(self) -> Row:
-        val, settings = self.splits.val, (self.config, self.device)
+        val = self.splits.val
 
         def naive() -> Callable:
             net, device = self.plain().eval(), self.device.torch_device
             return partial(plain.evaluate, net, val, self.classes, device)
 
-        forms = {"plain": naive, "ours": lambda: partial(evaluate, self.ours(), *settings)}
+        def ours() -> Callable:
+            return partial(evaluate, Segmenter(self.network(), self.config))
+
+        forms = {"plain": naive, "ours": ours}
         return Row(forms, len(val), flop(self.network, SIZE))
 
 

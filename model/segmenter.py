@@ -1,0 +1,273 @@
+"""A trained network as a function of images, with its classes; read from files and written to them.
+
+net = Segmenter.load("outdir/demo/6_retrain/checkpoint.pth")
+mask, confidence = net("photo.jpg")
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import huggingface_hub as hub
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dataset.catalog import describe
+from dataset.reading import normalised, read_image, to_input, upright
+from model.networks import network_of
+from model.ops.frozen import frozen
+from utils import checkpoint
+from utils.config.reading import config_from, read_config
+from utils.config.schema import Config
+from utils.device import Device
+from utils.errors import UserError
+from utils.evaluation import Predictor
+from utils.panels import in_colour, overlay
+from utils.run.comparison import portable
+
+Colour = tuple[int, int, int]  # red, green, blue in 0-255
+
+
+class Segmenter:
+    """Segments images by a network: class ids and their probabilities.
+
+    Args:
+        net: is moved to the device, and copied there for inference.
+        config: what the network was trained with; ``inference``, ``device`` and ``precision`` count
+            here.
+        origin: what else its checkpoint says, such as the stage; is kept by ``save``.
+        colours: by class id; None: those of the data set.
+
+    Attributes:
+        net: the network that was given.
+        config, origin: the same.
+        classes: names by class id.
+        colours: by class id.
+        palette: 768 bytes, the colours for PNGs of mode P; 255 is white.
+        device: where the network runs, and in which precision.
+        preprocessing: how the network wants its images.
+        predict: gives (B, C, H, W) class probabilities of (B, 3, h, w) normalised images and a
+            size (H, W), as in validation.
+
+    Raises:
+        UserError: the device does not exist; or there are not as many colours as classes.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        config: Config,
+        origin: Mapping[str, Any] | None = None,
+        colours: Sequence[Colour] | None = None,
+    ) -> None:
+        kind = describe(config.dataset)
+        if colours is not None and len(colours) != len(kind.classes):
+            raise UserError(
+                f"colours: {len(colours)} for {len(kind.classes)} classes; give each one"
+            )
+        kind = kind._replace(colours=tuple(map(tuple, colours or kind.colours)))
+        self.classes, self.colours, self.palette = kind.classes, kind.colours, kind.palette()
+        self.device = Device(config.device, config.precision)
+        self.net, self.preprocessing = self.device.place(net), net.preprocessing
+        self.config, self.origin = config, dict(origin or {})
+        self.predict = Predictor(frozen(self.net, self.device), self.device, config.inference)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        settings: Sequence[str] = (),
+        *,
+        config: str | None = None,
+        classes: Sequence[str] | None = None,
+        colours: Sequence[Colour] | None = None,
+        device: str | None = None,
+        precision: str | None = None,
+        reset_classifier: bool = False,
+        **inference: Any,
+    ) -> "Segmenter":
+        """Load a network with what it was trained with.
+
+        Args:
+            source: a checkpoint, .pth or .safetensors; a folder of ``config.json`` and
+                ``model.safetensors``; or the name of such a repository on the Hugging Face hub,
+                ``owner/name``.
+            settings: as on the command line, ``section.key=value``.
+            config: a YAML file, instead of the config that the checkpoint holds; those of ST++,
+                CISC-R and UniMatch hold none.
+            classes: names by class id; None: those of the data set that the config names.
+            colours: (red, green, blue) by class id; None: the data set's.
+            device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``; None: the config's, which is
+                ``auto`` unless it was set.
+            precision: ``auto``, ``fp32``, ``bf16``, ``fp16``; None: the config's.
+            reset_classifier: leave the classifier initialised at random, and the file's out.
+            **inference: keys of the config's section ``inference``, such as ``scales=[0.75, 1.0]``,
+                ``flip=True``, ``window={"size": 512}``, ``long_side=1024``.
+
+        Raises:
+            UserError: no such checkpoint, no config, an unknown setting, or weights of another
+                network.
+        """
+        path = _local(source)
+        content = checkpoint.load(path)
+        given = {"device": device, "precision": precision}
+        words = [f"{key}={value}" for key, value in given.items() if value is not None]
+        if classes is not None:
+            words += ["dataset.kind=custom", f"dataset.classes={json.dumps(list(classes))}"]
+        words += [f"inference.{key}={json.dumps(value)}" for key, value in inference.items()]
+        words = [*settings, *words]
+        if config is not None:
+            found = read_config(config, words)
+        elif isinstance(content.get("config"), dict):
+            found = config_from(_of_run_folder(content["config"], path), str(path), words)
+        else:
+            raise UserError(
+                f"{path}: holds no config; name one with --config, or config= in Python"
+            )
+        net = network_of(found.model, len(describe(found.dataset).classes), pretrained=None)
+        weights = checkpoint.weights_in(content, path)
+        checkpoint.put_weights(net, weights, path, reset_classifier)
+        origin = {key: content[key] for key in ("stage", "epoch") if key in content}
+        return cls(net, found, origin, colours)
+
+    def __call__(
+        self, image: str | Path | Image.Image | np.ndarray | Tensor
+    ) -> tuple[np.ndarray, np.ndarray] | tuple[Tensor, Tensor]:
+        """Segment an image, or a batch of images of one size.
+
+        Args:
+            image: a file; a picture of any mode, turned upright by its EXIF orientation; an array
+                (H, W, 3) or (H, W) of uint8; or a tensor (B, 3, H, W) or (3, H, W), on any device,
+                of uint8 in 0-255 or floats in [0, 1]. RGB, not normalised.
+
+        Returns:
+            Class ids and their probabilities in [0, 1], of the image's size: (H, W) arrays of uint8
+            and float32, tensors (B, H, W) on the network's device if a batch is given, (H, W) if a
+            tensor without a first dimension.
+
+        Raises:
+            UserError: the file is no picture, or the array is none of these.
+        """
+        if isinstance(image, Tensor):
+            images = normalised(_pixels(image), self.preprocessing)
+            ids, confidence = self.segment(images if image.dim() == 4 else images.unsqueeze(0))
+            return (ids, confidence) if image.dim() == 4 else (ids[0], confidence[0])
+        picture = to_input(_picture(image), self.preprocessing)
+        ids, confidence = self.segment(picture.unsqueeze(0))
+        return ids[0].cpu().numpy(), confidence[0].cpu().numpy()
+
+    def segment(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ids and probabilities, (B, H, W), of normalised images, (B, 3, H, W)."""
+        probabilities = self.predict(images, tuple(images.shape[-2:]))
+        # The first of equal probabilities, as in validation.
+        return probabilities.argmax(dim=1).byte(), probabilities.amax(dim=1)
+
+    def picture(self, mask: np.ndarray | Tensor) -> Image.Image:
+        """Return (H, W) class ids as a picture of mode P in the colours of the classes."""
+        return in_colour(_ids(mask), self.palette)
+
+    def overlay(
+        self, image: str | Path | Image.Image | np.ndarray, mask: np.ndarray | Tensor
+    ) -> Image.Image:
+        """Return a picture, given as to the network, under its half-transparent classes."""
+        return overlay(_picture(image), _ids(mask), self.palette)
+
+    def save(self, path: str | Path) -> None:
+        """Write weights and config where ``load`` finds them.
+
+        Args:
+            path: a .pth or .safetensors file; or a folder, a path without a suffix, which gets
+                ``config.json`` and ``model.safetensors`` as on the Hugging Face hub.
+
+        Raises:
+            UserError: another suffix, or the place cannot be written to.
+        """
+        path = Path(path)
+        if path.suffix not in checkpoint.SUFFIXES:
+            raise UserError(
+                f"{path}: name a .pth or .safetensors file, or a folder without a suffix"
+            )
+        content = {"model": self.net.state_dict(), "preprocessing": self.preprocessing._asdict()}
+        checkpoint.save(path, {**content, "config": portable(self.config), **self.origin})
+
+    def push(self, repository: str, private: bool = False) -> str:
+        """Upload the network to the Hugging Face hub; its token must be known (``hf auth login``).
+
+        Args:
+            repository: ``owner/name``; is made if it does not exist.
+            private: whether a new one is.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            UserError: the hub cannot be reached, or refuses.
+        """
+        try:
+            hub.create_repo(repository, private=private, exist_ok=True)
+            with TemporaryDirectory() as folder:
+                self.save(Path(folder) / "net")
+                return str(hub.upload_folder(repo_id=repository, folder_path=f"{folder}/net"))
+        except (OSError, hub.errors.HFValidationError) as error:  # of the hub, and of connections
+            raise UserError(f"{repository}: the hub took nothing ({_line(error)})") from error
+
+
+def _local(source: str | Path) -> Path:
+    """Return where a checkpoint is, downloading a repository of the hub."""
+    path = Path(source)
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) or path.suffix:
+        return path
+    try:
+        files = ["config.json", "model.safetensors"]
+        return Path(hub.snapshot_download(str(source), allow_patterns=files))
+    except (OSError, ValueError) as error:  # every error of the hub's and of its connections
+        raise UserError(
+            f"{source}: no such file here, and no repository that the Hugging Face hub gives "
+            f"({_line(error)})"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _of_run_folder(settings: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Add what a checkpoint does not hold, from its run folder: name, workers, data root."""
+    added, root = {"name": "checkpoint"}, "unknown"  # no folder: an error tells to set dataset.root
+    with suppress(UserError):  # no such file, or another program's
+        run = read_config(str(path.absolute().parent.parent / "config.yaml"))
+        added, root = {"name": run.name, "workers": run.workers}, run.dataset.root
+    dataset = settings.get("dataset")
+    dataset = {"root": root, **dataset} if isinstance(dataset, dict) else dataset
+    return {**added, **settings, "dataset": dataset}
+
+
+def _picture(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)) or image.ndim < 2:
+            raise UserError(
+                f"image: an array of {image.dtype}, {image.shape}; give uint8, (height, width, 3)"
+            )
+        image = Image.fromarray(image)
+    return upright(image, "image") if isinstance(image, Image.Image) else read_image(Path(image))
+
+
+def _pixels(images: Tensor) -> Tensor:
+    shape, kind = tuple(images.shape), images.dtype
+    if images.dim() not in (3, 4) or shape[-3] != 3:
+        raise UserError(f"image: a tensor of {shape}; give (images, 3, height, width)")
+    if kind == torch.uint8:
+        return images
+    if not kind.is_floating_point or not 0 <= images.min() <= images.max() <= 1:
+        raise UserError(f"image: a tensor of {kind}; give uint8, or floats from 0 to 1")
+    return images
+
+
+def _ids(mask: np.ndarray | Tensor) -> np.ndarray:
+    return np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask).astype(np.uint8)
