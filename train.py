@@ -5,11 +5,12 @@ python train.py --config pascal.yaml [--method NAME] [section.key=value ...]
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +24,12 @@ from dataset.lists import (
     Splits,
     mask_file,
     read_splits,
+    read_truth,
     refuse_broken_images,
     with_pseudo_masks,
 )
 from dataset.loader import Chance, batch_keys, training_batches, whole_images
+from dataset.predictions import draw_examples, keep_predictions
 from dataset.query import (
     QueriedImage,
     Querier,
@@ -62,6 +65,7 @@ from model.mixing import View, cut_mix, cut_out, keep_whole, paste_queried
 from model.ops.bilinear import resize
 from model.ops.frozen import frozen
 from model.ops.layers import full_size
+from model.panels import QueryPanels
 from model.retrieval import (
     LabeledPatches,
     calibrate,
@@ -90,12 +94,11 @@ from utils.distributed import (
 from utils.errors import Parser, UserError, exit_with_one_line
 from utils.evaluation import ConfusionMatrix, Predictor, base_size, passes, resize_images, validate
 from utils.optimization import Optimization
-from utils.panels import draw_examples, save_mask
+from utils.panels import save_mask
 from utils.progress import StageBar
 from utils.run.resume import Journal, Progress
 from utils.run.stages import Report, Run, Stage, checkpoint_of
 
-EXAMPLES = 4  # validation images in a run's picture
 VOTERS, PATCHES = 512, 20_000  # labeled images and patches that vote on pseudo labels, at most
 EARLIER = (1 / 3, 2 / 3)  # of stage 1: checkpoints that stability compares (ST++)
 LabeledLoss = Callable[..., Tensor]  # of logits, labels and the valid pixels of the batch
@@ -125,6 +128,7 @@ Prepare = Callable[[Any], Any]  # of a batch as it was read
 def train(config: Config, from_stage: int | None = None, fresh: bool = False) -> None:
     """Run the six stages, or those that are left of them."""
     kind, splits = describe(config.dataset), read_splits(config.dataset)
+    truth = read_truth(config.dataset, config.panels.truth)  # is drawn, nothing else
     refuse_batch_sizes(config, splits)
     refuse_crop(config.model.backbone, config.augment.crop_size)
     index = build_query_index(splits.labeled, QueryRule.of(config.query, kind))
@@ -143,16 +147,16 @@ def train(config: Config, from_stage: int | None = None, fresh: bool = False) ->
             chosen = run.stage("3_select", select, first, splits, pseudo_labeled, index)
             reliable, unreliable, index = read_selection(chosen, splits.unlabeled, kind.classes)
             pseudo_labeled = with_pseudo_masks(reliable, masks / "masks")
-            teacher = run.stage("4_retrain", retrain, splits, pseudo_labeled, first, index)
+            teacher = run.stage("4_retrain", retrain, splits, pseudo_labeled, first, index, truth)
             teachers = (first, teacher) if config.relabel == "both" else (teacher,)
             masks = run.stage(
                 "5_relabel", write_pseudo_labels, teachers, unreliable, splits.labeled
             )
             pseudo_labeled += with_pseudo_masks(unreliable, masks / "masks")
         if 6 in config.stages:
-            final = run.stage("6_retrain", retrain, splits, pseudo_labeled, teacher, index)
+            final = run.stage("6_retrain", retrain, splits, pseudo_labeled, teacher, index, truth)
         run.finish()
-        _draw(run, splits.val, first, final)
+        _keep_predictions(run, splits.val, first, final)
 
 
 def train_supervised(stage: Stage, splits: Splits, index: QueryIndex) -> Report:
@@ -399,8 +403,12 @@ def retrain(
     pseudo_labeled: Sequence[Sample],
     teacher: Path,
     index: QueryIndex,
+    truth: Mapping[str, Sample] = MappingProxyType({}),
 ) -> Report:
-    """Stages 4 and 6: a student on labeled and pseudo-labeled images."""
+    """Stages 4 and 6: a student on labeled and pseudo-labeled images.
+
+    True masks of these, by image name, are drawn in query panels and not used otherwise.
+    """
     config, settings = stage.config, stage.config.retrain
     chance = Chance(config.seed, stage.name)
     net, frozen_teacher = _new_network(stage, chance), _teacher(stage, checkpoint_of(teacher))
@@ -441,6 +449,14 @@ def retrain(
         unlabeled=size * (settings.views + (settings.feature_dropout > 0)),
         teacher=size * (max(rule.passes, of_teacher) + (average is not None)),
     )
+
+    def judge(sample: RetrainSample) -> tuple[Tensor, Tensor]:
+        label, weight, *confidence = judged(sample, frozen_teacher, average, rule)
+        if settings.threshold:
+            weight = weight * thresholds.reached(*confidence, label)
+        return label, weight
+
+    panels = QueryPanels(stage, pseudo_labeled, truth, querier, frozen_teacher, judge)
     outcome = fit(
         stage,
         net,
@@ -452,6 +468,7 @@ def retrain(
         prepare=prepare,
         average=average,
         running=thresholds,
+        show=panels.draw,
     )
     return {"images": len(samples), **outcome}
 
@@ -492,8 +509,19 @@ class ClassThresholds(nn.Module):
 
     def forward(self, confidence: Tensor, label: Tensor) -> Tensor:
         """Tell which (B, H, W) pixels reach their class's threshold: bool. Collective."""
+        if self.settings.threshold_by_class:
+            self._update(confidence, label)
+        return self.reached(confidence, label)
+
+    def reached(self, confidence: Tensor, label: Tensor) -> Tensor:
+        """Tell it by the running means as they are."""
         if not self.settings.threshold_by_class:
             return confidence >= self.settings.threshold
+        highest = self.mean.where(self.seen, 0).max().clamp_min(1e-6)
+        limits = self.settings.threshold * self.mean / highest
+        return confidence >= limits[label.where(label != IGNORE, 0)]
+
+    def _update(self, confidence: Tensor, label: Tensor) -> None:
         regions = [label == class_id for class_id in range(len(self.mean))]  # deterministic sums
         sums = torch.stack([(confidence * region).sum() for region in regions])
         counts = torch.stack([region.sum() for region in regions])
@@ -501,9 +529,6 @@ class ClassThresholds(nn.Module):
         moved = self.mean.lerp(sums / counts.clamp_min(1), 1 - self.settings.average_decay)
         self.mean.copy_(torch.where(counts > 0, moved, self.mean))
         self.seen |= counts > 0
-        highest = self.mean.where(self.seen, 0).max().clamp_min(1e-6)
-        limits = self.settings.threshold * self.mean / highest
-        return confidence >= limits[label.where(label != IGNORE, 0)]
 
 
 # The rules that weigh pixels of pseudo labels. Each takes the frozen teacher's features of the
@@ -745,6 +770,7 @@ def fit(
     average: nn.Module | None = None,
     running: nn.Module | None = None,
     earlier: Sequence[float] = (),
+    show: Callable[[nn.Module, int], None] | None = None,
 ) -> Report:
     """Train a network, write ``checkpoint.pth``; continue where an earlier run was stopped.
 
@@ -760,6 +786,7 @@ def fit(
         average: like the network; becomes its running average, and is validated and kept.
         running: a module whose buffers ``prepare`` changes, to be resumed.
         earlier: shares of the stage after which ``earlier_1.pth`` and so on are written too.
+        show: draws the network after so many epochs, as ``panels.every`` says and after the last.
 
     Returns:
         Last means of the logged terms, mIoU and IoU by class of the kept checkpoint.
@@ -811,6 +838,8 @@ def fit(
             for number, share in enumerate(earlier, start=1):
                 if epoch + 1 == math.ceil(count * share):
                     stage.save(kept, epoch + 1, f"earlier_{number}.pth")
+            if show is not None and (last or (epoch + 1) % config.panels.every == 0):
+                show(kept, epoch + 1)
             stage.record(epoch + 1, numbers)
             at.epoch_done(outcome)
     seen = {f"{kind}_crops": number * iterations for kind, number in crops._asdict().items()}
@@ -906,17 +935,20 @@ def _querier(config: Config, splits: Splits, index: QueryIndex, read: SampleRead
     return Querier(splits.labeled, index, rule, config.augment, read)
 
 
-def _draw(run: Run, val: Sequence[Sample], *stages: Path) -> None:
-    """Draw a few validation images, their labels and the predictions of stages."""
-    chosen = val[:: max(1, len(val) // EXAMPLES)][:EXAMPLES]
-    networks = {stage.name: trained_network(run.config, checkpoint_of(stage)) for stage in stages}
-    predictors = {
-        name: Predictor(frozen(net, run.device), run.device, run.config.inference)
-        for name, net in networks.items()
-    }
-    path, kind = run.folder / "examples.png", describe(run.config.dataset)
-    preprocessing = next(iter(networks.values())).preprocessing
-    draw_examples(path, _whole(run.config, chosen, preprocessing), predictors, kind, preprocessing)
+def _keep_predictions(run: Run, val: Sequence[Sample], *stages: Path) -> None:
+    """Keep the predictions of val by the networks of stages, and draw some of them."""
+    folder, kind = run.folder / "val", describe(run.config.dataset)
+
+    def opened(stage: Path) -> tuple[Predictor, Any]:
+        net = frozen(trained_network(run.config, checkpoint_of(stage)), run.device)
+        predict = Predictor(net, run.device, run.config.inference)
+        return predict, _whole(run.config, val, net.preprocessing)
+
+    for stage in stages:
+        made_from = run.digest(checkpoint_of(stage))
+        keep_predictions(folder, stage.name, made_from, val, kind, partial(opened, stage))
+    names = list(dict.fromkeys(stage.name for stage in stages))
+    draw_examples(run.folder / "examples.png", folder, names, val, kind)
 
 
 def main() -> None:

@@ -231,6 +231,23 @@ def read_val(section: DatasetSection) -> list[Sample]:
     return read_splits(section, ("val",)).val
 
 
+def read_truth(section: DatasetSection, name: str | None) -> dict[str, Sample]:
+    """Read a list of images with true masks that no training sees: samples by image name.
+
+    Args:
+        section: of the data.
+        name: of the list in the root, or a whole path; None: there is none.
+
+    Raises:
+        UserError: no root, no list, a line that is wrong.
+    """
+    if name is None:
+        return {}
+    root, kind = find_root(section), describe(section)
+    samples = read_list(root / name, root, kind)
+    return {sample.name: sample for sample in samples if sample.mask}
+
+
 def read_lists(section: DatasetSection, fields: Sequence[str] = Splits._fields) -> Splits:
     """Read the lists of a config, and no picture; lists that are not in ``fields`` are empty.
 

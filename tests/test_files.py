@@ -10,7 +10,7 @@ from PIL import Image
 from dataset.catalog import KINDS
 from dataset.reading import read_mask
 from utils.files import read_json, write_atomically, write_json
-from utils.panels import save_mask, save_overlay, save_panel
+from utils.panels import panel, save_mask, save_overlay
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path):
@@ -55,34 +55,32 @@ def test_mask_comes_back_with_its_ids_and_its_colours(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(40, 60), (7, 300)])
-def test_panel_shows_every_picture_at_its_place(tmp_path, size):
+def test_panel_shows_every_picture_at_its_place(size):
     colours = [[(250, 0, 0), (0, 250, 0)], [(0, 0, 250), (250, 250, 0)]]
     rows = [[Image.new("RGB", size[::-1], colour) for colour in row] for row in colours]
-    save_panel(tmp_path / "p.png", ["one", "two"], rows, [("cat", (1, 2, 3))], height=50)
-    panel = np.asarray(Image.open(tmp_path / "p.png"))
+    drawn = np.asarray(panel(["one", "two"], rows, [("cat", (1, 2, 3))], height=50))
     width = round(size[1] * 50 / size[0])
     for row, pair in enumerate(colours):
         for column, colour in enumerate(pair):
-            y, x = np.nonzero((panel == colour).all(axis=2))
+            y, x = np.nonzero((drawn == colour).all(axis=2))
             assert len(x) == 50 * width  # whole: nothing lies over it, nothing is cut off
-            assert (y.mean() > panel.shape[0] / 2) == (row == 1)
-            assert (x.mean() > panel.shape[1] / 2) == (column == 1)
-    assert (panel == (1, 2, 3)).all(axis=2).any()  # the legend's swatch
+            assert (y.mean() > drawn.shape[0] / 2) == (row == 1)
+            assert (x.mean() > drawn.shape[1] / 2) == (column == 1)
+    assert (drawn == (1, 2, 3)).all(axis=2).any()  # the legend's swatch
 
 
 def test_pictures_of_extreme_shapes_are_drawn(tmp_path):
     narrow = Image.new("RGB", (7, 3000))
-    save_panel(tmp_path / "p.png", ["one"], [[narrow]], [("cat", (1, 2, 3))])
+    assert panel(["one"], [[narrow]], [("cat", (1, 2, 3))]).height > 144
     wide = Image.new("RGB", (70_000, 4))
     ids = np.zeros((4, 70_000), np.uint8)
     save_overlay(tmp_path / "o.jpg", wide, ids, KINDS["demo"].palette())
     assert Image.open(tmp_path / "o.jpg").width == 65_500
 
 
-def test_legend_of_many_classes_breaks_into_lines(tmp_path):
+def test_legend_of_many_classes_breaks_into_lines():
     kind = KINDS["cityscapes"]
     legend = list(zip(kind.classes, kind.colours, strict=True))
-    save_panel(tmp_path / "p.png", ["image"], [[Image.new("RGB", (200, 100))]], legend, 100)
-    panel = np.asarray(Image.open(tmp_path / "p.png"))
+    drawn = np.asarray(panel(["image"], [[Image.new("RGB", (200, 100))]], legend, 100))
     for name, colour in legend:
-        assert (panel == colour).all(axis=2).sum() >= 100, f"{name} is cut off"
+        assert (drawn == colour).all(axis=2).sum() >= 100, f"{name} is cut off"

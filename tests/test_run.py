@@ -149,6 +149,20 @@ def test_a_fresh_run_leaves_nothing_of_the_old_one(tmp_path):
     assert len(list((folder / "tensorboard").iterdir())) == 1
 
 
+def test_predictions_and_panels_go_with_the_stages_they_show(tmp_path):
+    run_stages(config(tmp_path))
+    folder = tmp_path / "demo"
+    made = ["val/1_supervised/images.csv", "val/1_supervised/masks/a/b.png", "val/labels/a/b.png"]
+    made += ["val/6_retrain/made_from", "2_pseudo_label/panels/epoch_010.png", "diagnosis.json"]
+    mine = ["val/notes.txt", "2_pseudo_label/panels/mine.png"]
+    for name in made + mine:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    run_stages(config(tmp_path), from_stage=2)
+    assert [name for name in made + mine if (folder / name).exists()] == mine
+    assert not (folder / "val" / "labels").exists()
+
+
 def test_other_lists_are_refused_until_the_run_starts_over(tmp_path):
     def run_with(from_stage=None, **lists):
         with Run(config(tmp_path), from_stage, lists=lists) as run:

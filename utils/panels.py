@@ -1,38 +1,26 @@
 """Pictures: masks in colour, overlays, legends, and predictions side by side."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from utils import Preprocessing
-from utils.distributed import by_first, merged
-from utils.evaluation import Predictor, passes
 from utils.files import write_atomically
 
+Picture = Image.Image | tuple[Image.Image, str]  # with a text in its corner
 Entry = tuple[str, tuple[int, int, int]]  # of a legend: class name and colour
 _MARGIN, _LINE = 6, 18  # pixels
+_RED = (220, 30, 30)
 _JPEG = 65_500  # pixels, the longest side
-
-
-class Classes(Protocol):
-    """Names and colours by class id."""
-
-    classes: Sequence[str]
-    colours: Sequence[tuple[int, int, int]]
-
-    def palette(self) -> bytes:
-        """768 bytes for pictures of mode P."""
 
 
 def save_mask(path: Path, ids: np.ndarray, palette: bytes) -> None:
     """Write class ids, (H, W) uint8, as a PNG of 768 bytes of palette, atomically."""
-    _save(in_colour(ids, palette), path)
+    save(in_colour(ids, palette), path)
 
 
 def save_overlay(path: Path, image: Image.Image, ids: np.ndarray, palette: bytes) -> None:
@@ -48,7 +36,7 @@ def save_overlay(path: Path, image: Image.Image, ids: np.ndarray, palette: bytes
     """
     picture = overlay(image, ids, palette)
     picture.thumbnail((_JPEG, _JPEG))
-    _save(picture, path, "JPEG", quality=92)
+    save(picture, path, "JPEG", quality=92)
 
 
 def overlay(image: Image.Image, ids: np.ndarray, palette: bytes) -> Image.Image:
@@ -58,78 +46,74 @@ def overlay(image: Image.Image, ids: np.ndarray, palette: bytes) -> Image.Image:
 
 def save_legend(path: Path, legend: Sequence[Entry]) -> None:
     """Write class names beside their colours, as PNG, atomically."""
-    _save(_legend(legend, width=480), path)
+    save(_legend(legend, 480, ImageFont.load_default(), _LINE), path)
 
 
-def draw_examples(
-    path: Path,
-    loader: DataLoader,
-    predictors: Mapping[str, Predictor],
-    kind: Classes,
-    preprocessing: Preprocessing,
-) -> None:
-    """Write a panel of images, labels and predictions, as PNG. Collective.
-
-    Args:
-        path: where.
-        loader: of the images.
-        predictors: by column title.
-        kind: classes and colours.
-        preprocessing: of the loader's images.
-    """
-    rows = []  # of each batch
-    device = next(iter(predictors.values())).device
-    for batch in passes(loader, device, path.stem):
-        size = tuple(batch.label.shape[-2:])
-        ids = [predict(batch.image, size).argmax(dim=1) for predict in predictors.values()]
-        rows.append({})
-        for place, index in enumerate(batch.index.tolist()):
-            masks = [mask[place].byte().cpu().numpy() for mask in (batch.label, *ids)]
-            shown = [in_colour(mask, kind.palette()) for mask in masks]
-            rows[-1][index] = [_as_picture(batch.image[place], preprocessing), *shown]
-    pictures = [row for _, row in sorted(merged(rows).items())]
-    legend = list(zip(kind.classes, kind.colours, strict=True))
-    by_first(save_panel)(path, ["image", "label", *predictors], pictures, legend)
-
-
-def _as_picture(image: Tensor, preprocessing: Preprocessing) -> Image.Image:
+def as_picture(image: Tensor, preprocessing: Preprocessing) -> Image.Image:
     """Undo the normalisation of a (3, H, W) image."""
     mean, std = (np.asarray(values)[:, None, None] for values in preprocessing[:2])
     values = (image.cpu().double().numpy() * std + mean) * 255
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
-def save_panel(
-    path: Path,
+def in_grey(values: np.ndarray) -> Image.Image:
+    """Return numbers in [0, 1], (H, W) float, as an RGB picture: 0 is black, 1 is white."""
+    return Image.fromarray((values * 255).round().astype(np.uint8)).convert("RGB")
+
+
+def marked(image: Image.Image, places: np.ndarray) -> Image.Image:
+    """Return an RGB picture in pale grey, with the places of (H, W) bool in red."""
+    pale = Image.blend(image.convert("L"), Image.new("L", image.size, 255), 0.5).convert("RGB")
+    pale.paste(_RED, mask=Image.fromarray(places.astype(np.uint8) * 255))
+    return pale
+
+
+def panel(
     titles: Sequence[str],
-    rows: Sequence[Sequence[Image.Image]],
+    rows: Sequence[Sequence[Picture]],
     legend: Sequence[Entry],
     height: int = 144,
-) -> None:
-    """Write rows of pictures under column titles, over a legend of class colours.
+    width: int | None = None,
+    text: float | None = None,
+) -> Image.Image:
+    """Draw rows of pictures under column titles, over a legend of class colours.
 
     Args:
-        path: where to write a PNG.
         titles: one a column.
-        rows: the pictures of one image each.
+        rows: the pictures of one image each; a pair of a picture and a text has that in its corner.
         legend: class names and colours.
-        height: of a row, in pixels.
+        height: of a row, in pixels, where ``width`` does not make it less.
+        width: of the widest picture at most; None: as wide as the height makes it.
+        text: height of letters, in pixels; None: Pillow's default.
     """
-    rows = [[_to_height(picture, height) for picture in row] for row in rows]
-    width = max(picture.width for row in rows for picture in row) + _MARGIN
-    names = _legend(legend, width * len(titles))
-    top, below = _MARGIN + _LINE, len(rows) * (height + _MARGIN) + names.height
-    panel = Image.new("RGB", (width * len(titles) + _MARGIN, top + below), "white")
+    font = ImageFont.load_default(text)
+    line = _LINE if text is None else round(1.6 * text)
+    pairs = [[each if isinstance(each, tuple) else (each, "") for each in row] for row in rows]
+    if width is not None:
+        widest = max(picture.width / picture.height for row in pairs for picture, _ in row)
+        height = min(height, round(width / widest))
+    shown = [[(_to_height(picture, height), note) for picture, note in row] for row in pairs]
+    width = max(picture.width for row in shown for picture, _ in row) + _MARGIN
+    names = _legend(legend, width * len(titles), font, line)
+    top, below = _MARGIN + line, len(rows) * (height + _MARGIN) + names.height
+    drawn = Image.new("RGB", (width * len(titles) + _MARGIN, top + below), "white")
+    draw = ImageDraw.Draw(drawn)
     for column, title in enumerate(titles):
         left = column * width + _MARGIN
-        ImageDraw.Draw(panel).text((left, _MARGIN), title, "black", ImageFont.load_default())
-        for number, row in enumerate(rows):
-            panel.paste(row[column], (left, top + number * (height + _MARGIN)))
-    panel.paste(names, (_MARGIN, panel.height - names.height))
-    _save(panel, path)
+        draw.text((left, _MARGIN), title, "black", font)
+        for number, row in enumerate(shown):
+            place, (picture, note) = (left, top + number * (height + _MARGIN)), row[column]
+            drawn.paste(picture, place)
+            if note:
+                corner = draw.textbbox(place, f" {note} ", font)[2:]
+                draw.rectangle((place, (corner[0], corner[1] + 2)), fill="white")
+                draw.text(place, f" {note} ", "black", font)
+    drawn.paste(names, (_MARGIN, drawn.height - names.height))
+    return drawn
 
 
-def _save(picture: Image.Image, path: Path, kind: str = "PNG", **options: int) -> None:
+def save(picture: Image.Image, path: Path, kind: str = "PNG", **options: int) -> None:
+    """Write a picture atomically, in a format of Pillow's with its options."""
     write_atomically(path, lambda partial: picture.save(partial, kind, **options))
 
 
@@ -154,16 +138,20 @@ def _to_height(picture: Image.Image, height: int) -> Image.Image:
     return picture.resize((width, height), resample).convert("RGB")
 
 
-def _legend(entries: Sequence[Entry], width: int) -> Image.Image:
+def _legend(
+    entries: Sequence[Entry],
+    width: int,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    line: int,
+) -> Image.Image:
     """Swatches with names, as many in a line as fit."""
-    font = ImageFont.load_default()
-    picture = Image.new("RGB", (width, (len(entries) + 1) * _LINE), "white")
-    draw, left, top = ImageDraw.Draw(picture), 0, 0
+    picture = Image.new("RGB", (width, (len(entries) + 1) * line), "white")
+    draw, left, top, side = ImageDraw.Draw(picture), 0, 0, line - 6
     for name, colour in entries:
-        needed = round(font.getlength(name)) + 2 * _LINE + _MARGIN
+        needed = round(font.getlength(name)) + 2 * line + _MARGIN
         if left and left + needed > width:
-            left, top = 0, top + _LINE
-        draw.rectangle((left, top + 2, left + 12, top + 14), fill=colour, outline="black")
-        draw.text((left + _LINE, top + 2), name, "black", font)
+            left, top = 0, top + line
+        draw.rectangle((left, top + 2, left + side, top + 2 + side), fill=colour, outline="black")
+        draw.text((left + line, top + 2), name, "black", font)
         left += needed
-    return picture.crop((0, 0, width, top + _LINE + _MARGIN))
+    return picture.crop((0, 0, width, top + line + _MARGIN))

@@ -263,6 +263,16 @@ class EvaluateSection(Section):
     checkpoint: Literal["last", "best"] = "last"  # 'best' picks by val: its mIoU is optimistic
 
 
+class PanelsSection(Section):
+    """Pictures of stages 4 and 6 in ``panels/``: what is queried, weighed and learnt."""
+
+    images: int = Field(4, ge=0)  # unlabeled images, the same every time; 0: no pictures
+    every: int = Field(10, gt=0)  # epochs; the last epoch of a stage is always drawn
+    # List of unlabeled images with true masks, which show where pseudo labels are wrong; they are
+    # drawn and not used otherwise. null: there is none.
+    truth: str | None = None
+
+
 class Config(Section):
     """One run of the six stages."""
 
@@ -291,6 +301,7 @@ class Config(Section):
     retrain: RetrainSection = RetrainSection()
     inference: InferenceSection = InferenceSection()
     evaluate: EvaluateSection = EvaluateSection()
+    panels: PanelsSection = PanelsSection()
 
     @model_validator(mode="after")
     def _labels_have_a_source(self) -> "Config":

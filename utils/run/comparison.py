@@ -12,8 +12,8 @@ from utils.errors import UserError
 from utils.files import read_json
 from utils.run.results import environment
 
-# They change no result.
-_FREE_KEYS = {"name", "outdir", "workers", "cache", "checkpoint_every"}
+# They change no result; a section with all that it holds.
+_FREE_KEYS = {"name", "outdir", "workers", "cache", "checkpoint_every", "panels"}
 _COMPARED_AS_LISTS = {f"dataset.{key}" for key in ("root", "labeled", "unlabeled", "val")}
 _RESOLVED = {"precision", "device"}  # what they resolve to counts
 _AGAIN = "restore this file, or start the run over with --from-stage 1"
@@ -65,7 +65,8 @@ def refuse_other_run(
 def differing_keys(one: Config, other: Config) -> dict[str, Any]:
     """Return the settings of ``one`` that can change a result and differ from ``other``'s."""
     there, here = (_flat(config.model_dump(mode="json")) for config in (one, other))
-    keys = sorted((there.keys() | here.keys()) - _FREE_KEYS - _RESOLVED - _COMPARED_AS_LISTS)
+    keys = sorted((there.keys() | here.keys()) - _RESOLVED - _COMPARED_AS_LISTS)
+    keys = [key for key in keys if key.partition(".")[0] not in _FREE_KEYS]
     return {key: there.get(key) for key in keys if there.get(key) != here.get(key)}
 
 

@@ -38,6 +38,19 @@ _MADE = (
     *("checkpoint.pth", "earlier_[12].pth", "masks/**/*.png", "confidence.csv", "reliable.txt"),
     *("unreliable.txt", "query_index.json", "unlabeled_scores.csv", "labeled_scores.csv"),
 )
+# What they draw; it is neither compared nor counted as what later stages are made from.
+_DRAWN = "panels/epoch_*.png"
+# What the end of a run leaves: results, and predictions of the validation list.
+_OF_RUN = (
+    *(
+        "results.json",
+        "examples.png",
+        "diagnosis.json",
+        "val/labels/**/*.png",
+        "val/[146]_*/made_from",
+    ),
+    *(f"val/[146]_*/{name}" for name in ("images.csv", "confusion.csv", "masks/**/*.png")),
+)
 # A run has one config: --from-stage of a later stage would refuse another one.
 _LOWER = "lower optimizer.lr or set precision=fp32, and start over with --from-stage 1"
 
@@ -174,6 +187,13 @@ def _remove(*paths: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder and those below it, but not where something is in them."""
+    for place in (*sorted(folder.rglob("*/"), reverse=True), folder):
+        with suppress(OSError):
+            place.rmdir()
+
+
 @contextmanager
 def locked(folder: Path, patience: float = 10.0) -> Iterator[None]:
     """Let no other run work in a folder while the block runs.
@@ -290,6 +310,10 @@ class Run:
         self._files |= {f"{name}/{file}": digest for file, digest in files.items()}
         return folder
 
+    def digest(self, path: Path) -> str:
+        """Return the sha256 of a finished stage's file."""
+        return self._files[path.relative_to(self.folder).as_posix()]
+
     @by_first
     def finish(self) -> None:
         """Write results.json: the last stage's mIoU, every stage's report, every file's sha256."""
@@ -360,14 +384,15 @@ class Run:
         """Remove what stages made, their results and numbers; files of others stay."""
         folders = [self.folder / name for name in _STAGES[first - 1 :]]
         made = {folder: _made_in(folder) for folder in folders}
-        _remove(self.folder / "results.json", self.folder / "examples.png")
+        _remove(*(path for pattern in _OF_RUN for path in self.folder.glob(pattern)))
         _remove(*(folder / "stage.json" for folder in reversed(folders)))
         for folder in folders:
-            _remove(folder / _UNFINISHED, *made[folder], *folder.rglob(".*.partial"))
-            for place in (*sorted(folder.rglob("*/"), reverse=True), folder):
-                with suppress(OSError):  # something is in there
-                    place.rmdir()
+            drawn = folder.glob(_DRAWN)
+            _remove(folder / _UNFINISHED, *made[folder], *drawn, *folder.rglob(".*.partial"))
+            _remove_empty(folder)
             self.log.tidy(folder.name)
+        _remove(*(self.folder / "val").rglob(".*.partial"))
+        _remove_empty(self.folder / "val")
 
     def _log_stop(self, _: object, error: BaseException | None, __: object) -> None:
         if isinstance(error, Stopped):

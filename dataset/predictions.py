@@ -1,0 +1,87 @@
+"""Predictions of the validation list that a run keeps: masks, scores by image, counts by class."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dataset.catalog import Kind
+from dataset.lists import Sample, mask_file
+from dataset.query import write_csv
+from dataset.reading import read_ids, read_image
+from utils.distributed import broadcast, by_first, merged
+from utils.evaluation import ConfusionMatrix, passes
+from utils.files import write_text
+from utils.panels import in_colour, panel, save, save_mask
+
+_EXAMPLES = 4  # images in a run's picture
+
+
+def keep_predictions(
+    folder: Path,
+    stage: str,
+    made_from: str,
+    val: Sequence[Sample],
+    kind: Kind,
+    open_network: Callable[[], tuple[Callable[[Tensor, tuple[int, int]], Tensor], Any]],
+) -> None:
+    """Predict whole images by a stage's network; write what tells where it is right. Collective.
+
+    Writes ``<stage>/masks/``, palette PNGs of class ids; ``<stage>/images.csv`` with mIoU and pixel
+    accuracy, fractions, empty where no pixel counts; ``<stage>/confusion.csv``, pixels of a true
+    class a row; and ``labels/``, the true masks as palette PNGs, 255 = ignored.
+
+    Args:
+        folder: of the predictions of a run.
+        stage: its name.
+        made_from: digest of its checkpoint; nothing is done if the files are of this one.
+        val: the images, with masks.
+        kind: classes and colours.
+        open_network: returns a ``Predictor`` and a loader of the images.
+    """
+    place, classes, palette = folder / stage, len(kind.classes), kind.palette()
+    if broadcast(_content, place / "made_from") == made_from:
+        return
+    predict, loader = open_network()
+    counts, rows = ConfusionMatrix(classes, predict.device.torch_device), []  # rows of each batch
+    for batch in passes(loader, predict.device, f"predicting {stage}"):
+        ids = predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
+        rows.append({})
+        for index, mask, label in zip(batch.index.tolist(), ids, batch.label, strict=True):
+            single, sample = ConfusionMatrix(classes, predict.device.torch_device), val[index]
+            single.update(mask, label)
+            counts.counts += single.counts
+            true = mask_file(folder / "labels", sample)
+            save_mask(mask_file(place / "masks", sample), mask.byte().cpu().numpy(), palette)
+            save_mask(true, label.byte().cpu().numpy(), palette)
+            scores = single.mean_iou(), single.pixel_accuracy()
+            shown = ["" if score != score else score for score in scores]
+            paths = sample.image.absolute(), true.relative_to(folder).as_posix()
+            rows[-1][index] = (sample.name, *shown, *paths)
+    table = [row for _, row in sorted(merged(rows).items())]
+    columns = ("image", "miou", "pixel_accuracy", "picture", "label")
+    by_first(write_csv)(place / "images.csv", columns, table)
+    named = zip(kind.classes, counts.reduce().counts.tolist(), strict=True)
+    header = ("class", *kind.classes)
+    by_first(write_csv)(place / "confusion.csv", header, [(name, *row) for name, row in named])
+    by_first(write_text)(place / "made_from", made_from)
+
+
+def _content(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+@by_first
+def draw_examples(
+    path: Path, folder: Path, stages: Sequence[str], val: Sequence[Sample], kind: Kind
+) -> None:
+    """Draw a few validation images, their labels and the kept predictions of stages, as a PNG."""
+    palette, rows = kind.palette(), []
+    for sample in val[:: max(1, len(val) // _EXAMPLES)][:_EXAMPLES]:
+        folders = [folder / "labels", *(folder / stage / "masks" for stage in stages)]
+        masks = [read_ids(mask_file(place, sample)) for place in folders]
+        shown = (in_colour(mask, palette) for mask in masks)
+        rows.append([read_image(sample.image), *shown])
+    legend = list(zip(kind.classes, kind.colours, strict=True))
+    save(panel(["image", "label", *stages], rows, legend), path)
