@@ -46,6 +46,7 @@ from dataset.training import (
     RetrainSample,
     RetrainSamples,
     parts,
+    planned_work,
     refuse_batch_sizes,
     repeats,
 )
@@ -132,7 +133,7 @@ def train(config: Config, from_stage: int | None = None, fresh: bool = False) ->
     refuse_batch_sizes(config, splits)
     refuse_crop(config.model.backbone, config.augment.crop_size)
     index = build_query_index(splits.labeled, QueryRule.of(config.query, kind))
-    run = Run(config, from_stage, fresh, splits.digests())
+    run = Run(config, from_stage, fresh, splits.digests(), planned_work(config, splits))
     if broadcast(lambda: run.is_new):  # else a truncated image could end a late stage
         broadcast(refuse_broken_images, splits)
     with run:
@@ -770,7 +771,7 @@ def fit(
     average: nn.Module | None = None,
     running: nn.Module | None = None,
     earlier: Sequence[float] = (),
-    show: Callable[[nn.Module, int], None] | None = None,
+    show: Callable[[nn.Module, int, int], None] | None = None,
 ) -> Report:
     """Train a network, write ``checkpoint.pth``; continue where an earlier run was stopped.
 
@@ -786,7 +787,7 @@ def fit(
         average: like the network; becomes its running average, and is validated and kept.
         running: a module whose buffers ``prepare`` changes, to be resumed.
         earlier: shares of the stage after which ``earlier_1.pth`` and so on are written too.
-        show: draws the network after so many epochs, as ``panels.every`` says and after the last.
+        show: draws the network after so many epochs and iterations, as ``panels.every`` says.
 
     Returns:
         Last means of the logged terms, mIoU and IoU by class of the kept checkpoint.
@@ -812,7 +813,8 @@ def fit(
         prepare=prepare,
     )
     best = config.evaluate.checkpoint == "best"
-    bar = StageBar(stage.name, iterations, steps, images=crops.labeled + crops.unlabeled)
+    images = crops.labeled + crops.unlabeled
+    bar = StageBar(stage.name, iterations, steps, images, stage.advance)
     with bar, Progress(stage, net, optimization, bar, running) as at:
         epochs, outcome = range(at.epoch, count), at.report
         batches = training_batches(dataset, size, epochs, chance, config.workers, at.step)
@@ -828,10 +830,12 @@ def fit(
                     stage.refuse_not_finite(epoch, step, spoilt, dataset.names(keys))
                 bar.update(terms, rate)
                 at.step_done()
-            numbers, last = bar.means(), epoch + 1 == count
+            numbers, last, ious = bar.means(), epoch + 1 == count, {}
+            passed = min((epoch + 1) * steps, iterations)
             if last or (epoch + 1) % config.evaluate.every == 0:
                 matrix = _validated(stage, kept, val)
                 numbers["miou"] = matrix.mean_iou()
+                ious = matrix.report(classes)["per_class_iou"]
                 if numbers["miou"] > outcome.get("miou", -1.0) if best else last:
                     outcome = {**numbers, **matrix.report(classes), "epoch": epoch + 1}
                     stage.save(kept, epoch + 1)
@@ -839,8 +843,8 @@ def fit(
                 if epoch + 1 == math.ceil(count * share):
                     stage.save(kept, epoch + 1, f"earlier_{number}.pth")
             if show is not None and (last or (epoch + 1) % config.panels.every == 0):
-                show(kept, epoch + 1)
-            stage.record(epoch + 1, numbers)
+                show(kept, epoch + 1, passed)
+            stage.record(epoch + 1, numbers, passed, ious)
             at.epoch_done(outcome)
     seen = {f"{kind}_crops": number * iterations for kind, number in crops._asdict().items()}
     return {**outcome, "iterations": iterations, **seen}

@@ -16,9 +16,10 @@ from dataset.query import QueriedImage, QueriedPrototype, Querier, count_kept
 from dataset.reading import to_input, to_label
 from dataset.transforms import random_view, recolour
 from utils import IMAGENET, Preprocessing
-from utils.config.schema import AugmentSection, Config, SupervisedSection
+from utils.config.schema import AugmentSection, Config, SupervisedSection, TrainingSection
 from utils.distributed import world
 from utils.errors import UserError
+from utils.progress import Work
 
 Record = TypeVar("Record", bound=tuple)
 
@@ -174,3 +175,39 @@ def refuse_batch_sizes(config: Config, splits: Splits) -> None:
                 f"{key}.accumulate: {cuts} does not cut the {size} images of a batch evenly for "
                 f"{world()} processes; change it or {key}.batch_size"
             )
+
+
+def planned_work(config: Config, splits: Splits) -> dict[str, Work]:
+    """Return the work of each stage that runs, by its name, for the time left of a run.
+
+    In pixels that pass networks, three times for crops that are learnt from: backward costs twice
+    as much as forward. Images are taken as squares.
+    """
+    stages, labeled, unlabeled = config.stages, len(splits.labeled), len(splits.unlabeled)
+    reliable = count_kept(unlabeled, config.select.keep) if 3 in stages else unlabeled
+    crop, side = config.augment.crop_size**2, config.inference.long_side or config.augment.base_size
+    labeling = config.pseudo_label
+    views = sum(scale**2 for scale in labeling.scales) * (1 + labeling.flip)
+    if labeling.neighbours:
+        views += sum(scale**2 for scale in labeling.neighbour_scales) / len(
+            labeling.neighbour_scales
+        )
+
+    def training(settings: TrainingSection, samples: int, crops: int) -> float:
+        steps = samples // settings.batch_size
+        return (settings.iterations or steps * settings.epochs) * settings.batch_size * crops * crop
+
+    retrain = config.retrain
+    student = 1 + retrain.learn_queried + retrain.views + (retrain.feature_dropout > 0)
+    pairs = labeled * repeats(config.supervised, splits.labeled)
+    plan = {"1_supervised": Work("supervised", training(config.supervised, pairs, 2 * 3))}
+    if 2 in stages:
+        plan["2_pseudo_label"] = Work("label", unlabeled * views * side**2)
+    if 3 in stages:
+        plan["3_select"] = Work("select", (labeled + unlabeled) * side**2)
+        plan["4_retrain"] = Work("retrain", training(retrain, reliable, 3 * student + 1))
+        both = 2 if config.relabel == "both" else 1
+        plan["5_relabel"] = Work("label", (unlabeled - reliable) * views * both * side**2)
+    if 6 in stages:
+        plan["6_retrain"] = Work("retrain", training(retrain, unlabeled, 3 * student + 1))
+    return plan

@@ -31,7 +31,7 @@ class QueryPanels:
     Whole images, where training sees crops. Random numbers of training are not used.
 
     Args:
-        stage: gets ``panels/epoch_007.png`` and so on.
+        stage: gets ``panels/epoch_007.png`` and so on, and shows them where it logs.
         samples: images with pseudo labels; ``panels.images`` of them, evenly spaced, are drawn.
         truth: true masks by image name, to mark wrong pseudo labels.
         querier: draws labeled images.
@@ -58,8 +58,8 @@ class QueryPanels:
 
     @by_first
     @torch.no_grad()
-    def draw(self, net: nn.Module, epoch: int) -> None:
-        """Draw the images with a network's predictions after so many epochs."""
+    def draw(self, net: nn.Module, epoch: int, iteration: int) -> None:
+        """Draw the images with a network's predictions after so many epochs and iterations."""
         stage, known = self._stage, any(sample.name in self._truth for sample in self._samples)
         if not self._samples:
             return
@@ -80,6 +80,7 @@ class QueryPanels:
         legend = list(zip(self._kind.classes, self._kind.colours, strict=True))
         drawn = panel(list(titles.values()), pictures, legend, _HEIGHT, _WIDTH, _TEXT)
         save(drawn, stage.folder / "panels" / f"epoch_{epoch:03d}.png")
+        stage.show("query_panel", drawn, iteration)
 
     def _row(self, number: int, predict: Predictor) -> dict[str, Picture]:
         sample, device, teacher = self._samples[number], self._stage.device, self._teacher

@@ -137,7 +137,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(train, run, monkeypatch)
     def fail(*_):
         raise UserError("no picture")
 
-    monkeypatch.setattr(train_program, "_draw", fail)
+    monkeypatch.setattr(train_program, "_keep_predictions", fail)
     assert train("stages=[1]") == "error: no picture"
     assert json.loads((run / "results.json").read_text())["miou"] == 0.5
 

@@ -22,6 +22,7 @@ from utils.config.schema import DatasetSection
 from utils.device import Device
 from utils.evaluation import ConfusionMatrix
 from utils.panels import panel
+from utils.run.log import Log
 from utils.run.stages import Stage
 
 
@@ -33,7 +34,7 @@ def drawn(demo_overrides, demo_root, splits, querier, tmp_path, monkeypatch):
     """
     config = read_config("demo.yaml", [*demo_overrides, "panels.images=3"])
     device, asked, calls = Device("cpu", "fp32"), [], []
-    stage = Stage("4_retrain", tmp_path, config, device, log=None, watch=None)
+    stage = Stage("4_retrain", tmp_path, config, device, Log(tmp_path), watch=None)
     truth = {}
     for sample in splits.val[:-1]:
         ids = np.asarray(read_mask(sample.mask)).copy()
@@ -58,10 +59,10 @@ def drawn(demo_overrides, demo_root, splits, querier, tmp_path, monkeypatch):
     panels = QueryPanels(stage, splits.val, truth, querier, frozen(net, device), judge)
     torch.manual_seed(7)
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    panels.draw(net, 10)
+    panels.draw(net, 10, 100)
     assert torch.equal(torch.get_rng_state(), state)  # training's numbers are not used
     assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
-    panels.draw(net, 20)
+    panels.draw(net, 20, 200)
     return SimpleNamespace(
         titles=calls[0][0], rows=calls[0][1], again=calls[1][1], asked=asked, stage=stage
     )

@@ -81,6 +81,15 @@ def config_from(values: Mapping[str, Any], source: str, overrides: Sequence[str]
     return _checked([(source, values)], overrides)
 
 
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return settings by dotted key, such as ``dataset.root``; empty sections have none."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        inner = isinstance(value, dict)
+        found.update(flat(value, f"{prefix}{key}.") if inner else {prefix + key: value})
+    return found
+
+
 def _checked(layers: list[Layer], overrides: Sequence[str]) -> Config:
     """Merge layers, later over earlier, key by key, and check the result."""
     layers = [*layers, *map(_override, overrides)]

@@ -288,6 +288,8 @@ class Config(Section):
     # Which stages run: [1]; [1, 2, 6] is self-training on all images; [1, 6] needs labels: average.
     stages: Stages = [1, 2, 3, 4, 5, 6]
     relabel: Literal["second", "both"] = "second"  # teachers of stage 5: stage 4, or also stage 1
+    tensorboard: bool = True  # curves and pictures in <outdir>/<name>/tensorboard
+    wandb: str | None = None  # the same in a project of Weights & Biases (pip install wandb)
     checkpoint_every: int | None = Field(None, gt=0)  # iterations; null: only whole epochs are kept
     dataset: DatasetSection
     augment: AugmentSection

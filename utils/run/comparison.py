@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from utils.config.reading import read_config
+from utils.config.reading import flat, read_config
 from utils.config.schema import Config
 from utils.device import Device
 from utils.errors import UserError
@@ -13,7 +13,8 @@ from utils.files import read_json
 from utils.run.results import environment
 
 # They change no result; a section with all that it holds.
-_FREE_KEYS = {"name", "outdir", "workers", "cache", "checkpoint_every", "panels"}
+_LOGGED = {"tensorboard", "wandb", "panels"}
+_FREE_KEYS = {"name", "outdir", "workers", "cache", "checkpoint_every", *_LOGGED}
 _COMPARED_AS_LISTS = {f"dataset.{key}" for key in ("root", "labeled", "unlabeled", "val")}
 _RESOLVED = {"precision", "device"}  # what they resolve to counts
 _AGAIN = "restore this file, or start the run over with --from-stage 1"
@@ -64,7 +65,7 @@ def refuse_other_run(
 
 def differing_keys(one: Config, other: Config) -> dict[str, Any]:
     """Return the settings of ``one`` that can change a result and differ from ``other``'s."""
-    there, here = (_flat(config.model_dump(mode="json")) for config in (one, other))
+    there, here = (flat(config.model_dump(mode="json")) for config in (one, other))
     keys = sorted((there.keys() | here.keys()) - _RESOLVED - _COMPARED_AS_LISTS)
     keys = [key for key in keys if key.partition(".")[0] not in _FREE_KEYS]
     return {key: there.get(key) for key in keys if there.get(key) != here.get(key)}
@@ -99,12 +100,3 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path}: no such file, which tells what run this folder holds; {_AGAIN}")
     return path
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return {dotted key: value}."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        inner = isinstance(value, dict)
-        flat.update(_flat(value, f"{prefix}{key}.") if inner else {prefix + key: value})
-    return flat

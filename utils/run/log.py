@@ -1,16 +1,20 @@
-"""What a run reports while it works: log.txt, metrics.jsonl, TensorBoard, the terminal."""
+"""What a run reports while it works: log.txt, metrics.jsonl, the terminal, loggers."""
 
 import json
 import os
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 
-from torch.utils.tensorboard import SummaryWriter
+from PIL import Image
 from tqdm import tqdm
 
+from utils.config.schema import Config
 from utils.distributed import by_first
-from utils.files import append_text, read_records, write_text, writing
+from utils.files import append_text, read_records, write_text
+from utils.run.loggers import Logger, open_loggers, tagged
 
 Numbers = dict[str, float]
 
@@ -24,19 +28,18 @@ class Log:
 
     def __init__(self, folder: Path) -> None:
         self._text, self._metrics = folder / "log.txt", folder / "metrics.jsonl"
-        self._curves = folder / "tensorboard"
+        self._folder, self._loggers = folder, list[Logger]()
 
     @by_first
-    def open(self) -> None:
-        """Open TensorBoard's file; to be called before ``record``."""
-        with writing(self._curves):
-            self._board = SummaryWriter(str(self._curves))
+    def open(self, config: Config) -> None:
+        """Open the loggers that the config names; without it there are none."""
+        self._loggers = open_loggers(self._folder, config)
 
     @by_first
     def close(self) -> None:
-        """Close TensorBoard's file."""
-        with writing(self._curves):
-            self._board.close()
+        """Close the loggers."""
+        for logger in self._loggers:
+            logger.close()
 
     @by_first
     def say(self, text: str) -> None:
@@ -50,15 +53,41 @@ class Log:
         append_text(self._text, f"{now} {text}\n")
 
     @by_first
-    def record(self, stage: str, epoch: int, numbers: Numbers) -> None:
-        """Keep an epoch's numbers in metrics.jsonl, in TensorBoard and as a line of the log."""
+    def record(
+        self,
+        stage: str,
+        epoch: int,
+        numbers: Numbers,
+        iteration: int = 0,
+        ious: Mapping[str, float | None] = MappingProxyType({}),
+    ) -> None:
+        """Keep an epoch's numbers in metrics.jsonl, in the loggers and as a line of the log.
+
+        Args:
+            stage: its name.
+            epoch: how many are done.
+            numbers: means of the epoch, by name.
+            iteration: of all training stages.
+            ious: by class, for the loggers; empty if the epoch was not validated.
+        """
         line = json.dumps({"stage": stage, "epoch": epoch, **numbers})
         append_text(self._metrics, line + "\n")
-        with writing(self._curves):
-            for key, value in numbers.items():
-                self._board.add_scalar(f"{stage}/{key}", value, epoch)
+        for logger in self._loggers:
+            logger.scalars(tagged(stage, numbers, ious), iteration)
         shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
         self.say(f"{stage}  epoch {epoch}  {shown}")
+
+    @by_first
+    def show(self, tag: str, picture: Image.Image, iteration: int) -> None:
+        """Show a picture in the loggers."""
+        for logger in self._loggers:
+            logger.picture(tag, picture, iteration)
+
+    @by_first
+    def result(self, miou: float) -> None:
+        """Give the loggers the run's mIoU, in [0, 1]."""
+        for logger in self._loggers:
+            logger.result(miou)
 
     @by_first
     def tidy(self, stage: str = "", epochs: int = 0) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 from filelock import FileLock, Timeout
+from PIL import Image
 from torch import nn
 
 from utils import checkpoint
@@ -24,6 +25,7 @@ from utils.device import Device
 from utils.distributed import barrier, broadcast, by_first, is_first
 from utils.errors import Stopped, UserError
 from utils.files import read_json, sha256, text_digest, write_json, write_text, writing
+from utils.progress import RunBar, Work, clock
 from utils.run.comparison import portable, refuse_other_run
 from utils.run.log import Log, Numbers
 from utils.run.results import environment, stage_table
@@ -51,6 +53,7 @@ _OF_RUN = (
     ),
     *(f"val/[146]_*/{name}" for name in ("images.csv", "confusion.csv", "masks/**/*.png")),
 )
+_CURVES = ("tensorboard", "wandb")
 # A run has one config: --from-stage of a later stage would refuse another one.
 _LOWER = "lower optimizer.lr or set precision=fp32, and start over with --from-stage 1"
 
@@ -84,6 +87,8 @@ class Stage:
     device: Device
     log: Log
     watch: Stopwatch  # runs while the stage does
+    before: int = 0  # iterations of earlier training stages
+    bar: RunBar | None = None
 
     @property
     def unfinished(self) -> Path:
@@ -106,9 +111,24 @@ class Stage:
         content["config"] = portable(self.config)
         checkpoint.save(self.folder / name, {**content, "stage": self.name, "epoch": epoch})
 
-    def record(self, epoch: int, numbers: Numbers) -> None:
-        """Log an epoch's numbers."""
-        self.log.record(self.name, epoch, numbers)
+    def record(
+        self,
+        epoch: int,
+        numbers: Numbers,
+        iteration: int = 0,
+        ious: Mapping[str, float | None] = MappingProxyType({}),
+    ) -> None:
+        """Log an epoch's numbers after so many iterations of the stage; IoU by class, if known."""
+        self.log.record(self.name, epoch, numbers, self.before + iteration, ious)
+
+    def show(self, tag: str, picture: Image.Image, iteration: int) -> None:
+        """Show an RGB picture where the run logs, after so many iterations of the stage."""
+        self.log.show(tag, picture, self.before + iteration)
+
+    def advance(self, share: float) -> None:
+        """Draw how far the stage and the run have come."""
+        if self.bar is not None and not self.bar.hidden:
+            self.bar.show(self.name, self.watch.seconds, share)
 
     def refuse_not_finite(
         self, epoch: int, step: int, loss: float, images: Sequence[str]
@@ -234,6 +254,7 @@ class Run:
         from_stage: do stages of this number and later again; None continues the run.
         fresh: remove all that the run has made, with its logs.
         lists: digests of the lists of images and of their files; kept as ``lists.json``.
+        plan: the work of each stage, by name, for the time left.
 
     Attributes:
         device: where and in which precision networks run.
@@ -252,6 +273,7 @@ class Run:
         from_stage: int | None = None,
         fresh: bool = False,
         lists: Mapping[str, str] = MappingProxyType({}),
+        plan: Mapping[str, Work] = MappingProxyType({}),
     ) -> None:
         self.config = config
         self.device = Device(config.device, config.precision)
@@ -260,6 +282,7 @@ class Run:
         self.log = Log(self.folder)
         self._first, self._fresh, self._lists = 1 if fresh else from_stage, fresh, dict(lists)
         self._files: dict[str, str] = {}
+        self._plan = plan
 
     def __enter__(self) -> "Run":
         """Lock the folder, compare settings, open the logs."""
@@ -267,11 +290,13 @@ class Run:
             if is_first():
                 opened.enter_context(locked(self.folder))
                 self._prepare()
-                self.log.open()
+                self.log.open(self.config)
                 opened.callback(self.log.close)
             opened.push(self._log_stop)
             opened.enter_context(stopping_later())
             barrier()
+            self._bar = RunBar(self._plan)
+            opened.callback(self._bar.close)
             self._opened = opened.pop_all()
         self.log.say(f"{self.folder} on {self.device}")
         return self
@@ -307,6 +332,7 @@ class Run:
         else:
             self._work(name, work, inputs, made_from)
         self.stages[name], files = broadcast(_read_finished, folder)
+        self._bar.end(name, self.stages[name]["seconds"])
         self._files |= {f"{name}/{file}": digest for file, digest in files.items()}
         return folder
 
@@ -330,6 +356,7 @@ class Run:
             "files": {path.name: sha256(path) for path in there} | self._files,
         }
         write_json(self.folder / "results.json", results)
+        self.log.result(last["miou"])
         self.log.say(stage_table(self.stages, self.config.evaluate.checkpoint))
 
     def _is_done(self, folder: Path, made_from: str) -> bool:
@@ -355,7 +382,9 @@ class Run:
         by_first(write_json)(self.folder / "environment.json", environment(self.device))
         by_first(write_text)(folder / _UNFINISHED / "made_from", made_from)
         watch = Stopwatch(folder / _UNFINISHED / "seconds")
-        stage = Stage(name, folder, self.config, self.device, self.log, watch)
+        before = sum(report.get("iterations", 0) for report in self.stages.values())
+        stage = Stage(name, folder, self.config, self.device, self.log, watch, before, self._bar)
+        stage.advance(0.0)
         try:
             report = work(stage, *inputs)
         except BaseException:
@@ -363,7 +392,9 @@ class Run:
                 watch.note()
             raise
         barrier()  # every process has written its files
-        by_first(_finish)(folder, {**report, "seconds": watch.seconds}, made_from)
+        seconds = watch.seconds
+        by_first(_finish)(folder, {**report, "seconds": seconds}, made_from)
+        self.log.say(f"{name} done in {clock(seconds)}{self._bar.end(name, seconds)}")
 
     def _prepare(self) -> None:
         """Compare with what the folder holds, and remove what is to be done again."""
@@ -373,7 +404,7 @@ class Run:
         if is_new or self._first is not None:
             self._remove_stages(1 if is_new else self._first)  # 1: a kill may have left parts
         if self._fresh:
-            names = ("config.yaml", "lists.json", "environment.json", "log.txt", "tensorboard")
+            names = ("config.yaml", "lists.json", "environment.json", "log.txt", *_CURVES)
             _remove(*(self.folder / name for name in names))
         settings = yaml.safe_dump(self.config.model_dump(mode="json"))
         write_text(self.folder / "config.yaml", settings)
