@@ -1,6 +1,7 @@
-"""Evaluate a checkpoint on its val list; or segment a folder of pictures; or export the network.
+"""Evaluate checkpoints on their val list; or segment a folder of pictures; or export the network.
 
 python eval.py outdir/demo/6_retrain/checkpoint.pth [section.key=value ...] [--save-masks DIR]
+python eval.py outdir/demo/[16]_*/checkpoint.pth [--markdown] [--json FILE]
 python eval.py outdir/demo/6_retrain/checkpoint.pth --images photos --out segmented
 python eval.py outdir/demo/6_retrain/checkpoint.pth --export net.onnx
 python eval.py outdir/demo/6_retrain/checkpoint.pth --export net.safetensors
@@ -11,12 +12,13 @@ import argparse
 import csv
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -56,7 +58,7 @@ from utils.config.reading import read_config
 from utils.config.schema import Config
 from utils.device import Device
 from utils.diagnosis import WeightQuality, rank_correlation
-from utils.distributed import broadcast, by_first, joined
+from utils.distributed import broadcast, by_first, joined, merged
 from utils.errors import Parser, UserError, exit_with_one_line
 from utils.evaluation import (
     ConfusionMatrix,
@@ -70,6 +72,7 @@ from utils.export import export
 from utils.files import write_json
 from utils.panels import save_legend, save_mask, save_overlay
 from utils.run.stages import Stage, checkpoint_of
+from utils.scores import Scores, boundary_overlap, compared, laid_out
 
 
 def evaluate(net: Segmenter, masks: Path | None = None) -> dict[str, Any]:
@@ -84,6 +87,46 @@ def evaluate(net: Segmenter, masks: Path | None = None) -> dict[str, Any]:
 
     keep = None if masks is None else save
     return validate(net.predict, loader, len(net.classes), keep).report(net.classes)
+
+
+@torch.inference_mode()
+def scores_of(net: Segmenter, samples: Sequence[Sample]) -> Scores:
+    """Score a network on every image of a list. Collective."""
+    classes, rows = len(net.classes), []  # of each batch
+    loader = whole_images(
+        samples, net.config.inference, net.config.workers, preprocessing=net.preprocessing
+    )
+    for batch in passes(loader, net.device, "evaluating"):
+        ids = net.predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
+        rows.append({})
+        for index, mask, label in zip(batch.index.tolist(), ids, batch.label, strict=True):
+            matrix = ConfusionMatrix(classes, net.device.torch_device)
+            matrix.update(mask, label)
+            overlap = boundary_overlap(mask, label, classes)
+            rows[-1][index] = matrix.counts.cpu().numpy(), overlap.cpu().numpy()
+    confusion, boundary = zip(*(row for _, row in sorted(merged(rows).items())), strict=True)
+    return Scores([sample.name for sample in samples], np.stack(confusion), np.stack(boundary))
+
+
+def compare(nets: Mapping[str, Segmenter]) -> dict[str, Any]:
+    """Compare networks, by the name of their checkpoint, on the val list of their configs.
+
+    Raises:
+        UserError: they do not share their classes, or their configs name other images.
+    """
+    first, *others = nets
+    lists = {name: read_val(net.config.dataset) for name, net in nets.items()}
+    for other in others:
+        if nets[other].classes != nets[first].classes:
+            raise UserError(
+                f"{other}: has other classes than {first}; compare networks of one task"
+            )
+        if [x.name for x in lists[other]] != [x.name for x in lists[first]]:
+            raise UserError(
+                f"{other}: is validated on other images than {first}; set dataset.val=LIST for both"
+            )
+    found = {name: scores_of(net, lists[name]) for name, net in nets.items()}
+    return compared(found, nets[first].classes)
 
 
 def segment(net: Segmenter, pictures: Path, out: Path) -> tuple[int, list[str]]:
@@ -107,7 +150,7 @@ def segment(net: Segmenter, pictures: Path, out: Path) -> tuple[int, list[str]]:
 
 
 @torch.inference_mode()
-def diagnose(run: Path, config: Config, device: Device, truth: Path) -> str:
+def diagnose(run: Path, config: Config, device: Device, truth: Path) -> dict[str, Any]:
     """Judge a run's pseudo labels, weight rules and image scores by true masks; no training does.
 
     Args:
@@ -117,10 +160,11 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> str:
         truth: a list of unlabeled images with masks.
 
     Returns:
-        Tables: accuracy and IoU of stored labels by stage, over pixels that are not ignored, and
-        the share of these; of the most probable classes of teacher 1, of the votes and of both,
-        over all pixels; AUROC, calibration error and share of the weight on wrong pixels, of every
-        rule, for the teacher's most probable classes; rank correlation of image scores and mIoU.
+        ``labels``: accuracy and IoU of stored labels by stage, over pixels that are not ignored,
+        and the share of these; ``classes``: the same of the most probable classes of teacher 1, of
+        the votes and of both, over all pixels; ``weights``: AUROC, calibration error, share of the
+        weight on wrong pixels and calibration curve of every rule, for the teacher's most probable
+        classes; ``rank_correlation`` of image scores and mIoU, None without stage 3.
 
     Raises:
         UserError: the list names no unlabeled image with a mask; a mask that training would refuse.
@@ -133,7 +177,7 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> str:
         raise UserError(f"{truth}: names no unlabeled image of this run with a mask beside it")
     for fault in find_faults(Splits([], [], samples), kind):
         raise UserError(fault.line)
-    lines, mious = [], defaultdict(dict)  # by stage and image
+    labels, mious = {}, defaultdict(dict)  # by stage and image
     for stage in ("2_pseudo_label", "5_relabel"):
         matrix, valid = ConfusionMatrix(classes), 0
         for sample in samples:
@@ -147,23 +191,40 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> str:
                 valid += int((label != IGNORE).sum())
         if mious[stage]:
             share = matrix.counts.sum().item() / max(1, valid)
-            lines += [f"labels of {stage}: {len(mious[stage])} images, {share:.1%} of the pixels"]
-            lines += [table(matrix.report(kind.classes)), ""]
+            found = {"images": len(mious[stage]), "share": share}
+            labels[stage] = {**found, **matrix.report(kind.classes)}
     matrices, qualities = _judged(run, config, device, samples, splits)
-    lines.append(f"{'most probable class':<20}{'mIoU':>8}{'pixel accuracy':>20}")
-    for source, matrix in matrices.items():
-        result = matrix.report(kind.classes)
-        lines.append(f"{source:<20}{result['miou']:>8.3f}{result['pixel_accuracy']:>20.3f}")
-    lines += ["", f"{'weight':<20}{'AUROC':>8}{'calibration error':>20}{'weight on wrong':>18}"]
-    for rule, quality in qualities.items():
-        numbers = quality.auroc(), quality.calibration_error(), quality.share_on_wrong()
-        lines.append("{:<20}{:>8.3f}{:>20.3f}{:>18.3f}".format(rule, *numbers))
-    scores = run / "3_select" / "unlabeled_scores.csv"
+    correlation, scores = None, run / "3_select" / "unlabeled_scores.csv"
     if scores.is_file():
         _, *rows = csv.reader(scores.read_text("utf-8").splitlines())
         true = mious["2_pseudo_label"]
         pairs = [(float(score), true[name]) for name, score in rows if name in true]
         correlation = rank_correlation(*torch.tensor(pairs).T)
+    return {
+        "truth": str(truth),
+        "images": len(samples),
+        "labels": labels,
+        "classes": {name: matrix.report(kind.classes) for name, matrix in matrices.items()},
+        "weights": {name: quality.report() for name, quality in qualities.items()},
+        "rank_correlation": correlation,
+    }
+
+
+def diagnosis_text(found: dict[str, Any]) -> str:
+    """Lay out what ``diagnose`` returns, without the curves."""
+    lines = []
+    for stage, labels in found["labels"].items():
+        share = f"{labels['share']:.1%} of the pixels"
+        lines += [f"labels of {stage}: {labels['images']} images, {share}", table(labels), ""]
+    lines.append(f"{'most probable class':<20}{'mIoU':>8}{'pixel accuracy':>20}")
+    for source, result in found["classes"].items():
+        lines.append(f"{source:<20}{result['miou']:>8.3f}{result['pixel_accuracy']:>20.3f}")
+    lines += ["", f"{'weight':<20}{'AUROC':>8}{'calibration error':>20}{'weight on wrong':>18}"]
+    for rule, quality in found["weights"].items():
+        numbers = [quality[key] for key in ("auroc", "calibration_error", "weight_on_wrong")]
+        lines.append("{:<20}{:>8.3f}{:>20.3f}{:>18.3f}".format(rule, *numbers))
+    if found["rank_correlation"] is not None:
+        correlation = found["rank_correlation"]
         lines += ["", f"rank correlation of image scores and mIoU: {correlation:.3f}"]
     return "\n".join(lines)
 
@@ -243,14 +304,21 @@ def table(results: dict[str, Any]) -> str:
 def read_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", type=Path, help="of train.py, or of ST++, CISC-R, UniMatch")
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="checkpoint [checkpoint ...] [key=value ...]",
+        help="of train.py, or of ST++, CISC-R, UniMatch; settings such as dataset.root=DIR",
+    )
     parser.add_argument(
         "--diagnose", type=Path, metavar="LIST", help="judge a run folder by these true masks"
     )
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="such as dataset.root=DIR")
     parser.add_argument("--config", help="instead of the config that the checkpoint holds")
     parser.add_argument("--save-masks", type=Path, metavar="DIR", help="write palette PNGs here")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print Markdown, with the confusion matrix"
+    )
     parser.add_argument("--images", type=Path, metavar="DIR", help="segment these pictures instead")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where --images writes")
     parser.add_argument(
@@ -263,6 +331,18 @@ def read_arguments() -> argparse.Namespace:
         "--reset-classifier", action="store_true", help="leave the checkpoint's classifier out"
     )
     arguments = parser.parse_intermixed_args()
+    # A file may have a name with = in it.
+    named = ["=" not in word or Path(word).exists() for word in arguments.words]
+    pairs = list(zip(arguments.words, named, strict=True))
+    arguments.checkpoints = [word for word, is_file in pairs if is_file]
+    arguments.settings = [word for word, is_file in pairs if not is_file]
+    if not arguments.checkpoints:
+        raise UserError("name a checkpoint, such as outdir/demo/6_retrain/checkpoint.pth")
+    arguments.checkpoint = Path(arguments.checkpoints[0])
+    single = ("diagnose", "save_masks", "images", "export")
+    given = [key.replace("_", "-") for key in single if getattr(arguments, key) is not None]
+    if given and len(arguments.checkpoints) > 1:
+        raise UserError(f"--{given[0]}: takes one checkpoint, not {len(arguments.checkpoints)}")
     if (arguments.images is None) != (arguments.out is None):
         raise UserError("--images and --out go together: pictures in, masks and overlays out")
     if arguments.images is not None and arguments.export is not None:
@@ -301,15 +381,27 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.diagnose is not None:
         config = read_config(str(arguments.checkpoint / "config.yaml"), arguments.settings)
         device = Device(config.device, config.precision)
-        say(diagnose(arguments.checkpoint, config, device, arguments.diagnose))
+        found = diagnose(arguments.checkpoint, config, device, arguments.diagnose)
+        say(diagnosis_text(found))
+        by_first(write_json)(arguments.checkpoint / "diagnosis.json", found)
         return
-    net = Segmenter.load(
-        arguments.checkpoint,
-        arguments.settings,
-        config=arguments.config,
-        reset_classifier=arguments.reset_classifier,
-    )
+    nets = {
+        name: Segmenter.load(
+            name,
+            arguments.settings,
+            config=arguments.config,
+            reset_classifier=arguments.reset_classifier,
+        )
+        for name in arguments.checkpoints
+    }
+    net = nets[arguments.checkpoints[0]]
     refuse_inputs(arguments, Path(net.config.dataset.root))
+    if len(nets) > 1 or arguments.markdown:
+        comparison = compare(nets)
+        say(laid_out(comparison, arguments.markdown))
+        if arguments.json is not None:
+            by_first(write_json)(arguments.json, comparison)
+        return
     if arguments.export is not None:
         if arguments.export.suffix in checkpoint.SUFFIXES:
             broadcast(net.save, arguments.export)

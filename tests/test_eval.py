@@ -97,7 +97,16 @@ def test_a_run_is_diagnosed_by_true_masks(finished, demo_root, run_program, tmp_
     assert numbers.keys() == NAMES
     assert all(0 <= number <= 1 for row in numbers.values() for number in row)
     assert -1 <= float(done.stdout.rsplit(" ", 1)[1]) <= 1
+    kept = run / "diagnosis.json"
+    found = json.loads(kept.read_text())
+    kept.unlink()
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()} == before
+    quality = found["weights"]["confidence"]
+    assert [f"{quality[key]:.3f}" for key in ("auroc", "calibration_error")] == [
+        f"{number:.3f}" for number in numbers["confidence"][:2]
+    ]
+    assert sum(group["share"] for group in quality["curve"]) == pytest.approx(1)
+    assert set(found["labels"]) == {"2_pseudo_label", "5_relabel"}
     done = run_program("eval.py", run, "--diagnose", demo_root / "labeled.txt")
     assert done.returncode == 2
     assert "names no unlabeled image" in done.stderr

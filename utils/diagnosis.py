@@ -1,5 +1,7 @@
 """How well weights tell right pseudo labels from wrong ones."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,10 +50,33 @@ class WeightQuality:
 
     def calibration_error(self) -> float:
         """Mean distance of weight and share of right pixels, over 20 groups of equal width."""
-        count = self.counts.sum(dim=0).view(_GROUPS, -1).sum(dim=1)
-        right = self.counts[1].view(_GROUPS, -1).sum(dim=1)
-        weight = self.sums.sum(dim=0).view(_GROUPS, -1).sum(dim=1)
+        count, right, weight = self._groups()
         return ((right - weight).abs().sum() / count.sum()).item()
+
+    def curve(self) -> list[dict[str, float]]:
+        """Mean weight, share of right pixels and share of all pixels of each group that has any."""
+        rows = zip(*(column.tolist() for column in self._groups()), strict=True)
+        total = self.counts.sum().item()
+        return [
+            {"weight": weight / count, "right": right / count, "share": count / total}
+            for count, right, weight in rows
+            if count
+        ]
+
+    def report(self) -> dict[str, Any]:
+        """Return the numbers and the curve by name."""
+        return {
+            "auroc": self.auroc(),
+            "calibration_error": self.calibration_error(),
+            "weight_on_wrong": self.share_on_wrong(),
+            "curve": self.curve(),
+        }
+
+    def _groups(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum over groups of equal width: pixels, right pixels, weights."""
+        columns = self.counts.sum(dim=0), self.counts[1], self.sums.sum(dim=0)
+        count, right, weight = (column.view(_GROUPS, -1).sum(dim=1) for column in columns)
+        return count, right, weight
 
     def share_on_wrong(self) -> float:
         """Share of all weight that lies on wrong pixels; NaN if all weights are 0."""
