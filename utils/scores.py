@@ -2,6 +2,7 @@
 
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -33,6 +34,12 @@ class Scores(NamedTuple):
         """(N, C, 2) int64 pixels: intersection and union of each class."""
         hits = np.diagonal(self.confusion, axis1=1, axis2=2)
         return np.stack([hits, self.confusion.sum(axis=1) + self.confusion.sum(axis=2) - hits], 2)
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Return mean ± sample standard deviation with one decimal; of one value, the value."""
+    around = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.1f}{around}"
 
 
 class Interval(NamedTuple):
@@ -124,8 +131,9 @@ def blocks_of(names: Sequence[str]) -> Blocks:
 def resampled(blocks: Blocks, count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """Draw images with replacement: (count, N) int, how often each is in each resample of N.
 
-    Blocks begin at random images, such that each image is drawn equally often. Source: circular block bootstrap, Politis and
-    Romano (1992), after the moving blocks of Künsch (1989); without videos, Efron's bootstrap.
+    Blocks begin at random images, such that each image is drawn equally often. Source: circular
+    block bootstrap, Politis and Romano (1992), after the moving blocks of Künsch (1989); without
+    videos, Efron's bootstrap.
     """
     images, longest = blocks.following.shape
     rng, drawn = np.random.default_rng(seed), np.zeros((count, images), int)

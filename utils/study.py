@@ -32,6 +32,7 @@ from utils.config.schema import Config
 from utils.errors import Parser, Stopped, UserError, exit_with_one_line
 from utils.files import read_json, read_records, write_json, write_text
 from utils.run.comparison import differing_keys
+from utils.scores import spread
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 LENGTHS = (1, 2, 4)  # of supervised training; the best one is what other methods are compared with
@@ -247,15 +248,10 @@ def table(jobs: Sequence[Job]) -> str:
             sum(stage.get(f"{kind}_crops", 0) for stage in stages[0])
             for kind in ("labeled", "unlabeled", "teacher")
         ]
-        compared = "" if row == best or not best else _spread(differences, "+")
+        compared = "" if row == best or not best else spread(differences, "+")
         length = f"{statistics.mean(minutes):.1f}"
-        rows.append((row, _spread([*mious[row].values()]), compared, length, *map(str, crops)))
+        rows.append((row, spread([*mious[row].values()]), compared, length, *map(str, crops)))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
-
-
-def _spread(values: Sequence[float], sign: str = "") -> str:
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.1f}{spread}"
 
 
 def report(jobs: Sequence[Job], command: str) -> str:
