@@ -1,0 +1,1 @@
+"""The report of runs: one page of HTML from what their folders hold."""
