@@ -165,6 +165,27 @@ def test_loggers_are_switches_of_a_run(demo_overrides, tmp_path, run_program, mo
     assert not (run / "tensorboard").exists()
 
 
+@pytest.mark.slow
+def test_weights_and_biases_takes_pictures_and_goes_on_under_its_id(
+    demo_overrides, tmp_path, monkeypatch
+):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = read_config("demo.yaml", [*demo_overrides, "wandb=mine", "tensorboard=false"])
+    for _ in range(2):
+        (logger,) = open_loggers(tmp_path, config)
+        logger.scalars({"miou": 0.5}, 3)
+        logger.picture("query_panel", Image.new("RGB", (6, 4), (255, 0, 0)), 3)
+        logger.result(0.5)
+        logger.close()
+    name = (tmp_path / "wandb" / "id").read_text()
+    runs = {folder.name.rpartition("-")[2] for folder in (tmp_path / "wandb").glob("offline-run-*")}
+    assert runs == {name}
+    pictures = list((tmp_path / "wandb").glob("offline-run-*/files/media/images/query_panel*.png"))
+    assert pictures
+    assert Image.open(pictures[0]).size == (6, 4)
+
+
 def test_a_missing_package_is_one_line(demo_overrides, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = read_config("demo.yaml", [*demo_overrides, "wandb=mine", "tensorboard=false"])
