@@ -244,6 +244,10 @@ def read_truth(section: DatasetSection, name: str | None) -> dict[str, Sample]:
     if name is None:
         return {}
     root, kind = find_root(section), describe(section)
+    if not (root / name).is_file():
+        raise UserError(
+            f"panels.truth: {name} is not in {root}; set panels.truth=null, or name a whole path"
+        )
     samples = read_list(root / name, root, kind)
     return {sample.name: sample for sample in samples if sample.mask}
 
