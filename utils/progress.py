@@ -80,7 +80,7 @@ class RunBar:
     @property
     def hidden(self) -> bool:
         """Whether stderr is no terminal."""
-        return self._bar.disable
+        return bool(self._bar.disable)
 
     def show(self, stage: str, seconds: float, share: float) -> None:
         """Draw how far a stage has come, after so many seconds of it."""

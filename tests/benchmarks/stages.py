@@ -215,7 +215,8 @@ class Bench:
             return partial(plain.evaluate, net, val, self.classes, device)
 
         def ours() -> Callable:
-            return partial(evaluate, Segmenter(self.network(), self.config))
+            net = self.network()
+            return lambda: evaluate(Segmenter(net, self.config))
 
         forms = {"plain": naive, "ours": ours}
         return Row(forms, len(val), flop(self.network, SIZE))

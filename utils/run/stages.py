@@ -403,6 +403,8 @@ class Run:
             refuse_other_run(self.folder, self.config, self._lists, self.device, self.log.say)
         if is_new or self._first is not None:
             self._remove_stages(1 if is_new else self._first)  # 1: a kill may have left parts
+        if self._first == 1:
+            _remove(self.folder / "wandb" / "id")  # another run there
         if self._fresh:
             names = ("config.yaml", "lists.json", "environment.json", "log.txt", *_CURVES)
             _remove(*(self.folder / name for name in names))
