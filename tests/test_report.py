@@ -186,7 +186,8 @@ MEASURE = """
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome")
-@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1400, "light")])
+@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_shows_it(run, tmp_path, width, scheme):
     content = page([read_run(run)])
     inner = html.escape(content + MEASURE)
