@@ -8,12 +8,13 @@ from conftest import refusal
 from networks import FAMILIES, family, with_statistics
 from timm.layers import AvgPool2dSame, Conv2dSame
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from model import SegmentationOutput, build_model
 from model.networks.deeplabv2 import DeepLabV2
 from model.networks.resnet import ResNet
 from utils.errors import UserError
-from utils.export import TOLERANCE, _GridMeans, _Same, export
+from utils.export import ONNX_SINCE, TOLERANCE, _GridMeans, _Same, export
 
 UNSEEN = (4, 3, 57, 91)  # neither the traced size nor one that export checks
 
@@ -37,6 +38,8 @@ def answer_of(path, images: torch.Tensor) -> torch.Tensor:
 
 
 def import_packages(suffix) -> None:
+    if suffix == ".onnx" and torch.__version__ < ONNX_SINCE:
+        pytest.skip(f"ONNX needs torch {ONNX_SINCE}")
     for package in ("onnx", "onnxscript", "onnxruntime") if suffix == ".onnx" else ():
         pytest.importorskip(package, reason=f"{package} is optional: only ONNX export needs it")
 
@@ -164,8 +167,15 @@ def test_another_suffix_is_named(name, tmp_path):
         export(Pointwise(), tmp_path / name)
 
 
+def test_a_torch_that_is_too_old_for_onnx_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0"))
+    with pytest.raises(UserError, match=r"needs torch 2.7 or newer, this is 2.6.0; install that"):
+        export(Pointwise(), tmp_path / "model.onnx")
+
+
 def test_missing_packages_are_named(tmp_path, monkeypatch):
     present = {"onnx"}
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.7.0"))
     monkeypatch.setattr("utils.export.find_spec", lambda name: name if name in present else None)
     with pytest.raises(UserError, match=r"pip install onnxscript onnxruntime$"):
         export(Pointwise(), tmp_path / "model.onnx")

@@ -19,6 +19,7 @@ from utils.errors import UserError
 from utils.files import write_atomically
 
 PACKAGES = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": ()}  # beyond requirements.txt
+ONNX_SINCE = "2.7"  # of torch; 2.6 does not trace a resize to the size of another map
 TOLERANCE = 1e-4  # of logits; where they grow beyond 1, of the largest
 _EXAMPLE = (2, 3, 96, 128)  # traced; what is checked has other sizes, odd ones too
 _CHECKED = ((1, 3, 65, 97), (3, 3, 80, 49), (2, 3, 64, 64))
@@ -41,8 +42,9 @@ def export(net: nn.Module, path: Path) -> float:
         The largest absolute difference between logits of the file and of the network.
 
     Raises:
-        UserError: another suffix, a missing package, a network that ONNX cannot express, or a
-            file that disagrees with the network, which is then not kept.
+        UserError: another suffix, a missing package, a torch that is too old for ONNX, a network
+            that ONNX cannot express, or a file that disagrees with the network, which is then not
+            kept.
     """
     _check_request(path)
     plain = _Logits(copy.deepcopy(net)).to("cpu", torch.float32).eval()
@@ -143,6 +145,11 @@ def _check_request(path: Path) -> None:
     if path.suffix not in PACKAGES:
         raise UserError(
             f"{path}: export writes {' or '.join(PACKAGES)}; '{path.suffix}' is neither"
+        )
+    if path.suffix == ".onnx" and torch.__version__ < ONNX_SINCE:
+        raise UserError(
+            f"{path}: .onnx needs torch {ONNX_SINCE} or newer, this is {torch.__version__}; "
+            "install that, or export .pt2"
         )
     missing = [name for name in PACKAGES[path.suffix] if find_spec(name) is None]
     if missing:
