@@ -341,8 +341,8 @@ def read_arguments() -> argparse.Namespace:
     arguments.checkpoint = Path(arguments.checkpoints[0])
     single = ("diagnose", "save_masks", "images", "export")
     given = [key.replace("_", "-") for key in single if getattr(arguments, key) is not None]
-    if given and len(arguments.checkpoints) > 1:
-        raise UserError(f"--{given[0]}: takes one checkpoint, not {len(arguments.checkpoints)}")
+    if given and (len(arguments.checkpoints) > 1 or arguments.markdown):
+        raise UserError(f"--{given[0]}: takes one checkpoint, and no --markdown")
     if (arguments.images is None) != (arguments.out is None):
         raise UserError("--images and --out go together: pictures in, masks and overlays out")
     if arguments.images is not None and arguments.export is not None:

@@ -209,7 +209,9 @@ def compared(
             change = miou_interval(scores.overlaps(), drawn, first.overlaps())
             report["difference"] = {
                 "miou": change._asdict(),
-                "boundary_iou": report["boundary_iou"] - reports[0]["boundary_iou"],
+                **{
+                    key: report[key] - reports[0][key] for key in ("boundary_iou", "pixel_accuracy")
+                },
                 "per_class_iou": _by_class(scores.per_class() - first.per_class(), classes),
             }
         reports.append(report)
@@ -247,6 +249,7 @@ def laid_out(comparison: Mapping[str, Any], markdown: bool = False) -> str:
     spans = [[each["miou"] for each in group] for group in (reports, changes)]
     rows.append(["95 % interval", *map(_span, spans[0]), *(_span(x, "+") for x in spans[1])])
     add("boundary IoU", *pick("boundary_iou"))
+    add("pixel accuracy", *pick("pixel_accuracy"))
     for name in reports[0]["per_class_iou"]:
         add(name, *pick("per_class_iou", name))
     named = [f"{letter}  {each['network']}" for letter, each in zip(letters, reports, strict=True)]
