@@ -179,8 +179,8 @@ def test_weights_and_biases_takes_pictures_and_goes_on_under_its_id(
         logger.result(0.5)
         logger.close()
     name = (tmp_path / "wandb" / "id").read_text()
-    runs = {folder.name.rpartition("-")[2] for folder in (tmp_path / "wandb").glob("offline-run-*")}
-    assert runs == {name}
+    kept = [file.name for file in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")]
+    assert kept == [f"run-{name}.wandb"] * 2
     pictures = list((tmp_path / "wandb").glob("offline-run-*/files/media/images/query_panel*.png"))
     assert pictures
     assert Image.open(pictures[0]).size == (6, 4)
