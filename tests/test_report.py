@@ -208,3 +208,13 @@ def test_a_browser_shows_it(run, tmp_path, width, scheme):
     assert found["tables"] == 0
     shade = sum(map(int, re.findall(r"\d+", found["paper"])[:3])) / 3
     assert (shade < 128) == (scheme == "dark")
+
+
+def test_the_newest_panel_is_shown(run):
+    panels = run / "6_retrain" / "panels"
+    names = {"epoch_990.png", "epoch_1000.png"}
+    for name in names:
+        (panels / name).touch()
+    assert read_run(run).panels["6_retrain"] == panels / "epoch_1000.png"
+    for name in names:
+        (panels / name).unlink()

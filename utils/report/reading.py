@@ -95,7 +95,11 @@ def read_run(folder: Path) -> RunFolder:
         raise UserError(f"{folder}: no stage has ended; continue the run first")
     places = [folder / "val" / name for name in stages if "miou" in stages[name]]
     found = [_predictions(place) for place in places if (place / "confusion.csv").is_file()]
-    drawn = {name: sorted((folder / name / "panels").glob("epoch_*.png")) for name in stages}
+    # The newest last: epoch_1000 after epoch_990.
+    drawn = {
+        name: sorted((folder / name / "panels").glob("epoch_*.png"), key=lambda x: (len(x.name), x))
+        for name in stages
+    }
     environment, diagnosis = folder / "environment.json", folder / "diagnosis.json"
     return RunFolder(
         folder,
