@@ -258,7 +258,8 @@ def _judged(
         opinions = {"teacher": predict(batch.image, size)}
         if ask is not None:
             opinions["votes"] = ask.votes(batch.image, size)
-            opinions["both"] = pooled(*opinions.values(), ask.prior)
+            adjustment = config.pseudo_label.adjustment
+            opinions["both"] = pooled(*opinions.values(), ask.prior, adjustment)
         for name, maps in opinions.items():
             matrices[name].update(maps.argmax(dim=1).cpu(), batch.label.cpu())
         confidence, ids = opinions["teacher"].max(dim=1)

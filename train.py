@@ -251,7 +251,8 @@ def write_pseudo_labels(
             size = tuple(batch.label.shape[-2:])
             probabilities = sum(predict(batch.image, size) for predict in predictors) / len(nets)
             if ask is not None:
-                probabilities = pooled(probabilities, ask.votes(batch.image, size), ask.prior)
+                votes, adjustment = ask.votes(batch.image, size), config.pseudo_label.adjustment
+                probabilities = pooled(probabilities, votes, ask.prior, adjustment)
             probabilities, ids = probabilities.max(dim=1)
             ids = ids.where(probabilities >= config.pseudo_label.threshold, IGNORE)
             chosen = [unlabeled[index] for index in batch.index.tolist()]

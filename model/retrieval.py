@@ -129,18 +129,23 @@ def sharpened(votes: Tensor, prior: Tensor, exponent: float) -> Tensor:
     return (prior.log() + exponent * ratio.log()).softmax(dim=1)
 
 
-def pooled(probability: Tensor, votes: Tensor, prior: Tensor) -> Tensor:
+def pooled(probability: Tensor, votes: Tensor, prior: Tensor, adjustment: float = 0.0) -> Tensor:
     """Combine two opinions that are independent given the class, by Bayes' rule.
 
     Args:
         probability: (B, C, H, W) float in [0, 1], sums to 1 over C: a network's.
         votes: the same, positive: ``sharpened`` votes.
         prior: (C,) positive float, sum 1. Both opinions hold it; it must count once.
+        adjustment: share of the prior that is divided out of the result, too, for rare classes; 0:
+            none, 1: all classes are equally probable without evidence.
 
     Returns:
-        (B, C, H, W) float32, sums to 1 over C: probability * votes / prior, normalised.
+        (B, C, H, W) float32, sums to 1 over C: probability * votes / prior ** (1 + adjustment),
+        normalised.
+
+    Source: docs/method.md, section 13; the adjustment is Menon et al., ICLR 2021, section 4.1.
     """
-    prior = prior.log().view(-1, 1, 1)
+    prior = (1 + adjustment) * prior.log().view(-1, 1, 1)
     return (probability.clamp_min(1e-6).log() + votes.log() - prior).softmax(dim=1)
 
 

@@ -66,6 +66,7 @@ def test_methods_are_settings_over_a_config(method):
         # The run folder would be outdir's parent, whose stages --from-stage removes.
         ("name=..", "is not allowed"),
         ("retrain.threshold_by_class=true", "is not allowed"),  # of no threshold
+        ("pseudo_label={neighbours: false, adjustment: 0.5}", "needs pseudo_label.neighbours=true"),
     ],
 )
 def test_wrong_value_names_key_value_and_what_is_allowed(setting, message):

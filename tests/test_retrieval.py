@@ -60,6 +60,20 @@ def test_pooling_counts_the_prior_once():
     assert (both[0] / both[1]).item() == pytest.approx((0.8 / 0.2) * (0.3 / 0.7) / (0.9 / 0.1))
 
 
+def test_adjustment_divides_the_prior_out_of_what_is_pooled():
+    prior = torch.tensor([0.9, 0.09, 0.01])
+    votes, probability = torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5)
+    votes, probability = (m / m.sum(dim=1, keepdim=True) for m in (votes, probability))
+    both = retrieval.pooled(probability, votes, prior).double()
+    expected = both / prior.double().sqrt().view(-1, 1, 1)
+    expected /= expected.sum(dim=1, keepdim=True)
+    found = retrieval.pooled(probability, votes, prior, adjustment=0.5)
+    torch.testing.assert_close(found, expected.float())
+    certain = torch.full((1, 3, 1, 1), 1 / 3)  # without evidence, all classes alike at 1
+    known = prior.view(1, 3, 1, 1)
+    torch.testing.assert_close(retrieval.pooled(known, known, prior, adjustment=1.0), certain)
+
+
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 3.0])
 def test_votes_that_equal_the_prior_tell_nothing(exponent):
     prior = torch.tensor([0.9, 0.08, 0.02])

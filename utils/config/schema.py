@@ -215,6 +215,9 @@ class PseudoLabelSection(Section):
     # Factors by which images are enlarged before their patches are compared: the one that fits the
     # labeled images best is taken, the first one if there is only one labeled image.
     neighbour_scales: list[Positive] = Field([1.0, 2.0, 3.0], min_length=1)
+    # Probabilities of both together are divided by the class's share of the labeled patches to this
+    # power: more labels of rare classes, and more wrong ones. 0: as they are.
+    adjustment: float = Field(0.0, ge=0, le=1)
     threshold: float = Field(0.6, ge=0, lt=1)  # less probable pixels are stored as ignored
 
 
@@ -309,6 +312,8 @@ class Config(Section):
     def _labels_have_a_source(self) -> "Config":
         if 2 not in self.stages and 6 in self.stages and self.retrain.labels == "stored":
             raise ValueError("stages without 2 store no pseudo labels; set retrain.labels=average")
+        if self.pseudo_label.adjustment and not self.pseudo_label.neighbours:
+            raise ValueError("pseudo_label.adjustment needs pseudo_label.neighbours=true")
         if self.retrain.threshold_by_class and not self.retrain.threshold:
             raise ValueError("retrain.threshold_by_class needs a retrain.threshold, such as 0.95")
         if 2 not in self.stages and (self.retrain.mix == "queried" or self.retrain.learn_queried):
