@@ -9,78 +9,38 @@ python eval.py outdir/demo --diagnose data/demo/truth.txt
 """
 
 import argparse
-import csv
 import sys
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import default_collate
 
-from dataset.catalog import describe
-from dataset.lists import (
-    Sample,
-    Splits,
-    find_faults,
-    find_pictures,
-    mask_file,
-    read_label,
-    read_list,
-    read_splits,
-    read_val,
-    readable,
-)
-from dataset.loader import Chance, whole_images
-from dataset.query import Querier, QueryRule, build_query_index, read_selection
-from dataset.reading import read_image, read_mask, to_label
-from dataset.training import RetrainSample
+from dataset.lists import Sample, find_pictures, mask_file, read_val, readable
+from dataset.loader import whole_images
+from dataset.reading import read_image
 from model import Segmenter
-from model.cisc import anchor_weight
-from model.ops.frozen import frozen
-from model.retrieval import pooled
-from train import (
-    Neighbours,
-    class_anchors,
-    prototype_bank,
-    trained_network,
-    weight_by_bank,
-    weight_by_image,
-)
-from utils import IGNORE, checkpoint
+from model.diagnosis import diagnose
+from utils import checkpoint
 from utils.config.reading import read_config
-from utils.config.schema import Config
 from utils.device import Device
-from utils.diagnosis import WeightQuality, rank_correlation
+from utils.diagnosis import lay_out_diagnosis
 from utils.distributed import broadcast, by_first, joined, merged
 from utils.errors import Parser, UserError, exit_with_one_line
-from utils.evaluation import (
-    ConfusionMatrix,
-    Predictor,
-    base_size,
-    passes,
-    resize_images,
-    validate,
-)
+from utils.evaluation import ConfusionMatrix, lay_out_ious, passes, validate
 from utils.export import export
 from utils.files import write_json
 from utils.panels import save_legend, save_mask, save_overlay
-from utils.run.stages import Stage, checkpoint_of
 from utils.scores import Scores, boundary_overlap, compared, laid_out
 
 
 def evaluate(net: Segmenter, masks: Path | None = None) -> dict[str, Any]:
     """Score a network on its config's val list; write predicted masks below ``masks``."""
     config, samples = net.config, read_val(net.config.dataset)
-    loader = whole_images(
-        samples, config.inference, config.workers, preprocessing=net.preprocessing
-    )
+    loader = whole_images(config, samples, net.preprocessing)
 
     def save(index: int, ids: Tensor) -> None:
         save_mask(mask_file(masks, samples[index]), ids.byte().cpu().numpy(), net.palette)
@@ -93,9 +53,7 @@ def evaluate(net: Segmenter, masks: Path | None = None) -> dict[str, Any]:
 def scores_of(net: Segmenter, samples: Sequence[Sample]) -> Scores:
     """Score a network on every image of a list. Collective."""
     classes, rows = len(net.classes), []  # of each batch
-    loader = whole_images(
-        samples, net.config.inference, net.config.workers, preprocessing=net.preprocessing
-    )
+    loader = whole_images(net.config, samples, net.preprocessing)
     for batch in passes(loader, net.device, "evaluating"):
         ids = net.predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
         rows.append({})
@@ -137,7 +95,8 @@ def segment(net: Segmenter, pictures: Path, out: Path) -> tuple[int, list[str]]:
     """
     samples, broken = readable(find_pictures(pictures))
     one_by_one = net.config.inference.model_copy(update={"batch_size": 1})
-    loader = whole_images(samples, one_by_one, net.config.workers, preprocessing=net.preprocessing)
+    config = net.config.model_copy(update={"inference": one_by_one})
+    loader = whole_images(config, samples, net.preprocessing)
     for batch in passes(loader, net.device, "segmenting"):
         (ids,), _ = net.segment(batch.image)
         ids, sample = ids.cpu().numpy(), samples[int(batch.index)]
@@ -147,159 +106,6 @@ def segment(net: Segmenter, pictures: Path, out: Path) -> tuple[int, list[str]]:
     legend = list(zip(net.classes, net.colours, strict=True))
     by_first(save_legend)(out / "legend.png", legend)
     return len(samples), broken
-
-
-@torch.inference_mode()
-def diagnose(run: Path, config: Config, device: Device, truth: Path) -> dict[str, Any]:
-    """Judge a run's pseudo labels, weight rules and image scores by true masks; no training does.
-
-    Args:
-        run: its folder; stages that it does not have are left out.
-        config: the run's.
-        device: where the teacher of stage 1 runs.
-        truth: a list of unlabeled images with masks.
-
-    Returns:
-        ``labels``: accuracy and IoU of stored labels by stage, over pixels that are not ignored,
-        and the share of these; ``classes``: the same of the most probable classes of teacher 1, of
-        the votes and of both, over all pixels; ``weights``: AUROC, calibration error, share of the
-        weight on wrong pixels and calibration curve of every rule, for the teacher's most probable
-        classes; ``rank_correlation`` of image scores and mIoU, None without stage 3.
-
-    Raises:
-        UserError: the list names no unlabeled image with a mask; a mask that training would refuse.
-    """
-    kind, splits, root = describe(config.dataset), read_splits(config.dataset), config.dataset.root
-    classes, unlabeled = len(kind.classes), {sample.name for sample in splits.unlabeled}
-    listed = read_list(truth, Path(root), kind)
-    samples = [sample for sample in listed if sample.mask and sample.name in unlabeled]
-    if not samples:
-        raise UserError(f"{truth}: names no unlabeled image of this run with a mask beside it")
-    for fault in find_faults(Splits([], [], samples), kind):
-        raise UserError(fault.line)
-    labels, mious = {}, defaultdict(dict)  # by stage and image
-    for stage in ("2_pseudo_label", "5_relabel"):
-        matrix, valid = ConfusionMatrix(classes), 0
-        for sample in samples:
-            file = mask_file(run / stage / "masks", sample)
-            if file.is_file():
-                ids, label = to_label(read_mask(file)), to_label(read_label(sample))
-                single = ConfusionMatrix(classes)
-                single.update(ids[ids != IGNORE], label[ids != IGNORE])
-                mious[stage][sample.name] = single.mean_iou()
-                matrix.counts += single.counts
-                valid += int((label != IGNORE).sum())
-        if mious[stage]:
-            share = matrix.counts.sum().item() / max(1, valid)
-            found = {"images": len(mious[stage]), "share": share}
-            labels[stage] = {**found, **matrix.report(kind.classes)}
-    matrices, qualities = _judged(run, config, device, samples, splits)
-    correlation, scores = None, run / "3_select" / "unlabeled_scores.csv"
-    if scores.is_file():
-        _, *rows = csv.reader(scores.read_text("utf-8").splitlines())
-        true = mious["2_pseudo_label"]
-        pairs = [(float(score), true[name]) for name, score in rows if name in true]
-        correlation = rank_correlation(*torch.tensor(pairs).T)
-    return {
-        "truth": str(truth),
-        "images": len(samples),
-        "labels": labels,
-        "classes": {name: matrix.report(kind.classes) for name, matrix in matrices.items()},
-        "weights": {name: quality.report() for name, quality in qualities.items()},
-        "rank_correlation": correlation,
-    }
-
-
-def diagnosis_text(found: dict[str, Any]) -> str:
-    """Lay out what ``diagnose`` returns, without the curves."""
-    lines = []
-    for stage, labels in found["labels"].items():
-        share = f"{labels['share']:.1%} of the pixels"
-        lines += [f"labels of {stage}: {labels['images']} images, {share}", table(labels), ""]
-    lines.append(f"{'most probable class':<20}{'mIoU':>8}{'pixel accuracy':>20}")
-    for source, result in found["classes"].items():
-        lines.append(f"{source:<20}{result['miou']:>8.3f}{result['pixel_accuracy']:>20.3f}")
-    lines += ["", f"{'weight':<20}{'AUROC':>8}{'calibration error':>20}{'weight on wrong':>18}"]
-    for rule, quality in found["weights"].items():
-        numbers = [quality[key] for key in ("auroc", "calibration_error", "weight_on_wrong")]
-        lines.append("{:<20}{:>8.3f}{:>20.3f}{:>18.3f}".format(rule, *numbers))
-    if found["rank_correlation"] is not None:
-        correlation = found["rank_correlation"]
-        lines += ["", f"rank correlation of image scores and mIoU: {correlation:.3f}"]
-    return "\n".join(lines)
-
-
-def _judged(
-    run: Path, config: Config, device: Device, samples: Sequence[Sample], splits: Splits
-) -> tuple[dict[str, ConfusionMatrix], dict[str, WeightQuality]]:
-    """Judge teacher 1, votes and both; and every weight of the teacher's most probable classes.
-
-    The teacher sees the views of ``pseudo_label``. Queries are those of stages 4 and 6.
-    """
-    stage = Stage("diagnosis", run, config, device, log=None, watch=None)
-    teacher = frozen(trained_network(config, checkpoint_of(run / "1_supervised")), device)
-    settings, preprocessing = config.inference, teacher.preprocessing
-    kind, chance = describe(config.dataset), Chance(config.seed, "diagnosis")
-    anchors, bank = (
-        make(stage, teacher, splits.labeled) for make in (class_anchors, prototype_bank)
-    )
-    ask = Neighbours(stage, splits.labeled) if config.pseudo_label.neighbours else None
-    rule, selected = QueryRule.of(config.query, kind), run / "3_select"
-    index = build_query_index(splits.labeled, rule)
-    if (selected / "stage.json").is_file():
-        index = read_selection(selected, splits.unlabeled, kind.classes).index
-    querier = Querier(splits.labeled, index, rule, config.augment)
-    loader = whole_images(samples, settings, config.workers, preprocessing=preprocessing)
-    predict = Predictor(teacher, device, settings, config.pseudo_label)
-    matrices = defaultdict(partial(ConfusionMatrix, len(kind.classes)))
-    qualities = defaultdict(WeightQuality)
-    for batch in passes(loader, device, "diagnosis"):
-        size, known = tuple(batch.label.shape[-2:]), batch.label != IGNORE
-        opinions = {"teacher": predict(batch.image, size)}
-        if ask is not None:
-            opinions["votes"] = ask.votes(batch.image, size)
-            adjustment = config.pseudo_label.adjustment
-            opinions["both"] = pooled(*opinions.values(), ask.prior, adjustment)
-        for name, maps in opinions.items():
-            matrices[name].update(maps.argmax(dim=1).cpu(), batch.label.cpu())
-        confidence, ids = opinions["teacher"].max(dim=1)
-        base = base_size(batch.image.shape[-2:], settings.long_side)
-        images = resize_images(batch.image, base, preprocessing.interpolation)
-        queried = [
-            querier.draw(
-                samples[number].name, Image.fromarray(mask), chance.of(number), preprocessing
-            )
-            for number, mask in zip(batch.index.tolist(), ids.byte().cpu().numpy(), strict=True)
-        ]
-        queried = device.move(default_collate(queried))
-        sample = RetrainSample(images, ids, None, None, None, queried)
-        with device.autocast():
-            features = teacher.extract(images)
-            weights = {
-                "confidence": confidence,
-                "image": weight_by_image(features, sample, None, teacher),
-                "bank": weight_by_bank(features, sample, None, bank),
-                "anchors": anchor_weight(features, ids, anchors),
-            }
-        weights["confidence_anchors"] = confidence * weights["anchors"]
-        for name, maps in list(opinions.items())[1:]:
-            weights[f"probability by {name}"] = maps.gather(1, ids.unsqueeze(1)).squeeze(1)
-        for name, weight in weights.items():
-            qualities[name].update(weight[known].cpu(), (ids == batch.label)[known].cpu())
-    names = broadcast(lambda: ([*matrices], [*qualities]))  # rank 0 has an image; others may not
-    return tuple(
-        {name: found[name].reduce() for name in own}
-        for found, own in zip((matrices, qualities), names, strict=True)
-    )
-
-
-def table(results: dict[str, Any]) -> str:
-    """Lay out IoU by class, mIoU and pixel accuracy, in percent."""
-    rows = {**results["per_class_iou"], "mIoU": results["miou"]}
-    rows["pixel accuracy"] = results["pixel_accuracy"]
-    width = max(map(len, rows))
-    shown = {name: "not seen" if v is None else f"{100 * v:8.2f}" for name, v in rows.items()}
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
 
 
 def read_arguments() -> argparse.Namespace:
@@ -383,7 +189,7 @@ def run(arguments: argparse.Namespace) -> None:
         config = read_config(str(arguments.checkpoint / "config.yaml"), arguments.settings)
         device = Device(config.device, config.precision)
         found = diagnose(arguments.checkpoint, config, device, arguments.diagnose)
-        say(diagnosis_text(found))
+        say(lay_out_diagnosis(found))
         by_first(write_json)(arguments.checkpoint / "diagnosis.json", found)
         return
     nets = {
@@ -419,7 +225,7 @@ def run(arguments: argparse.Namespace) -> None:
             sys.exit(1)
         return
     results = evaluate(net, arguments.save_masks)
-    say(table(results))
+    say(lay_out_ious(results))
     if arguments.json is not None:
         stage = {"miou": results["miou"], "epoch": net.origin.get("epoch")}
         stages = {str(net.origin.get("stage", "checkpoint")): stage}

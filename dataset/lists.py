@@ -181,6 +181,7 @@ class Splits(NamedTuple):
     labeled: list[Sample]
     unlabeled: list[Sample]
     val: list[Sample]
+    test: Sequence[Sample] = ()  # scored once, when a run ends; may be empty
 
     def digests(self) -> dict[str, str]:
         """Return a sha256 of each list, by its name: of the files it names, in their order.
@@ -259,19 +260,21 @@ def read_lists(section: DatasetSection, fields: Sequence[str] = Splits._fields) 
         UserError: no root; a list that cannot be read; a published split beside lists of one's own.
     """
     root, kind, lists = find_root(section), describe(section), {}
-    own = [x for x in fields if getattr(section, x) != DatasetSection.model_fields[x].default]
+    fields = [field for field in fields if field != "test" or section.test is not None]
+    listed = [field for field in fields if field != "test"]  # no published split has one
+    own = [x for x in listed if getattr(section, x) != DatasetSection.model_fields[x].default]
     if section.split is not None and own:
         raise UserError(
             f"dataset.{own[0]}: dataset.split names the lists already; set dataset.split=null to "
             "use your own"
         )
     for field in fields:
-        if section.split is None:
+        if section.split is None or field == "test":
             lists[field] = read_list(_find_list(section, field, root), root, kind)
         else:
             path, lines = published_list(section.kind, section.split, field, root)
             lists[field] = _samples_of(lines, path, root, kind)
-    splits = Splits(*(lists.get(field, []) for field in Splits._fields))
+    splits = Splits(**{"labeled": [], "unlabeled": [], "val": []} | lists)
     # The masks of unlabeled images are never opened.
     return splits._replace(unlabeled=[x._replace(mask=None) for x in splits.unlabeled])
 
@@ -294,7 +297,8 @@ def find_faults(
     yield from _overlaps(splits)
     yield from _label_faults("labeled", splits.labeled, kind, decode, visit)
     yield from _image_faults("unlabeled", splits.unlabeled, decode)
-    yield from _label_faults("val", splits.val, kind, decode, visit)
+    for field in ("val", "test"):
+        yield from _label_faults(field, getattr(splits, field), kind, decode, visit)
 
 
 def _size_of(sample: Sample, decode: bool) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from dataset.lists import Sample, read_label
 from dataset.reading import picture_size, read_image, to_input, to_label
 from utils import IGNORE, IMAGENET, Preprocessing
-from utils.config.schema import InferenceSection
+from utils.config.schema import Config
 from utils.distributed import mine
 from utils.run.signals import ignore_interrupts
 
@@ -131,24 +131,24 @@ class WholeImages(Dataset[WholeImage]):
 
 
 def whole_images(
+    config: Config,
     samples: Sequence[Sample],
-    settings: InferenceSection,
-    workers: int,
-    done: Container[str] = frozenset(),
     preprocessing: Preprocessing = IMAGENET,
+    done: Container[str] = frozenset(),
 ) -> DataLoader[WholeImage]:
     """Iterate over whole images; those of one size share batches.
 
     Of several processes each gets every ``world()``-th batch, composed as in one process. Batches
     whose names are all ``done`` are left out: whole ones, since the last digits of an image's
-    results can depend on its batch. ``workers`` are the processes that read.
+    results can depend on its batch. The config says how many are a batch, and how many processes
+    read.
     """
     batches = [
         batch
-        for batch in _batches_of_one_size(samples, settings.batch_size)
+        for batch in _batches_of_one_size(samples, config.inference.batch_size)
         if not all(samples[index].name in done for index in batch)
     ]
-    return _open_loader(WholeImages(samples, preprocessing), mine(batches), workers)
+    return _open_loader(WholeImages(samples, preprocessing), mine(batches), config.workers)
 
 
 def _batches_of_one_size(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:

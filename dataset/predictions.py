@@ -8,11 +8,10 @@ from torch import Tensor
 
 from dataset.catalog import Kind
 from dataset.lists import Sample, mask_file
-from dataset.query import write_csv
 from dataset.reading import read_ids, read_image
 from utils.distributed import broadcast, by_first, merged
 from utils.evaluation import ConfusionMatrix, passes
-from utils.files import write_text
+from utils.files import write_csv, write_text
 from utils.panels import in_colour, panel, save, save_mask
 
 _EXAMPLES = 4  # images in a run's picture

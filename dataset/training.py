@@ -1,6 +1,6 @@
-"""What training steps are given: samples, batches, and how many an epoch has."""
+"""What training steps are given: labeled pairs, and unlabeled images with what retraining needs."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -10,31 +10,25 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset.lists import Sample, SampleReader, Splits, read_sample
+from dataset.lists import Sample, SampleReader, read_sample
 from dataset.loader import Chance, SampleKey
-from dataset.query import QueriedImage, QueriedPrototype, Querier, count_kept
+from dataset.query import NoPartner, Partner, Querier
 from dataset.reading import to_input, to_label
 from dataset.transforms import random_view, recolour
-from utils import IMAGENET, Preprocessing
-from utils.config.schema import AugmentSection, Config, SupervisedSection, TrainingSection
-from utils.distributed import world
-from utils.errors import UserError
-from utils.progress import Work
+from utils import IGNORE, IMAGENET, Preprocessing
+from utils.config.schema import AugmentSection
 
 Record = TypeVar("Record", bound=tuple)
 
 
-class QueryPair(NamedTuple):
-    """A labeled image and its partner. A batch adds a first dimension."""
+class LabeledPair(NamedTuple):
+    """Two labeled images. A batch adds a first dimension."""
 
     image: Tensor  # (3, H, W) float, normalised
     label: Tensor  # (H, W) long, 255 = ignored
-    query_image: Tensor  # (3, H, W) float, normalised
-    query_label: Tensor  # (H, W) long
-    shared_class: Tensor | int  # class id, 255 if the pair shares none
-
-
-Queried = QueriedImage | QueriedPrototype
+    partner_image: Tensor  # (3, H, W) float, normalised
+    partner_label: Tensor  # (H, W) long
+    shared_class: Tensor | int  # class id for which the partner was queried, 255 if for none
 
 
 class RetrainSample(NamedTuple):
@@ -45,24 +39,30 @@ class RetrainSample(NamedTuple):
     student_image: Tensor  # (views, 3, H, W) float, normalised, the same crop in strong colours
     labeled_image: Tensor  # (3, H, W) float, normalised, of a labeled image
     labeled_label: Tensor  # (H, W) long, true
-    queried: Queried  # the partner whose prototype weighs the pseudo label
+    partner: Partner | NoPartner
 
 
 def parts(batch: Record, count: int) -> list[Record]:
     """Cut a batch, a record of tensors and records, into parts along the first dimension."""
+    if not batch:  # a record without fields
+        return [batch] * count
     columns = [parts(x, count) if isinstance(x, tuple) else x.chunk(count) for x in batch]
     return [type(batch)._make(row) for row in zip(*columns, strict=True)]
 
 
 @dataclass(eq=False)
-class LabeledPairs(Dataset[QueryPair]):
-    """Stage 1: every labeled image with a partner, ``repeat`` times an epoch."""
+class LabeledPairs(Dataset[LabeledPair]):
+    """Stage 1: every labeled image with another one, ``repeat`` times an epoch.
+
+    With a querier the other one is a partner that shares a class. Without, it is the next one of
+    the list, shifted by one more every epoch: each image is seen as often as any other.
+    """
 
     labeled: Sequence[Sample]
-    querier: Querier
     augment: AugmentSection
     chance: Chance
     repeat: int = 1
+    querier: Querier | None = None
     read: SampleReader = read_sample
     preprocessing: Preprocessing = IMAGENET
 
@@ -74,35 +74,40 @@ class LabeledPairs(Dataset[QueryPair]):
         """Return the names of the images that keys stand for, without partners."""
         return [self.labeled[key.index % len(self.labeled)].name for key in keys]
 
-    def __getitem__(self, key: SampleKey) -> QueryPair:
+    def __getitem__(self, key: SampleKey) -> LabeledPair:
         """Read, augment and pair a labeled image."""
-        rng, preprocessing = self.chance.of(*key), self.preprocessing
-        sample = self.labeled[key.index % len(self.labeled)]
+        rng, preprocessing, count = self.chance.of(*key), self.preprocessing, len(self.labeled)
+        sample = self.labeled[key.index % count]
         image, mask = _weak_view(self, sample, rng)
-        shared, _, *query = self.querier.draw(sample.name, mask, rng, preprocessing)
-        return QueryPair(to_input(image, preprocessing), to_label(mask), *query, shared)
+        pair = to_input(image, preprocessing), to_label(mask)
+        if self.querier is not None:
+            shared, *partner = self.querier.draw(sample.name, mask, rng, preprocessing)
+            return LabeledPair(*pair, *partner, shared)
+        shift = 1 + (key.index // count + key.epoch * self.repeat) % max(1, count - 1)
+        other, label = _weak_view(self, self.labeled[(key.index + shift) % count], rng)
+        return LabeledPair(*pair, to_input(other, preprocessing), to_label(label), IGNORE)
 
 
 @dataclass(eq=False)
 class RetrainSamples(Dataset[RetrainSample]):
-    """Stages 4 and 6: every pseudo-labeled image with a partner and a labeled image.
+    """Stages 4 and 6: every pseudo-labeled image with a labeled image and, if queried, a partner.
 
     The labeled list repeats until it is as long as the unlabeled one, shifted by one image every
     epoch, so that an unlabeled image is combined with all labeled ones. If it is the longer one,
     each epoch continues where the last one ended.
 
-    ``query``, ``draw`` or ``choose`` of a querier, draws a partner by an unlabeled image's name and
-    the crop of its pseudo label. Each of ``views`` has other strong colours. With
-    ``strong_teacher`` the teacher sees the first one, as in the published code.
+    A querier draws a partner by an unlabeled image's name and the crop of its pseudo label. Each of
+    ``views`` has other strong colours. With ``strong_teacher`` the teacher sees the first one, as
+    in the published code.
     """
 
     unlabeled: Sequence[Sample]  # their masks are pseudo labels
     labeled: Sequence[Sample]
-    query: Callable[[str, Image.Image, np.random.Generator], Queried]
     augment: AugmentSection
     chance: Chance
     views: int = 1
     strong_teacher: bool = False
+    querier: Querier | None = None
     read: SampleReader = read_sample
     preprocessing: Preprocessing = IMAGENET
 
@@ -123,7 +128,7 @@ class RetrainSamples(Dataset[RetrainSample]):
         return self.labeled[(place + place // count) % count]
 
     def __getitem__(self, key: SampleKey) -> RetrainSample:
-        """Read and augment an unlabeled image, a labeled image, and what is queried."""
+        """Read and augment an unlabeled image, a labeled image, and the partner."""
         rng, preprocessing = self.chance.of(*key), self.preprocessing
         sample, labeled = self.unlabeled[key.index], self._labeled_at(key)
         weak, mask = _weak_view(self, sample, rng)
@@ -131,9 +136,11 @@ class RetrainSamples(Dataset[RetrainSample]):
         strong = torch.stack([to_input(view, preprocessing) for view in views])
         image, label = _weak_view(self, labeled, rng)
         teacher = strong[0] if self.strong_teacher else to_input(weak, preprocessing)
-        queried = self.query(sample.name, mask, rng)  # last: the views must not depend on it
+        partner = NoPartner()
+        if self.querier is not None:  # last: the views must not depend on it
+            partner = self.querier.draw(sample.name, mask, rng, preprocessing)
         labeled = to_input(image, preprocessing), to_label(label)
-        return RetrainSample(teacher, to_label(mask), strong, *labeled, queried)
+        return RetrainSample(teacher, to_label(mask), strong, *labeled, partner)
 
 
 def _weak_view(
@@ -143,71 +150,3 @@ def _weak_view(
     image, mask = data.read(sample)
     view = random_view((image.height, image.width), data.augment, rng)
     return view.image(image, data.preprocessing.interpolation), view.mask(mask)
-
-
-def repeats(settings: SupervisedSection, labeled: Sequence[Sample]) -> int:
-    """Return how often an epoch of stage 1 passes the labeled list."""
-    return 2 if len(labeled) < settings.repeat_below else 1
-
-
-def refuse_batch_sizes(config: Config, splits: Splits) -> None:
-    """Raise a ``UserError`` if a batch exceeds an epoch or is no equal share for each process."""
-    labeled = len(splits.labeled) * repeats(config.supervised, splits.labeled)
-    unlabeled = len(splits.unlabeled)
-    unlabeled = count_kept(unlabeled, config.select.keep) if 3 in config.stages else unlabeled
-    mixed = 6 in config.stages and config.retrain.mix == "unlabeled"
-    if mixed and config.retrain.batch_size < 2 * world():
-        raise UserError(
-            f"retrain.batch_size: {config.retrain.batch_size} gives {world()} processes less than "
-            "two images each, which retrain.mix=unlabeled mixes; raise it, or set retrain.mix=none"
-        )
-    epochs = [("supervised", labeled), ("retrain", unlabeled)]
-    for key, samples in epochs[: 1 + (6 in config.stages)]:
-        size, cuts = getattr(config, key).batch_size, getattr(config, key).accumulate
-        name = f"{key}.batch_size: {size}"
-        if size > samples:
-            mend = "lower it" if samples > 1 else "give it a list of more images"
-            raise UserError(f"{name} is larger than the {samples} samples of an epoch; {mend}")
-        if size < world():
-            raise UserError(f"{name} is less than {world()} processes; raise it")
-        if cuts > 1 and size % (cuts * world()):
-            raise UserError(
-                f"{key}.accumulate: {cuts} does not cut the {size} images of a batch evenly for "
-                f"{world()} processes; change it or {key}.batch_size"
-            )
-
-
-def planned_work(config: Config, splits: Splits) -> dict[str, Work]:
-    """Return the work of each stage that runs, by its name, for the time left of a run.
-
-    In pixels that pass networks, three times for crops that are learnt from: backward costs twice
-    as much as forward. Images are taken as squares.
-    """
-    stages, labeled, unlabeled = config.stages, len(splits.labeled), len(splits.unlabeled)
-    reliable = count_kept(unlabeled, config.select.keep) if 3 in stages else unlabeled
-    crop, side = config.augment.crop_size**2, config.inference.long_side or config.augment.base_size
-    labeling = config.pseudo_label
-    views = sum(scale**2 for scale in labeling.scales) * (1 + labeling.flip)
-    if labeling.neighbours:
-        views += sum(scale**2 for scale in labeling.neighbour_scales) / len(
-            labeling.neighbour_scales
-        )
-
-    def training(settings: TrainingSection, samples: int, crops: int) -> float:
-        steps = samples // settings.batch_size
-        return (settings.iterations or steps * settings.epochs) * settings.batch_size * crops * crop
-
-    retrain = config.retrain
-    student = 1 + retrain.learn_queried + retrain.views + (retrain.feature_dropout > 0)
-    pairs = labeled * repeats(config.supervised, splits.labeled)
-    plan = {"1_supervised": Work("supervised", training(config.supervised, pairs, 2 * 3))}
-    if 2 in stages:
-        plan["2_pseudo_label"] = Work("label", unlabeled * views * side**2)
-    if 3 in stages:
-        plan["3_select"] = Work("select", (labeled + unlabeled) * side**2)
-        plan["4_retrain"] = Work("retrain", training(retrain, reliable, 3 * student + 1))
-        both = 2 if config.relabel == "both" else 1
-        plan["5_relabel"] = Work("label", (unlabeled - reliable) * views * both * side**2)
-    if 6 in stages:
-        plan["6_retrain"] = Work("retrain", training(retrain, unlabeled, 3 * student + 1))
-    return plan

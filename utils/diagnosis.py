@@ -1,4 +1,4 @@
-"""How well weights tell right pseudo labels from wrong ones."""
+"""How well weights tell right pseudo labels from wrong ones, and what ``--diagnose`` prints."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from utils.distributed import reduced
+from utils.evaluation import lay_out_ious
 
 BINS = 1000  # of the weights, for the ranking
 _GROUPS = 20  # of the bins, for the calibration
@@ -87,3 +88,26 @@ def rank_correlation(one: Tensor, other: Tensor) -> float:
     """Spearman's correlation of two (N,) float tensors; equal values rank in their order."""
     ranks = torch.stack([values.argsort(stable=True).argsort().double() for values in (one, other)])
     return torch.corrcoef(ranks)[0, 1].item()
+
+
+def lay_out_diagnosis(found: dict[str, Any]) -> str:
+    """Lay out what ``model.diagnosis.diagnose`` returns, without the curves."""
+    lines = []
+    for stage, labels in found["labels"].items():
+        share = f"{labels['share']:.1%} of the pixels"
+        lines += [
+            f"labels of {stage}: {labels['images']} images, {share}",
+            lay_out_ious(labels),
+            "",
+        ]
+    lines.append(f"{'most probable class':<20}{'mIoU':>8}{'pixel accuracy':>20}")
+    for source, result in found["classes"].items():
+        lines.append(f"{source:<20}{result['miou']:>8.3f}{result['pixel_accuracy']:>20.3f}")
+    lines += ["", f"{'weight':<20}{'AUROC':>8}{'calibration error':>20}{'weight on wrong':>18}"]
+    for rule, quality in found["weights"].items():
+        numbers = [quality[key] for key in ("auroc", "calibration_error", "weight_on_wrong")]
+        lines.append("{:<20}{:>8.3f}{:>20.3f}{:>18.3f}".format(rule, *numbers))
+    if found["rank_correlation"] is not None:
+        correlation = found["rank_correlation"]
+        lines += ["", f"rank correlation of image scores and mIoU: {correlation:.3f}"]
+    return "\n".join(lines)

@@ -219,3 +219,12 @@ def _resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return F.interpolate(maps, size, mode="bilinear", align_corners=True)
+
+
+def lay_out_ious(results: dict[str, Any]) -> str:
+    """Lay out IoU by class, mIoU and pixel accuracy, in percent."""
+    rows = {**results["per_class_iou"], "mIoU": results["miou"]}
+    rows["pixel accuracy"] = results["pixel_accuracy"]
+    width = max(map(len, rows))
+    shown = {name: "not seen" if v is None else f"{100 * v:8.2f}" for name, v in rows.items()}
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())

@@ -1,13 +1,16 @@
-"""Compare methods over seeds, each run a ``train.py`` of its own.
+"""Compare methods over seeds, on equal terms, each run a ``train.py`` of its own.
 
-python -m utils.study --config demo.yaml --methods supervised,cisc,"cisc select.keep=0.7"
-    [--seeds 0,1,2] [--processes 1] [--write docs/results.md] [section.key=value ...]
+python -m utils.study --config demo.yaml --methods supervised,ladder,"cisc select.keep=0.7 tried=3"
+    [--seeds 0,1,2] [--lists 1] [--processes 1] [--write docs/results.md] [section.key=value ...]
 
-Runs are in ``<outdir>/<name>_study``; ``name=...`` names another study. The same command continues
-where it was stopped; stage 1 of equal settings is done once and copied.
+Runs are in ``<outdir>/<name>_study``; ``name=...`` names another study. Rerun the same command to
+resume. Stage 1 is trained once for all rows whose settings of it agree, and every row gets as many
+iterations of retraining. ``supervised`` is trained at three lengths, and the best one is what other
+rows are compared with. ``ladder`` stands for the rows from the paper to ours, one change a row.
 """
 
 import json
+import random
 import re
 import shlex
 import signal
@@ -37,15 +40,36 @@ from utils.scores import spread
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 LENGTHS = (1, 2, 4)  # of supervised training; the best one is what other methods are compared with
 STAGE = "1_supervised"  # which runs share
-_OF_LATER_STAGES = {"pseudo_label", "select", "retrain", "stages", "relabel"}
+_OF_LATER_STAGES = {"method", "pseudo_label", "select", "retrain", "stages"}
+
+
+# From the paper to ours; each row adds its settings to those of the row above.
+LADDER = (
+    "",  # as published
+    "retrain.start=teacher",  # on equal terms with what starts from stage 1
+    "retrain.mix=unlabeled pseudo_label.threshold=0.6",
+    "retrain.weight=ones",
+    "pseudo_label.votes=true",
+)
+
+
+class Row(NamedTuple):
+    """A row of the table, as the command names it."""
+
+    title: str  # the method and its settings; its length, if there are several
+    method: str
+    settings: tuple[str, ...] = ()  # key=value
+    length: int = 1  # of stage 1
+    tried: int = 1  # settings that were tried to find these
 
 
 class Job(NamedTuple):
     """A run of the study."""
 
-    row: str  # of the table: the method, and its length if there are several
+    row: Row
     words: list[str]  # of train.py's command line
     config: Config
+    draw: tuple[int, int]  # seed and labeled list: rows are compared draw by draw
 
     @property
     def folder(self) -> Path:
@@ -58,48 +82,105 @@ class Job(NamedTuple):
         return self.folder.with_name(f"{self.folder.name}.log")
 
 
-def plan(
-    config: str, methods: Sequence[str], seeds: Sequence[int], settings: Sequence[str]
-) -> list[Job]:
-    """List the runs: every method with every seed; supervised training at several lengths.
+def read_rows(methods: Sequence[str]) -> list[Row]:
+    """Read what ``--methods`` names.
 
-    A method is the name of an overlay, and settings of its own after spaces. One with one
-    retraining stage gets twice its length: as many iterations as one with two (of epochs a third
-    more: those of stage 4 pass the reliable half alone).
+    Args:
+        methods: names of overlays, each with settings of its own after spaces, and ``tried=N``; or
+            ``ladder``.
+
+    Raises:
+        UserError: no such method, one that is named twice, a setting that the study makes.
+    """
+    rows: list[Row] = []
+    for text in methods:
+        method, *words = text.split() or [""]
+        if method == "ladder":
+            steps = [" ".join(LADDER[: n + 1]).split() for n in range(len(LADDER))]
+            rows += [Row(" ".join(["cisc", *step]), "cisc", tuple(step)) for step in steps]
+            rows.append(Row("cisc_patch", "cisc_patch"))  # without the consistency loss, too
+            continue
+        if method not in METHODS:
+            raise UserError(f"--methods: '{method}' is not one of {', '.join(METHODS)}, ladder")
+        for word in words:
+            if word.startswith("seed="):
+                raise UserError("seed: a study takes several; use --seeds")
+            if word.startswith(("outdir=", "name=", "method=")):
+                raise UserError(f"--methods: '{text}': the study names its runs, in one outdir")
+        tried = [word.removeprefix("tried=") for word in words if word.startswith("tried=")]
+        if any(not number.isdecimal() for number in tried):
+            raise UserError(f"--methods: '{text}': tried=N counts the settings that were tried")
+        settings = tuple(word for word in words if not word.startswith("tried="))
+        title, count = " ".join([method, *settings]), int(tried[-1]) if tried else 1
+        for length in LENGTHS if method == "supervised" else (1,):
+            named = title if length == 1 else f"{title} x {length}"
+            rows.append(Row(named, method, settings, length, count))
+    titles = [row.title for row in rows]
+    if twice := next((title for title in titles if titles.count(title) > 1), None):
+        raise UserError(f"--methods: '{twice}' is named twice")
+    return rows
+
+
+def plan(
+    config: str, rows: Sequence[Row], draws: Sequence[tuple[int, int]], settings: Sequence[str]
+) -> list[Job]:
+    """List the runs: every row with every draw of seed and labeled list.
+
+    A method with one retraining stage gets twice its length: as many iterations as one with two (of
+    epochs a third more: those of stage 4 pass the reliable half alone).
 
     Raises:
         UserError: a setting is wrong, or one of those that the study makes.
     """
-    if len(set(methods)) < len(methods):
-        raise UserError("--methods: one is named twice")
-    for method in methods:
-        overlay, *special = method.split() or [""]
-        if overlay not in METHODS:
-            raise UserError(f"--methods: '{overlay}' is not one of {', '.join(METHODS)}")
-        if any(word.startswith("seed=") for word in [*settings, *special]):
-            raise UserError("seed: a study takes several; use --seeds")
-        if any(word.startswith(("outdir=", "name=")) for word in special):
-            raise UserError(f"--methods: '{method}': the study names its runs, in one outdir")
+    if any(word.startswith("seed=") for word in settings):
+        raise UserError("seed: a study takes several; use --seeds")
+    plain = read_config(config, settings)
+    study = Path(plain.outdir) / f"{plain.name}_study"
     jobs = []
-    name = read_config(config, settings).name
-    rows = [
-        (method, length)
-        for method in methods
-        for length in (LENGTHS if method.split()[0] == "supervised" else (1,))
-    ]
-    for (method, length), seed in product(rows, seeds):  # neighbours share no stage 1
-        row = method if length == 1 else f"{method} x {length}"
-        overlay, *special = method.split()
-        run = re.sub(r"[^\w.+-]+", "-", row.replace(" x ", "x"))
-        own = [*settings, *special, f"seed={seed}", f"name={run}_{seed}"]
-        made = read_config(config, own, overlay)
-        own.append(f"outdir={Path(made.outdir) / f'{name}_study'}")
-        own.append(_times(made, "supervised", length))
+    for row, (seed, number) in product(rows, draws):
+        run = re.sub(r"[^\w.+-]+", "-", row.title.replace(" x ", "x"))
+        own = [*settings, *row.settings, f"seed={seed}", f"outdir={study}"]
+        own.append(f"name={run}_{seed}" + (f"_list{number}" if number else ""))
+        if number:
+            lists = study.absolute() / "lists" / str(number)
+            own += [f"dataset.{name}={lists / name}.txt" for name in ("labeled", "unlabeled")]
+        made = read_config(config, own, row.method)
+        own.append(_times(made, "supervised", row.length))
         if 6 in made.stages and 4 not in made.stages:
             own.append(_times(made, "retrain", 2))
-        made = read_config(config, own, overlay)
-        jobs.append(Job(row, ["--config", config, "--method", overlay, *own], made))
+        made = read_config(config, own, row.method)
+        jobs.append(
+            Job(row, ["--config", config, "--method", row.method, *own], made, (seed, number))
+        )
     return jobs
+
+
+def draw_lists(config: Config, number: int, folder: Path) -> None:
+    """Draw a labeled list as long as the config's, from it and the images of ``panels.truth``.
+
+    Args:
+        config: of the study.
+        number: of the list; the same one is drawn every time.
+        folder: gets ``labeled.txt`` and ``unlabeled.txt``.
+
+    Raises:
+        UserError: there is no list of true masks to draw from.
+    """
+    section, truth = config.dataset, config.panels.truth
+    if truth is None or section.split is not None:
+        raise UserError(
+            "--lists: other labeled lists are drawn from dataset.labeled and panels.truth, a list "
+            "of the unlabeled images with their masks; set panels.truth=LIST, or leave --lists out"
+        )
+    labeled, others = (
+        (Path(section.root) / name).read_text("utf-8").splitlines()
+        for name in (section.labeled, truth)
+    )
+    pool = sorted({line.strip() for line in (*labeled, *others) if line.strip()})
+    drawn = random.Random(number).sample(pool, k=len([line for line in labeled if line.strip()]))
+    rest = [line.split()[0] for line in pool if line not in drawn]
+    for name, lines in (("labeled", sorted(drawn)), ("unlabeled", rest)):
+        write_text(folder / f"{name}.txt", "".join(f"{line}\n" for line in lines))
 
 
 def _times(config: Config, section: str, length: int) -> str:
@@ -224,40 +305,64 @@ def work(jobs: Sequence[Job], processes: int) -> None:
 
 
 def table(jobs: Sequence[Job]) -> str:
-    """Lay out the results in Markdown: mIoU, differences to the best supervised row, time, crops.
+    """Lay out the results in Markdown, a row a method.
 
-    Means and sample standard deviations over seeds; differences are between runs of one seed.
+    mIoU of the kept checkpoint on val, its difference to the best supervised row, what the best
+    epoch on val would have been, and mIoU on ``dataset.test``; what students start from; labeled
+    and unlabeled crops that they saw; seconds; settings that were tried. Means and sample standard
+    deviations; differences are between runs of one seed and labeled list.
     """
-    results: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    results: dict[Row, dict[tuple[int, int], dict[str, Any]]] = defaultdict(dict)
     for job in jobs:
-        results[job.row][job.config.seed] = read_json(job.folder / "results.json")
+        results[job.row][job.draw] = read_json(job.folder / "results.json")
+    starts = {job.row: _start(job.config) for job in jobs}
     mious = {
-        row: {seed: 100 * found["miou"] for seed, found in runs.items()}
+        row: {draw: 100 * found["miou"] for draw, found in runs.items()}
         for row, runs in results.items()
     }
-    supervised = [row for row in mious if row.startswith("supervised")]
+    supervised = [row for row in mious if row.method == "supervised"]
     best = max(supervised, key=lambda row: statistics.mean(mious[row].values()), default=None)
-    against = "-" if best is None else f"against {best}"
-    head = ("method", "mIoU", against, "minutes", "labeled crops", "unlabeled", "by teachers")
-    rows = [head, ("---",) + ("---:",) * (len(head) - 1)]
+    against = "-" if best is None else f"against {best.title}"
+    counts = ("labeled crops", "unlabeled crops", "seconds", "tried")
+    head = ("method", "mIoU", against, "best on val", "test", "start", *counts)
+    lines = [head, ("---",) + ("---:",) * 4 + ("---",) + ("---:",) * 4]
     for row, runs in results.items():
-        differences = [mious[row][seed] - mious[best][seed] for seed in runs] if best else []
-        stages = [found["stages"].values() for found in runs.values()]
-        minutes = [sum(stage["seconds"] for stage in run) / 60 for run in stages]
-        crops = [
-            sum(stage.get(f"{kind}_crops", 0) for stage in stages[0])
-            for kind in ("labeled", "unlabeled", "teacher")
-        ]
-        compared = "" if row == best or not best else spread(differences, "+")
-        length = f"{statistics.mean(minutes):.1f}"
-        rows.append((row, spread([*mious[row].values()]), compared, length, *map(str, crops)))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+        differences = [mious[row][draw] - mious[best][draw] for draw in runs] if best else []
+        stages = [list(found["stages"].values()) for found in runs.values()]
+        highest = [100 * run[-1]["best_miou"] for run in stages if "best_miou" in run[-1]]
+        tests = [100 * found["test"]["miou"] for found in runs.values() if "test" in found]
+        crops = (
+            sum(stage.get(f"{name}_crops", 0) for stage in stages[0])
+            for name in ("labeled", "unlabeled")
+        )
+        seconds = statistics.mean(sum(stage["seconds"] for stage in run) for run in stages)
+        lines.append(
+            (
+                row.title,
+                spread([*mious[row].values()]),
+                "" if row == best or not best else spread(differences, "+"),
+                spread(highest) if highest else "",
+                spread(tests) if tests else "",
+                starts[row],
+                *map(str, crops),
+                f"{seconds:.0f}",
+                str(row.tried),
+            )
+        )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _start(config: Config) -> str:
+    """Return what the students of a run start from."""
+    if 6 not in config.stages:
+        return "encoder"
+    return {"teacher": "stage 1", "encoder": "encoder"}[config.retrain.start]
 
 
 def report(jobs: Sequence[Job], command: str) -> str:
     """Return the table with its title, command, machine and date."""
     config = jobs[0].config
-    seeds = sorted({job.config.seed for job in jobs})
+    seeds, lists = (sorted({job.draw[part] for job in jobs}) for part in (0, 1))
     environments = [read_json(job.folder / "environment.json") for job in jobs]
     machines = {
         f"{made['machine']}, {made['cores']} cores, {made['threads']} threads a run, "
@@ -266,13 +371,15 @@ def report(jobs: Sequence[Job], command: str) -> str:
     }
     commits = {str(made["commit"])[:7] for made in environments}
     kind, labeled = config.dataset.kind, config.dataset.split or config.dataset.labeled
+    drawn = f" and {len(lists) - 1} more of its size, drawn at random" if len(lists) > 1 else ""
     return (
         f"## {Path(config.outdir).name.removesuffix('_study')}\n\n"
         f"`{command}`\n\n{table(jobs)}\n\n"
-        f"Data `{kind}`, labeled `{labeled}`. Mean ± standard deviation over seeds "
-        f"{', '.join(map(str, seeds))}; differences are of equal seeds. mIoU of the "
-        f"{config.evaluate.checkpoint} checkpoint in %. Minutes are of all stages, shared ones "
-        f"too. {'; '.join(sorted(machines))}. Commit {', '.join(sorted(commits))}, "
+        f"Data `{kind}`, labeled `{labeled}`{drawn}. Mean ± standard deviation over seeds "
+        f"{', '.join(map(str, seeds))}; differences are of equal seeds and lists. mIoU of the "
+        f"{config.evaluate.checkpoint} checkpoint in %; 'best on val' is the best of the epochs "
+        "of the last stage that were validated, picked by val itself. Seconds are of all stages, "
+        f"shared ones too. {'; '.join(sorted(machines))}. Commit {', '.join(sorted(commits))}, "
         f"{datetime.now(timezone.utc):%Y-%m-%d}.\n"
     )
 
@@ -305,10 +412,13 @@ def main() -> None:
     parser.add_argument(
         "--methods",
         required=True,
-        help=f"some of {','.join(METHODS)} with commas between them, and settings of one method "
-        "after spaces, without spaces in their values",
+        help=f"some of {','.join(METHODS)},ladder with commas between them, and settings of one "
+        "method after spaces, without spaces in their values; tried=N says how many were tried",
     )
     parser.add_argument("--seeds", default="0,1,2", help="numbers with commas between them")
+    parser.add_argument(
+        "--lists", type=int, default=1, help="labeled lists: the config's, and drawn"
+    )
     parser.add_argument("--processes", type=int, default=1, help="runs at once")
     parser.add_argument("--write", type=Path, help="a Markdown file, such as docs/results.md")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="for every run")
@@ -316,9 +426,13 @@ def main() -> None:
     # Not at commas of stages=[1,2,6].
     methods = re.split(r",(?![^\[{]*[\]}])", arguments.methods)
     seeds = _list_of(int, arguments.seeds)
-    if arguments.processes < 1:
-        raise UserError(f"--processes: {arguments.processes} is below 1; take a larger one")
-    jobs = plan(arguments.config, methods, seeds, arguments.settings)
+    for name in ("processes", "lists"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name}: {getattr(arguments, name)} is below 1; take a larger one")
+    draws = list(product(seeds, range(arguments.lists)))
+    jobs = plan(arguments.config, read_rows(methods), draws, arguments.settings)
+    for number in range(1, arguments.lists):
+        draw_lists(jobs[0].config, number, Path(jobs[0].config.outdir) / "lists" / str(number))
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         work(jobs, arguments.processes)

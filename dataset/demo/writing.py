@@ -12,7 +12,7 @@ from utils.errors import UserError
 from utils.files import write_atomically, write_text, writing
 from utils.panels import encoded, in_colour
 
-VERSION = 2  # of the drawing: raise it when a seed draws something else
+VERSION = 3  # of the drawing: raise it when a seed draws something else
 _DRAWING = b"{}\n"  # demo.json until all is drawn
 
 
@@ -22,6 +22,7 @@ def write_demo(
     train: int = 120,
     labeled: int = 12,
     val: int = 60,
+    test: int = 120,
     seed: int = 0,
     size: tuple[int, int] = (96, 128),
 ) -> None:
@@ -38,13 +39,15 @@ def write_demo(
         train: number of training images, of which ``labeled`` have a mask.
         labeled: number of training images with a mask.
         val: number of validation images.
+        test: number of test images, which nothing was tuned on.
         seed: of all scenes.
         size: (height, width) in pixels.
 
     Raises:
         UserError: the folder holds something else, or is not to be written to.
     """
-    settings = {"train": train, "labeled": labeled, "val": val, "seed": seed, "size": list(size)}
+    settings = {"train": train, "labeled": labeled, "val": val, "test": test}
+    settings |= {"seed": seed, "size": list(size)}
     ours, text = root / "demo.json", json.dumps({"version": VERSION, **settings}) + "\n"
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
@@ -56,8 +59,9 @@ def write_demo(
             f"{root}: another data set, or another drawing, is in this folder; name an empty one"
         )
     _add(ours, _DRAWING)
-    lines: dict[str, list[str]] = {"train": [], "val": [], "truth": []}  # of lists, by name
-    for part, split, count, masks in ((0, "train", train, labeled), (1, "val", val, val)):
+    lines: dict[str, list[str]] = {"train": [], "val": [], "test": [], "truth": []}  # by list
+    parts = ((0, "train", train, labeled), (1, "val", val, val), (2, "test", test, test))
+    for part, split, count, masks in parts:
         for number in range(count):
             rng = np.random.default_rng([seed, part, number])
             image, ids = draw_scene(rng, size, first=1 + number % (len(CLASSES) - 1))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
+from dataset.catalog import describe
 from model.networks.deeplabv2 import DeepLabV2
 from model.networks.deeplabv3plus import DeepLabV3Plus
 from model.networks.dpt import DPT
@@ -17,8 +18,10 @@ from model.networks.timm_encoders import (
 )
 from model.networks.weights import find_weights, read_weights
 from model.networks.xception import Xception65
-from utils.checkpoint import put_weights
-from utils.config.schema import ModelSection
+from model.ops.frozen import frozen
+from utils.checkpoint import load_weights, put_weights
+from utils.config.schema import Config, ModelSection
+from utils.device import Device
 from utils.errors import UserError
 
 NETWORKS = {"deeplabv3plus": DeepLabV3Plus, "pspnet": PSPNet, "deeplabv2": DeepLabV2, "dpt": DPT}
@@ -114,3 +117,15 @@ def network_of(
         settings.stem,
         settings.channels,
     )
+
+
+def load_network(config: Config, file: Path) -> nn.Module:
+    """Build the network that a config describes, with a checkpoint's weights."""
+    net = network_of(config.model, len(describe(config.dataset).classes), pretrained=None)
+    load_weights(net, file)
+    return net
+
+
+def load_frozen(config: Config, device: Device, file: Path) -> nn.Module:
+    """Load the network of a checkpoint onto a device, frozen: for inference alone."""
+    return frozen(load_network(config, file), device)

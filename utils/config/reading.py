@@ -18,6 +18,23 @@ _COMMAND_LINE = "command line"
 _BASES = 20
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 METHODS = sorted(file.stem for file in (CONFIGS / "methods").glob("*.yaml"))
+# Keys and values of earlier versions, and what became of them.
+_RENAMED_METHODS = {"cisc_published": "cisc"}
+_RENAMED_KEYS = {
+    "relabel": "is gone: stage 5 labels by the network of stage 4",
+    "pseudo_label.neighbours": "is called 'pseudo_label.votes' now",
+    "pseudo_label.neighbour_scales": "is called 'pseudo_label.vote_scales' now",
+    "retrain.learn_queried": "is called 'retrain.learn_partners' now",
+    "retrain.threshold_by_class": "is gone: thresholds by class gained nothing",
+}
+_RENAMED_VALUES = {
+    ("retrain.weight", "image"): "is called 'cisc_map' now",
+    **{
+        ("retrain.weight", name): "is gone, as it gained nothing; take ones or cisc_map"
+        for name in ("bank", "confidence", "anchors", "confidence_anchors")
+    },
+    ("retrain.mix", "queried"): "is gone, as it gained nothing; take none, cutout or unlabeled",
+}
 Layer = tuple[str, Mapping[str, Any]]  # where settings come from, and the settings
 
 
@@ -63,13 +80,32 @@ def read_config(path: str, overrides: Sequence[str] = (), method: str | None = N
     Args:
         path: a YAML file, looked for in the working folder, then in ``configs/``.
         overrides: ``section.key=value`` with the value in YAML; the last one counts.
-        method: one of ``METHODS``, whose settings come after the file's; None for none.
+        method: one of ``METHODS``, in place of the file's ``method:``.
+
+    The method's overlay comes first, so that keys of the file and of the command line count.
 
     Raises:
         UserError: no such file, no YAML, an unknown key (the nearest is named), a wrong value.
     """
-    method_layers = [] if method is None else _file_layers(f"methods/{method}.yaml")
-    return _checked([*_file_layers(path), *method_layers], overrides)
+    layers = [
+        *_file_layers(path),
+        *([] if method is None else [(_COMMAND_LINE, {"method": method})]),
+    ]
+    named = [
+        values["method"]
+        for _, values in [*layers, *map(_override, overrides)]
+        if "method" in values
+    ]
+    chosen = named[-1] if named else Config.model_fields["method"].default
+    if chosen not in METHODS:
+        now = (
+            f"'{chosen}' is called '{_RENAMED_METHODS[chosen]}' now"
+            if chosen in _RENAMED_METHODS
+            else ""
+        )
+        known = f"{_SHORT.repr(chosen)} is not one of {', '.join(METHODS)}"
+        raise UserError(f"method: {now or known}")
+    return _checked([*_file_layers(f"methods/{chosen}.yaml"), *layers], overrides)
 
 
 def config_from(values: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
@@ -168,6 +204,10 @@ def _explain(error: ValidationError, layers: Sequence[Layer]) -> str:
     path = [part for part in location if isinstance(part, str) and part != "[key]"]
     key = ".".join(path)
     source = next((name for name, values in reversed(layers) if _sets(values, path)), layers[0][0])
+    if key in _RENAMED_KEYS and kind == "extra_forbidden":
+        return f"{source}: '{key}' {_RENAMED_KEYS[key]}"
+    if isinstance(first["input"], str) and (key, first["input"]) in _RENAMED_VALUES:
+        return f"{source}: {key}: '{first['input']}' {_RENAMED_VALUES[key, first['input']]}"
     if kind == "extra_forbidden":
         return f"{source}: unknown key '{key}'; the nearest known key is '{_nearest(key)}'"
     if kind == "missing" and location[-1] in path:

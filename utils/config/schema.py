@@ -81,6 +81,7 @@ class DatasetSection(Section):
     labeled: str = "labeled.txt"  # image and mask a line
     unlabeled: str = "unlabeled.txt"  # image a line; a mask beside it is never opened
     val: str = "val.txt"  # image and mask a line
+    test: str | None = None  # image and mask a line; scored once, when a run ends; null: none
     # Names of a custom kind, by class id.
     classes: ClassNames | None = None
     # Id in mask files to class name, class id, or null for ignored; 'other' stands for the ids that
@@ -145,7 +146,7 @@ class OptimizerSection(Section):
 class OhemSection(Section):
     """Learn from the hard pixels of labeled images only."""
 
-    threshold: float = Field(0.7, gt=0, le=1)  # probability of the true class that makes easy
+    threshold: float = Field(0.7, gt=0, le=1)  # pixels predicted above this are easy and left out
     min_kept: int = Field(100_000, gt=0)  # pixels of a batch that are kept however easy
 
 
@@ -188,19 +189,15 @@ class RetrainSection(TrainingSection):
     average_decay: float = Field(0.99, ge=0, lt=1)  # of the running average, an iteration
     # Pixels of pseudo labels whose probability is lower count with weight 0.
     threshold: float = Field(0.0, ge=0, lt=1)
-    # Times a class's running mean probability over the highest of a class.
-    threshold_by_class: bool = False
-    # Weight of the other pixels: 1; the probability of the pseudo label; agreement with the queried
-    # image, passed through the teacher each time (published), or with its stored prototypes (bank);
-    # similarity to the class anchor; probability times that similarity.
-    weight: Literal["ones", "confidence", "image", "bank", "anchors", "confidence_anchors"] = "ones"
-    # A random box of the student's unlabeled images: blanked (cutout), from another unlabeled image
-    # (CutMix), or from the queried labeled image with its true label.
-    mix: Literal["none", "cutout", "unlabeled", "queried"] = "unlabeled"
+    # Weight of the other pixels: 1, or (the paper) agreement with the CISC map of a partner.
+    weight: Literal["ones", "cisc_map"] = "ones"
+    # A random box of the student's unlabeled images: blanked (cutout), or from another unlabeled
+    # image (CutMix).
+    mix: Literal["none", "cutout", "unlabeled"] = "unlabeled"
     views: int = Field(1, gt=0)  # of each unlabeled image in strong colours
     # Share of channels left out of the features of the weak view, in one more pass; 0: no pass.
     feature_dropout: float = Field(0.0, ge=0, lt=1)
-    learn_queried: bool = False  # add the cross entropy of the queried labeled images
+    learn_partners: bool = False  # add the cross entropy of the partners, queried labeled images
     teacher_view: Literal["weak", "strong"] = "weak"  # strong reproduces the published code
 
 
@@ -211,10 +208,10 @@ class PseudoLabelSection(Section):
     flip: bool = True
     # Combine the teacher's probabilities with the votes of the nearest labeled patches in the
     # features of the encoder as it was before training. Whole images pass, without windows.
-    neighbours: bool = True
+    votes: bool = True
     # Factors by which images are enlarged before their patches are compared: the one that fits the
     # labeled images best is taken, the first one if there is only one labeled image.
-    neighbour_scales: list[Positive] = Field([1.0, 2.0, 3.0], min_length=1)
+    vote_scales: list[Positive] = Field([1.0, 2.0, 3.0], min_length=1)
     # Probabilities of both together are divided by the class's share of the labeled patches to this
     # power: more labels of rare classes, and more wrong ones. 0: as they are.
     adjustment: float = Field(0.0, ge=0, le=1)
@@ -267,7 +264,7 @@ class EvaluateSection(Section):
 
 
 class PanelsSection(Section):
-    """Pictures of stages 4 and 6 in ``panels/``: what is queried, weighed and learnt."""
+    """Pictures of stages 4 and 6 in ``panels/``: what a method makes of unlabeled images."""
 
     images: int = Field(4, ge=0)  # unlabeled images, the same every time; 0: no pictures
     every: int = Field(10, gt=0)  # epochs; the last epoch of a stage is always drawn
@@ -279,6 +276,9 @@ class PanelsSection(Section):
 class Config(Section):
     """One run of the six stages."""
 
+    # An overlay of configs/methods: cisc (the paper), cisc_patch (ours), and what they are compared
+    # with. It sets the keys that the config and the command line leave out.
+    method: str = "cisc"
     name: str = Field(pattern=r"^\w[\w.+-]*$")  # run folder: <outdir>/<name>
     outdir: Folder = "outdir"
     seed: int = Field(0, ge=0)  # of all random numbers: weights, order, augmentation, dropout
@@ -290,7 +290,6 @@ class Config(Section):
     cache: Literal["ram"] | None = None
     # Which stages run: [1]; [1, 2, 6] is self-training on all images; [1, 6] needs labels: average.
     stages: Stages = [1, 2, 3, 4, 5, 6]
-    relabel: Literal["second", "both"] = "second"  # teachers of stage 5: stage 4, or also stage 1
     tensorboard: bool = True  # curves and pictures in <outdir>/<name>/tensorboard
     wandb: str | None = None  # the same in a project of Weights & Biases (pip install wandb)
     checkpoint_every: int | None = Field(None, gt=0)  # iterations; null: only whole epochs are kept
@@ -312,18 +311,26 @@ class Config(Section):
     def _labels_have_a_source(self) -> "Config":
         if 2 not in self.stages and 6 in self.stages and self.retrain.labels == "stored":
             raise ValueError("stages without 2 store no pseudo labels; set retrain.labels=average")
-        if self.pseudo_label.adjustment and not self.pseudo_label.neighbours:
-            raise ValueError("pseudo_label.adjustment needs pseudo_label.neighbours=true")
-        if self.retrain.threshold_by_class and not self.retrain.threshold:
-            raise ValueError("retrain.threshold_by_class needs a retrain.threshold, such as 0.95")
-        if 2 not in self.stages and (self.retrain.mix == "queried" or self.retrain.learn_queried):
+        if self.pseudo_label.adjustment and not self.pseudo_label.votes:
+            raise ValueError("pseudo_label.adjustment needs pseudo_label.votes=true")
+        if 2 not in self.stages and self.retrain.learn_partners:
             raise ValueError(
-                "retrain.mix=queried and retrain.learn_queried query by stored pseudo labels, "
-                "which stages without 2 do not have"
+                "retrain.learn_partners queries by stored pseudo labels, which stages without 2 "
+                "do not have"
             )
-        if self.retrain.labels == "average" and self.retrain.weight in ("image", "bank"):
+        if self.retrain.labels == "average" and self.retrain.weight == "cisc_map":
             raise ValueError(
-                f"retrain.weight '{self.retrain.weight}' queries by stored pseudo labels; with "
-                "retrain.labels=average take ones, confidence, anchors or confidence_anchors"
+                "retrain.weight=cisc_map queries by stored pseudo labels; with "
+                "retrain.labels=average set retrain.weight=ones"
             )
         return self
+
+    @property
+    def pairs_share_classes(self) -> bool:
+        """Whether the second image of a pair of stage 1 is queried to share a class."""
+        return self.supervised.consistency > 0
+
+    @property
+    def retraining_queries(self) -> bool:
+        """Whether retraining draws a labeled partner for each unlabeled image."""
+        return self.retrain.weight == "cisc_map" or self.retrain.learn_partners

@@ -1,5 +1,6 @@
 """Whether a command continues the run that a folder holds, or would be another run."""
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -80,6 +81,13 @@ def portable(config: Config) -> dict[str, Any]:
 
 def _kept_config(folder: Path) -> Config:
     path = _existing(folder / "config.yaml")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if "\nneighbours:" in text.replace(" ", "") and not re.search("^method:", text, re.MULTILINE):
+        raise UserError(
+            f"{folder}: holds a run from before 'method:' was a key; its method 'cisc' is called "
+            "'cisc_patch' now, and 'cisc_published' is called 'cisc'; set name=... for another "
+            "run, or start this one over with --from-stage 1"
+        )
     try:
         return read_config(str(path))
     except UserError as error:

@@ -25,7 +25,7 @@ from utils.device import Device
 from utils.distributed import barrier, broadcast, by_first, is_first
 from utils.errors import Stopped, UserError
 from utils.files import read_json, sha256, text_digest, write_json, write_text, writing
-from utils.progress import RunBar, Work, clock
+from utils.progress import clock
 from utils.run.comparison import portable, refuse_other_run
 from utils.run.log import Log, Numbers
 from utils.run.results import environment, stage_table
@@ -41,7 +41,12 @@ _MADE = (
     *("unreliable.txt", "query_index.json", "unlabeled_scores.csv", "labeled_scores.csv"),
 )
 # What they draw; it is neither compared nor counted as what later stages are made from.
-_DRAWN = "panels/epoch_*.png"
+_DRAWN = (
+    "panels/epoch_*.png",
+    "panels/teacher/**/*.png",
+    "panels/votes/**/*.png",
+    "panels/voters/**/*.json",
+)
 # What the end of a run leaves: results, and predictions of the validation list.
 _OF_RUN = (
     *(
@@ -88,7 +93,6 @@ class Stage:
     log: Log
     watch: Stopwatch  # runs while the stage does
     before: int = 0  # iterations of earlier training stages
-    bar: RunBar | None = None
 
     @property
     def unfinished(self) -> Path:
@@ -96,8 +100,12 @@ class Stage:
         return self.folder / _UNFINISHED
 
     @by_first
-    def save(self, net: nn.Module, epoch: int, name: str = "checkpoint.pth") -> None:
+    def save(
+        self, net: nn.Module, epoch: int, class_pixels: list[float], name: str = "checkpoint.pth"
+    ) -> None:
         """Write a checkpoint: weights, preprocessing, config, stage, number of epochs.
+
+        And the pixels of each class that the network was trained on.
 
         Raises:
             UserError: a weight or running statistic is not finite, or the disk is full.
@@ -109,7 +117,8 @@ class Stage:
                 f"{_LOWER}"
             )
         content["config"] = portable(self.config)
-        checkpoint.save(self.folder / name, {**content, "stage": self.name, "epoch": epoch})
+        content |= {"stage": self.name, "epoch": epoch, "class_pixels": class_pixels}
+        checkpoint.save(self.folder / name, content)
 
     def record(
         self,
@@ -124,11 +133,6 @@ class Stage:
     def show(self, tag: str, picture: Image.Image, iteration: int) -> None:
         """Show an RGB picture where the run logs, after so many iterations of the stage."""
         self.log.show(tag, picture, self.before + iteration)
-
-    def advance(self, share: float) -> None:
-        """Draw how far the stage and the run have come."""
-        if self.bar is not None and not self.bar.hidden:
-            self.bar.show(self.name, self.watch.seconds, share)
 
     def refuse_not_finite(
         self, epoch: int, step: int, loss: float, images: Sequence[str]
@@ -254,7 +258,6 @@ class Run:
         from_stage: do stages of this number and later again; None continues the run.
         fresh: remove all that the run has made, with its logs.
         lists: digests of the lists of images and of their files; kept as ``lists.json``.
-        plan: the work of each stage, by name, for the time left.
 
     Attributes:
         device: where and in which precision networks run.
@@ -273,7 +276,6 @@ class Run:
         from_stage: int | None = None,
         fresh: bool = False,
         lists: Mapping[str, str] = MappingProxyType({}),
-        plan: Mapping[str, Work] = MappingProxyType({}),
     ) -> None:
         self.config = config
         self.device = Device(config.device, config.precision)
@@ -282,7 +284,6 @@ class Run:
         self.log = Log(self.folder)
         self._first, self._fresh, self._lists = 1 if fresh else from_stage, fresh, dict(lists)
         self._files: dict[str, str] = {}
-        self._plan = plan
 
     def __enter__(self) -> "Run":
         """Lock the folder, compare settings, open the logs."""
@@ -295,8 +296,6 @@ class Run:
             opened.push(self._log_stop)
             opened.enter_context(stopping_later())
             barrier()
-            self._bar = RunBar(self._plan)
-            opened.callback(self._bar.close)
             self._opened = opened.pop_all()
         self.log.say(f"{self.folder} on {self.device}")
         return self
@@ -328,11 +327,10 @@ class Run:
         folder = self.folder / name
         made_from = text_digest(json.dumps(self._files))
         if broadcast(self._is_done, folder, made_from):
-            self.log.say(f"{name}: done before")
+            self.log.say(f"{name}: already finished, skipping")
         else:
             self._work(name, work, inputs, made_from)
         self.stages[name], files = broadcast(_read_finished, folder)
-        self._bar.end(name, self.stages[name]["seconds"])
         self._files |= {f"{name}/{file}": digest for file, digest in files.items()}
         return folder
 
@@ -341,8 +339,11 @@ class Run:
         return self._files[path.relative_to(self.folder).as_posix()]
 
     @by_first
-    def finish(self) -> None:
-        """Write results.json: the last stage's mIoU, every stage's report, every file's sha256."""
+    def finish(self, test: Report | None = None) -> None:
+        """Write results.json: the last stage's mIoU, every stage's report, every file's sha256.
+
+        And, if ``dataset.test`` names a list, the scores on it.
+        """
         self.log.tidy()
         last = next(reversed(self.stages.values()))
         others = ("config.yaml", "lists.json", "environment.json", "metrics.jsonl")
@@ -353,6 +354,7 @@ class Run:
             "miou": last["miou"],
             "per_class_iou": last["per_class_iou"],
             "stages": self.stages,
+            **({} if test is None else {"test": test}),
             "files": {path.name: sha256(path) for path in there} | self._files,
         }
         write_json(self.folder / "results.json", results)
@@ -383,8 +385,7 @@ class Run:
         by_first(write_text)(folder / _UNFINISHED / "made_from", made_from)
         watch = Stopwatch(folder / _UNFINISHED / "seconds")
         before = sum(report.get("iterations", 0) for report in self.stages.values())
-        stage = Stage(name, folder, self.config, self.device, self.log, watch, before, self._bar)
-        stage.advance(0.0)
+        stage = Stage(name, folder, self.config, self.device, self.log, watch, before)
         try:
             report = work(stage, *inputs)
         except BaseException:
@@ -394,7 +395,7 @@ class Run:
         barrier()  # every process has written its files
         seconds = watch.seconds
         by_first(_finish)(folder, {**report, "seconds": seconds}, made_from)
-        self.log.say(f"{name} done in {clock(seconds)}{self._bar.end(name, seconds)}")
+        self.log.say(f"{name} done in {clock(seconds)}")
 
     def _prepare(self) -> None:
         """Compare with what the folder holds, and remove what is to be done again."""
@@ -420,7 +421,7 @@ class Run:
         _remove(*(path for pattern in _OF_RUN for path in self.folder.glob(pattern)))
         _remove(*(folder / "stage.json" for folder in reversed(folders)))
         for folder in folders:
-            drawn = folder.glob(_DRAWN)
+            drawn = (path for pattern in _DRAWN for path in folder.glob(pattern))
             _remove(folder / _UNFINISHED, *made[folder], *drawn, *folder.rglob(".*.partial"))
             _remove_empty(folder)
             self.log.tidy(folder.name)

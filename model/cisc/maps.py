@@ -1,9 +1,14 @@
-"""Cross-image semantic consistency: sections 1 to 4, 7 and 8 of docs/method.md, as pure functions.
+"""The paper's equations, as pure functions: sections 1 to 4, 7 and 8 of docs/method.md.
+
+Prototypes, similarity maps (CISC maps if the prototype is of another image), the consistency loss
+of stage 1, the weights of the rectified loss, and the reliability that stage 3 ranks by. Stage 1
+uses them through ``train.py``, retraining through ``students.py``, selection through
+``anchors.py``.
 
 Notation: B images of H x W pixels; ``features`` (B, D, h, w) of a network; a prototype (B, D) is
-the mean feature of a region; 255 marks pixels that are ignored. Everything is computed in
-float32 (float64 stays float64), also under autocast: cosines leave [0, 1] by rounding, and binary
-cross entropy in half precision is not safe.
+the mean feature of a region; 255 marks pixels that are ignored. Everything is computed in float32
+(float64 stays float64), also under autocast: cosines leave [0, 1] by rounding, and binary cross
+entropy in half precision is not safe.
 
 Source: Wu et al., TPAMI 2023, doi 10.1109/TPAMI.2022.3233584.
 """
@@ -120,27 +125,6 @@ def cross_image_weight(
     cisc_map = similarity_map(features, prototype, pseudo_label.shape[-2:])
     weight = rectification_weight(class_region(pseudo_label, shared_class), cisc_map)
     return torch.where((shared_class != IGNORE)[:, None, None], weight, torch.ones_like(weight))
-
-
-def anchor_weight(features: Tensor, pseudo_label: Tensor, anchors: Tensor) -> Tensor:
-    """Weigh each pixel by its similarity to the class anchor of its pseudo label.
-
-    Args:
-        features: (B, D, h, w) float, of a frozen teacher or of the student's average.
-        pseudo_label: (B, H, W) long in [0, C), or 255 = ignored.
-        anchors: (C, D) float, the mean prototype of each class; NaN for a class that has none.
-
-    Returns:
-        (B, H, W) float32 in [0, 1]: the clamped cosine, 1 where the class has no anchor or the
-        pixel is ignored. No gradient.
-
-    Source: deviates from the paper, which compares with one labeled image; sections 2 and 7.
-    """
-    cosines, known = _anchor_cosines(features.detach(), anchors)
-    maps = resize(torch.where(known[:, None, None], cosines, 1.0), pseudo_label.shape[-2:])
-    valid = pseudo_label != IGNORE
-    chosen = maps.gather(1, pseudo_label.where(valid, 0).unsqueeze(1)).squeeze(1)
-    return torch.where(valid, chosen, 1.0)
 
 
 def class_region(label: Tensor, shared_class: Tensor) -> Tensor:
