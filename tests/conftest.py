@@ -22,7 +22,7 @@ from dataset.lists import Splits, read_splits
 from dataset.loader import Chance
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.training import RetrainSamples
-from utils.config.schema import AugmentSection, DatasetSection, QuerySection
+from utils.config.schema import AugmentSection, DatasetSection, InferenceSection, QuerySection
 from utils.errors import UserError, exit_with_one_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +37,16 @@ settings.load_profile("project")
 def same(one, other):
     """Whether two state dicts have equal tensors."""
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def reading(workers=0, **inference):
+    """Return what ``whole_images`` asks of a config."""
+    return SimpleNamespace(workers=workers, inference=InferenceSection(**inference))
+
+
+def as_objective(loss, prepare=lambda batch: batch):
+    """Return an objective that prepares and loses as it is told, and no more."""
+    return SimpleNamespace(loss=loss, prepare=prepare)
 
 
 def refusal(attempt, *arguments, **keys) -> str:
@@ -82,7 +92,7 @@ def demo_root(tmp_path_factory) -> Path:
     """A small demo set: 6 labeled of 16, 4 for validation. Read it, don't spoil it."""
     root = tmp_path_factory.mktemp("demo")
     palette = KINDS["demo"].palette()
-    write_demo(root, palette, train=16, labeled=6, val=4, size=(48, 64))
+    write_demo(root, palette, train=16, labeled=6, val=4, test=4, size=(48, 64))
     return root
 
 
@@ -146,7 +156,7 @@ def querier(splits, augment) -> Querier:
 def retrain(splits, querier, augment) -> RetrainSamples:
     """A retraining set in which the true masks of val stand for pseudo labels."""
     chance = Chance(0, "4_retrain")
-    return RetrainSamples(splits.val, splits.labeled, querier.draw, augment, chance)
+    return RetrainSamples(splits.val, splits.labeled, augment, chance, querier=querier)
 
 
 @pytest.fixture
@@ -205,7 +215,7 @@ def read_back():
                 assert (mask.mode, bytes(mask.getpalette())) == ("P", KINDS[kind].palette())
         (root / "labeled.txt").write_text(first)
         (root / "unlabeled.txt").write_text("".join(rest))
-        lists = {split: str(root / f"{split}.txt") for split in Splits._fields}
+        lists = {split: str(root / f"{split}.txt") for split in ("labeled", "unlabeled", "val")}
         return read_splits(DatasetSection(kind=kind, root=str(root), **lists))
 
     return read

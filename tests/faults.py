@@ -182,7 +182,7 @@ def main(words: Sequence[str] | None = None) -> None:
     failed, chance = 0, random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:
         folder, palette = Path(name), KINDS["demo"].palette()
-        write_demo(folder / "data", palette, train=10, labeled=4, val=2, size=(36, 48))
+        write_demo(folder / "data", palette, train=10, labeled=4, val=2, test=2, size=(36, 48))
         quiet_run(folder, "other", "seed=1")
         expected, duration = quiet_run(folder, "quiet")
         print(f"quiet run: {duration:.1f} s, {len(expected)} files", flush=True)

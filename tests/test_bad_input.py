@@ -120,7 +120,7 @@ def test_program_as_typed(demo_copy, tmp_path, run_program):
 def test_the_way_out_of_a_large_batch_leads_out(splits):
     def check(splits, *words):
         config = read_config("demo.yaml", ["supervised.batch_size=2", "retrain.mix=none", *words])
-        refuse_batch_sizes(config, splits)
+        refuse_batch_sizes(config, len(splits.labeled), len(splits.unlabeled))
 
     few = splits._replace(unlabeled=splits.unlabeled[:2])  # stage 4 has one of them
     assert "give it a list of more images" in refusal(check, few, "retrain.batch_size=2")
@@ -128,9 +128,9 @@ def test_the_way_out_of_a_large_batch_leads_out(splits):
     check(few, "stages=[1]", "retrain.batch_size=9")
 
 
-def test_cutmix_needs_two_images_in_each_process(monkeypatch, splits):
-    monkeypatch.setattr("dataset.training.world", lambda: 4)
+def test_cutmix_needs_two_images_in_each_process(monkeypatch):
+    monkeypatch.setattr("utils.config.batches.world", lambda: 4)
     words = ["retrain.batch_size=4", "supervised.batch_size=4"]
     with pytest.raises(UserError, match="4 gives 4 processes less than two images each"):
-        refuse_batch_sizes(read_config("demo.yaml", words), splits)
-    refuse_batch_sizes(read_config("demo.yaml", [*words, "retrain.mix=none"]), splits)
+        refuse_batch_sizes(read_config("demo.yaml", words), 6, 10)
+    refuse_batch_sizes(read_config("demo.yaml", [*words, "retrain.mix=none"]), 6, 10)

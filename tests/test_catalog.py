@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import reading
 from PIL import Image
 
 from dataset.catalog import KINDS, describe, id_table, voc_colours
@@ -10,7 +11,7 @@ from dataset.lists import read_label, read_splits, read_val, with_pseudo_masks
 from dataset.loader import Chance, SampleKey, whole_images
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.training import LabeledPairs
-from utils.config.schema import DatasetSection, InferenceSection, QuerySection
+from utils.config.schema import DatasetSection, QuerySection
 from utils.errors import UserError
 
 
@@ -202,9 +203,9 @@ def test_training_and_queries_see_merged_classes(demo_root, augment):
     rule = QueryRule.of(QuerySection(exclude=["ground"]), describe(custom(demo_root)))
     assert build_query_index(splits.labeled, rule).keys() == {1}
     querier = Querier(splits.labeled, build_query_index(splits.labeled, rule), rule, augment)
-    pairs = LabeledPairs(splits.labeled, querier, augment, Chance(0, "1_supervised"))
+    pairs = LabeledPairs(splits.labeled, augment, Chance(0, "1_supervised"), 1, querier)
     pair = pairs[SampleKey(0, 0)]
     assert pair.shared_class == 1
-    assert set(torch.cat([pair.label, pair.query_label]).unique().tolist()) <= {0, 1, 255}
-    (item,) = whole_images(splits.val[:1], InferenceSection(), workers=0)
+    assert set(torch.cat([pair.label, pair.partner_label]).unique().tolist()) <= {0, 1, 255}
+    (item,) = whole_images(reading(), splits.val[:1])
     assert set(item.label.unique().tolist()) == {0, 1, 255}

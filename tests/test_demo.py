@@ -15,7 +15,7 @@ from utils.errors import UserError
 from utils.files import sha256
 
 PALETTE = KINDS["demo"].palette()
-SMALL = {"train": 4, "labeled": 2, "val": 2, "size": (48, 64)}
+SMALL = {"train": 4, "labeled": 2, "val": 2, "test": 2, "size": (48, 64)}
 
 
 def digest(root: Path) -> dict[str, str]:
@@ -78,7 +78,7 @@ def test_a_command_that_cannot_draw_says_why(tmp_path, monkeypatch, complaint, w
 
 
 def test_set_passes_the_checks_of_a_run_and_unlabeled_images_have_no_mask_file(splits, demo_root):
-    assert [len(part) for part in splits] == [6, 10, 4]
+    assert [len(part) for part in splits] == [6, 10, 4, 0]  # dataset.test names none
     unlabeled = [f"JPEGImages/{number:04}.jpg" for number in range(6, 16)]
     assert (demo_root / "unlabeled.txt").read_text().split() == unlabeled
     masks = {sample.mask for sample in splits.labeled + splits.val}

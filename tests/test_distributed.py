@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, as_objective, reading
 from networks import FAMILIES, family
 from torch import nn
 
@@ -21,15 +21,16 @@ from dataset.catalog import describe
 from dataset.lists import read_splits, with_pseudo_masks
 from dataset.loader import Chance, training_batches, whole_images
 from dataset.query import QueryRule, build_query_index
-from dataset.training import QueryPair
+from dataset.training import LabeledPair
 from eval import evaluate
 from model import Segmenter, network_of
+from model.cisc.students import StudentBatch
 from model.losses import cross_entropy
-from train import StudentBatch, retrain_objective, supervised_objective, training_step
+from train import TrainingStep, retrain_loss, supervised_loss
 from utils import checkpoint
 from utils import distributed as dist
 from utils.config.reading import read_config
-from utils.config.schema import InferenceSection, OptimizerSection
+from utils.config.schema import OptimizerSection
 from utils.device import Device
 from utils.errors import Stopped
 from utils.evaluation import ConfusionMatrix
@@ -91,17 +92,17 @@ def batch_of(chosen):
 
 def pairs(chosen):
     images, labels, shared_class = batch_of(chosen)
-    batch = QueryPair(images[0], labels[0], images[1], labels[1], shared_class)
-    return partial(supervised_objective, labeled_loss=cross_entropy, consistency=1.0), batch
+    batch = LabeledPair(images[0], labels[0], images[1], labels[1], shared_class)
+    return partial(supervised_loss, labeled_loss=cross_entropy, consistency=1.0), batch
 
 
 def samples(chosen):
-    images, labels, shared_class = batch_of(chosen)
+    images, labels, _ = batch_of(chosen)
     weight = images[0].abs().mean(dim=1).clamp_max(1)
     known = images[[2, 3]].transpose(0, 1), labels[[1, 2]].transpose(0, 1)
     unknown = images[[1, 0]].transpose(0, 1), labels[[0, 0]].transpose(0, 1)
-    batch = StudentBatch(*known, *unknown, weight.unsqueeze(1).expand(-1, 2, -1, -1), shared_class)
-    return partial(retrain_objective, labeled_loss=cross_entropy), batch
+    batch = StudentBatch(*known, *unknown, weight.unsqueeze(1).expand(-1, 2, -1, -1))
+    return partial(retrain_loss, labeled_loss=cross_entropy), batch
 
 
 @pytest.mark.parametrize(
@@ -118,20 +119,14 @@ def test_a_step_of_several_processes_is_that_of_one(together, name, kind, count,
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d | nn.Dropout | nn.Dropout2d):
                 module.eval()  # parts of a batch have statistics and noise of their own
-        objective, batch = kind(dist.mine([0, 1, 2, 3]))
+        loss, batch = kind(dist.mine([0, 1, 2, 3]))
         student = dist.parallel(net)  # gradients are averaged for as long as it lives
         device = Device("cpu", "fp32")
         optimization = Optimization(net, OptimizerSection(lr=0.01), 9, device.scaler())
-        terms, spoilt = training_step(
-            student,
-            objective,
-            optimization,
-            device,
-            batch,
-            0,
-            accumulate if dist.world() > 1 else 1,
-        )
-        assert spoilt is None
+        count = accumulate if dist.world() > 1 else 1
+        step = TrainingStep(student, as_objective(loss), optimization, device, count)
+        terms, not_finite = step(batch, 0)
+        assert not_finite is None
         values = {name: dist.reduced(value) for name, value in terms.items()}
         return {**values, **{name: weight.detach() for name, weight in net.named_parameters()}}
 
@@ -182,8 +177,8 @@ def test_every_image_is_read_by_one_process(together, config, count):
     samples = read_splits(config().dataset).unlabeled
 
     def work():
-        settings, done = InferenceSection(batch_size=2), {samples[0].name, samples[1].name}
-        loaders = [whole_images(samples, settings, 0, done=names) for names in ((), done)]
+        settings, done = reading(batch_size=2), {samples[0].name, samples[1].name}
+        loaders = [whole_images(settings, samples, done=names) for names in ((), done)]
         steps = training_batches(Keys(), 4, range(2), Chance(0, "x"), 0)
         seen = [[batch.index.tolist() for batch in loader] for loader in loaders]
         return seen, [step.tolist() for step in steps]
@@ -219,7 +214,7 @@ def test_files_of_labeling_and_selection_are_those_of_one_process(together, conf
         rule = QueryRule.of(settings.query, describe(settings.dataset))
         index = build_query_index(splits.labeled, rule)
         with Run(settings) as run:
-            inputs = (teacher,), splits.unlabeled, splits.labeled
+            inputs = teacher, splits, splits.unlabeled
             masks = run.stage("2_pseudo_label", train.write_pseudo_labels, *inputs)
             labeled = with_pseudo_masks(splits.unlabeled, masks / "masks")
             run.stage("3_select", train.select, teacher, splits, labeled, index)

@@ -1,11 +1,10 @@
 import re
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import refusal
+from conftest import reading, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,12 +19,11 @@ from dataset.loader import (
     training_batches,
     whole_images,
 )
-from dataset.query import Querier
-from dataset.reading import read_mask
-from dataset.training import LabeledPairs
+from dataset.query import NoPartner
+from dataset.training import LabeledPairs, parts
 from utils import IMAGENET, Preprocessing
 from utils.config.reading import read_config
-from utils.config.schema import DatasetSection, InferenceSection
+from utils.config.schema import DatasetSection
 from utils.errors import UserError
 from utils.run.stages import Run
 
@@ -34,7 +32,13 @@ CHANCE = Chance(0, "4_retrain")
 
 @pytest.fixture
 def pairs(splits, querier, augment):
-    return LabeledPairs(splits.labeled, querier, augment, CHANCE, repeat=2)
+    return LabeledPairs(splits.labeled, augment, CHANCE, 2, querier)
+
+
+@pytest.fixture
+def uniform(pairs):
+    """Pairs of no queries."""
+    return replace(pairs, querier=None)
 
 
 def flat(record) -> list[torch.Tensor]:
@@ -82,7 +86,7 @@ def test_run_that_goes_on_sees_what_the_whole_run_saw(pairs):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("name", ["pairs", "retrain"])
+@pytest.mark.parametrize("name", ["pairs", "uniform", "retrain"])
 def test_batches_do_not_depend_on_the_workers(name, workers, request):
     dataset = request.getfixturevalue(name)
     torch.manual_seed(1)
@@ -93,7 +97,7 @@ def test_batches_do_not_depend_on_the_workers(name, workers, request):
     assert all(same(a, b) for a, b in zip(alone, shared, strict=True))
 
 
-@pytest.mark.parametrize("name", ["pairs", "retrain"])
+@pytest.mark.parametrize("name", ["pairs", "uniform", "retrain"])
 def test_sample_is_its_keys_and_leaves_all_generators_alone(name, request):
     dataset = request.getfixturevalue(name)
     torch.manual_seed(3)
@@ -122,30 +126,48 @@ def test_student_sees_the_teachers_crop_in_other_colours(retrain):
     assert recoloured >= 3
 
 
-def test_a_bank_queries_the_same_labeled_images_and_opens_none(splits, querier, retrain, augment):
-    banked = replace(retrain, query=querier.choose)
+def test_without_a_querier_nothing_else_changes_and_no_partner_is_read(retrain):
+    plain = replace(retrain, querier=None)
     for index in range(4):
-        one, other = retrain[SampleKey(0, index)], banked[SampleKey(0, index)]
+        one, other = retrain[SampleKey(0, index)], plain[SampleKey(0, index)]
         assert same(one[:-1], other[:-1])
-        assert one.queried.shared_class in (other.queried.shared_class, 255)
-    gone = [sample._replace(image=sample.image / "gone") for sample in splits.labeled]
-    blind = Querier(gone, querier.index, querier.rule, augment)
-    mask = read_mask(splits.val[0].mask)
-    queried = blind.choose(splits.val[0].name, mask, np.random.default_rng(0))
-    assert splits.labeled[queried.position].name in querier.index[queried.shared_class]
+        assert other.partner == NoPartner()
+    batch = next(iter(DataLoader(plain, batch_sampler=KEYS)))
+    assert batch.partner == NoPartner()
+    assert [part.partner for part in parts(batch, 2)] == [NoPartner()] * 2
 
 
-def test_every_image_is_normalised_by_the_encoders_record(splits, querier, pairs, retrain):
+def test_supervised_training_sees_every_labeled_image_equally_often(splits, augment):
+    """Without queries: a sample is told by its image, which is as red as its number says."""
+    count = len(splits.labeled)
+
+    def read(sample):
+        number = splits.labeled.index(sample)
+        return Image.new("RGB", (64, 64), (20 * number, 0, 0)), Image.new("L", (64, 64))
+
+    pairs = LabeledPairs(splits.labeled, augment, CHANCE, 2, None, read)
+    for epoch in range(count):
+        items = [pairs[SampleKey(epoch, index)] for index in range(len(pairs))]
+        reds = [
+            round(255 * (image[0].max().item() * IMAGENET.std[0] + IMAGENET.mean[0]) / 20)
+            for item in items
+            for image in (item.image, item.partner_image)
+        ]
+        assert [reds.count(number) for number in range(count)] == [4] * count
+        assert all(one != other for one, other in zip(reds[::2], reds[1::2], strict=True))
+        assert {item.shared_class for item in items} == {255}
+
+
+def test_every_image_is_normalised_by_the_encoders_record(splits, pairs, retrain):
     other = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3)
     mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET.mean, IMAGENET.std))
 
     def images(record):
-        query = partial(querier.draw, preprocessing=record)
         pair = replace(pairs, preprocessing=record)[SampleKey(0, 0)]
-        sample = replace(retrain, query=query, preprocessing=record)[SampleKey(0, 0)]
-        (whole, *_) = whole_images(splits.val, InferenceSection(), 0, preprocessing=record)
-        trained = [pair.image, pair.query_image, sample.image, sample.student_image[0]]
-        return [*trained, sample.labeled_image, sample.queried.image, whole.image[0]]
+        sample = replace(retrain, preprocessing=record)[SampleKey(0, 0)]
+        (whole, *_) = whole_images(reading(), splits.val, record)
+        trained = [pair.image, pair.partner_image, sample.image, sample.student_image[0]]
+        return [*trained, sample.labeled_image, sample.partner.image, whole.image[0]]
 
     for ours, theirs in zip(images(other), images(IMAGENET), strict=True):
         assert torch.allclose(ours * 0.25 + 0.5, theirs * std + mean, atol=1e-5)
@@ -177,12 +199,12 @@ def test_more_labeled_than_unlabeled_images_all_have_their_turn(splits, retrain)
 
 def test_whole_images_keep_the_lists_order_and_their_own_size(splits):
     for workers in (0, 2):
-        settings = InferenceSection(long_side=32, batch_size=1)  # the predictor resizes
-        items = list(whole_images(splits.val, settings, workers))
+        config = reading(workers, long_side=32, batch_size=1)  # the predictor resizes
+        items = list(whole_images(config, splits.val))
         assert [item.index.item() for item in items] == [0, 1, 2, 3]
         assert {item.image.shape for item in items} == {(1, 3, 48, 64)}
         assert {item.label.shape for item in items} == {(1, 48, 64)}
-    (item,) = whole_images(splits.unlabeled[:1], InferenceSection(), 0)
+    (item,) = whole_images(reading(), splits.unlabeled[:1])
     assert (item.label == 255).all()
 
 
@@ -190,7 +212,7 @@ def test_images_of_one_size_share_batches_wherever_they_stand(demo_copy):
     samples = read_splits(DatasetSection(kind="demo", root=str(demo_copy))).unlabeled[:7]
     for index in (1, 4, 5):
         Image.new("RGB", (32, 20)).save(samples[index].image)
-    batches = list(whole_images(samples, InferenceSection(batch_size=2), 0))
+    batches = list(whole_images(reading(batch_size=2), samples))
     assert [batch.index.tolist() for batch in batches] == [[0, 2], [1, 4], [3, 6], [5]]
     assert [tuple(batch.image.shape[-2:]) for batch in batches[:2]] == [(48, 64), (20, 32)]
 
@@ -225,8 +247,7 @@ def test_workers_share_the_memory_and_give_the_same_batches(retrain, querier, st
     expected = list(DataLoader(retrain, batch_sampler=KEYS))
     memory = Memory(splits.val + splits.labeled, 2)
     spoilt = with_pseudo_masks(splits.val, splits.val[0].image / "nowhere")  # by name alone
-    query = replace(querier, read=memory).draw
-    cached = replace(retrain, unlabeled=spoilt, query=query, read=memory)
+    cached = replace(retrain, unlabeled=spoilt, querier=replace(querier, read=memory), read=memory)
     loader = DataLoader(cached, batch_sampler=KEYS, num_workers=1, multiprocessing_context=start)
     assert all(same(a, b) for a, b in zip(loader, expected, strict=True))
 

@@ -1,4 +1,4 @@
-"""What a run shows while it works: curves and pictures in loggers, the time that is left."""
+"""What a run shows while it works: lines, and curves and pictures in loggers."""
 
 import sys
 
@@ -7,18 +7,9 @@ from conftest import refusal
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dataset.lists import read_splits
-from dataset.training import planned_work
 from utils.config.reading import read_config
-from utils.progress import RunBar, Work, clock, seconds_left
+from utils.progress import clock
 from utils.run.loggers import TensorBoard, open_loggers, tagged
-
-PLAN = {
-    "1": Work("train", 100),
-    "2": Work("label", 50),
-    "4": Work("train", 300),
-    "5": Work("label", 10),
-}
 
 
 def events(folder):
@@ -30,59 +21,8 @@ def steps(accumulator, tag):
     return [event.step for event in accumulator.Scalars(tag)]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "running", "share", "left"),
-    [
-        ({}, None, 0, None),
-        ({"1": 0.0}, "1", 0, None),
-        ({"1": 10.0}, None, 0, 36),  # 10 a second, all other work too
-        ({"1": 5.0}, "1", 0.5, 5 + 36),
-        ({"1": 10.0, "2": 25.0}, None, 0, 30 + 5),  # labels: 2 a second
-        ({"1": 10.0, "2": 25.0, "4": 40.0}, "4", 0.5, 150 / 5 + 5),  # 250 in 50 seconds by now
-        ({"1": 1.0, "2": 1.0, "4": 1.0, "5": 1.0}, None, 0, 0),
-    ],
-)
-def test_time_left_by_hand(seconds, running, share, left):
-    found = seconds_left(PLAN, seconds, running, share)
-    assert found is None if left is None else found == pytest.approx(left)
-
-
 def test_times_are_minutes_and_hours():
     assert [clock(s) for s in (0, 61.4, 3600, 36_061)] == ["0:00", "1:01", "1:00:00", "10:01:01"]
-
-
-def test_a_stage_that_ends_tells_what_is_left():
-    bar = RunBar(PLAN)
-    assert bar.end("1", 10.0) == "; about 0:36 left of the run"
-    bar.show("2", 5.0, 0.5)
-    assert bar.end("elsewhere", 9.0) == "; about 0:36 left of the run"
-    for name in ("2", "4"):
-        assert "left of the run" in bar.end(name, 20.0)
-    assert bar.end("5", 1.0) == ""
-    assert RunBar({}).end("1", 10.0) == ""
-
-
-def test_planned_work_by_hand(demo_root):
-    words = [f"dataset.root={demo_root}", "retrain={iterations: 10, batch_size: 4}"]
-    words += ["supervised={iterations: 7, batch_size: 2}", "inference.long_side=100"]
-    words += [
-        "pseudo_label={scales: [1, 2], flip: true, neighbours: true, neighbour_scales: [2, 4]}"
-    ]
-    config = read_config("demo.yaml", [*words, "augment.crop_size=10"])
-    splits = read_splits(config.dataset)  # 6 labeled, 10 unlabeled
-    plan = planned_work(config, splits)
-    views = 2 * (1 + 4) + (4 + 16) / 2
-    assert {name: work.amount for name, work in plan.items()} == {
-        "1_supervised": 7 * 2 * (2 * 3) * 100,
-        "2_pseudo_label": 10 * views * 10_000,
-        "3_select": 16 * 10_000,
-        "4_retrain": 10 * 4 * (3 * 2 + 1) * 100,
-        "5_relabel": 5 * views * 10_000,
-        "6_retrain": 10 * 4 * (3 * 2 + 1) * 100,
-    }
-    assert plan["4_retrain"].kind == plan["6_retrain"].kind != plan["1_supervised"].kind
-    config = read_config("demo.yaml", [*words, "stages=[1, 2, 6]"])
-    assert list(planned_work(config, splits)) == ["1_supervised", "2_pseudo_label", "6_retrain"]
 
 
 def test_numbers_have_the_tags_of_their_kind():
@@ -136,8 +76,6 @@ def test_without_a_terminal_each_stage_ends_in_a_line(finished):
     assert "\r" not in printed
     ends = [line for line in printed.splitlines() if " done in " in line]
     assert [line.split()[0][0] for line in ends] == list("123456")
-    assert all("left of the run" in line for line in ends[:-1])
-    assert "left" not in ends[-1]
 
 
 @pytest.mark.slow

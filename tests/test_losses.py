@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import cisc
+from model.cisc import maps as cisc
 from model.losses import cross_entropy, ohem_cross_entropy, rectified_cross_entropy
 from tests.benchmarks.plain import pool, similarity
 from utils import IGNORE

@@ -4,18 +4,18 @@ import csv
 import json
 from types import SimpleNamespace
 
+import model.panels
 import numpy as np
 import pytest
 import torch
 from conftest import refusal
+from model.panels import QueryPanels
 from PIL import Image
 
-import model.panels
 from dataset.lists import read_truth
 from dataset.reading import read_mask, to_label
 from model import network_of
 from model.ops.frozen import frozen
-from model.panels import QueryPanels
 from utils import IGNORE
 from utils.config.reading import read_config
 from utils.config.schema import DatasetSection

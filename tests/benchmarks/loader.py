@@ -82,7 +82,9 @@ FORMS = {
 
 def draw(root: Path, case: Case) -> Splits:
     """Draw a batch of labeled images, and one for validation: its masks stand for pseudo labels."""
-    write_demo(root, KINDS["demo"].palette(), BATCH + 1, labeled=BATCH, val=BATCH, size=case.size)
+    write_demo(
+        root, KINDS["demo"].palette(), BATCH + 1, labeled=BATCH, val=BATCH, test=1, size=case.size
+    )
 
     def in_format(sample: Sample) -> Sample:
         image = sample.image.with_suffix(case.suffix)
@@ -91,14 +93,15 @@ def draw(root: Path, case: Case) -> Splits:
         return sample._replace(image=image)
 
     splits = read_splits(DatasetSection(kind="demo", root=str(root)))
-    return Splits(*(list(map(in_format, samples)) for samples in splits))
+    return Splits(*(list(map(in_format, samples)) for samples in splits[:3]))
 
 
 def build_set(splits: Splits, case: Case, read: SampleReader) -> RetrainSamples:
     rule = QueryRule(len(KINDS["demo"].classes), 0.03, frozenset())
     index = build_query_index(splits.labeled, rule)
-    query = Querier(splits.labeled, index, rule, case.augment, read).draw
-    return RetrainSamples(splits.val, splits.labeled, query, case.augment, CHANCE, read=read)
+    querier = Querier(splits.labeled, index, rule, case.augment, read)
+    images = splits.val, splits.labeled
+    return RetrainSamples(*images, case.augment, CHANCE, querier=querier, read=read)
 
 
 def resample_milliseconds(splits: Splits, case: Case, pairs: int) -> dict[str, list[float]]:

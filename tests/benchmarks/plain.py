@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dataset.lists import Sample
 from dataset.reading import read_image, read_mask, to_input, to_label
-from dataset.training import QueryPair, RetrainSample
+from dataset.training import LabeledPair, RetrainSample
 from model.ops.dilated import DilatedConv2d, DilatedDepthwiseConv2d
 from utils import IGNORE, IMAGENET
 from utils.evaluation import ConfusionMatrix
@@ -52,28 +52,32 @@ def regions(label: Tensor, shared: Tensor) -> Tensor:
     return (label == shared[:, None, None]) & (label != IGNORE)
 
 
-def supervised_step(net: nn.Module, optimizer: torch.optim.Optimizer, pair: QueryPair) -> float:
-    first, second = net(pair.image), net(pair.query_image)
+def supervised_step(net: nn.Module, optimizer: torch.optim.Optimizer, pair: LabeledPair) -> float:
+    first, second = net(pair.image), net(pair.partner_image)
     loss = F.cross_entropy(first.logits, pair.label, ignore_index=IGNORE)
-    loss = loss + F.cross_entropy(second.logits, pair.query_label, ignore_index=IGNORE)
+    loss = loss + F.cross_entropy(second.logits, pair.partner_label, ignore_index=IGNORE)
     region = regions(pair.label, pair.shared_class)
-    query_region = regions(pair.query_label, pair.shared_class)
+    partner_region = regions(pair.partner_label, pair.shared_class)
     size = pair.label.shape[-2:]
-    there = similarity(first.features, pool(second.features, query_region), size)
+    there = similarity(first.features, pool(second.features, partner_region), size)
     back = similarity(second.features, pool(first.features, region), size)
-    loss = loss + entropy(there, region, pair.label) + entropy(back, query_region, pair.query_label)
+    loss = (
+        loss
+        + entropy(there, region, pair.label)
+        + entropy(back, partner_region, pair.partner_label)
+    )
     return step(optimizer, loss)
 
 
 def retrain_step(
     net: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer, batch: RetrainSample
 ) -> float:
-    queried = batch.queried
+    partner = batch.partner
     with torch.no_grad():
-        features, query_features = teacher(batch.image).features, teacher(queried.image).features
-        prototype = pool(query_features, regions(queried.label, queried.shared_class))
+        features, partner_features = teacher(batch.image).features, teacher(partner.image).features
+        prototype = pool(partner_features, regions(partner.label, partner.shared_class))
         size = batch.pseudo_label.shape[-2:]
-        region = regions(batch.pseudo_label, queried.shared_class)
+        region = regions(batch.pseudo_label, partner.shared_class)
         weight = 1 - (region.float() - similarity(features, prototype, size)).abs()
     logits = net(batch.student_image[:, 0]).logits
     pixels = F.cross_entropy(logits, batch.pseudo_label, ignore_index=IGNORE, reduction="none")

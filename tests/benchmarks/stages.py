@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +34,7 @@ from dataset.query import Querier, QueryRule, build_query_index
 from dataset.training import LabeledPairs, RetrainSamples
 from eval import evaluate
 from model import Segmenter, network_of
+from model.cisc.students import ClassPixels, Labeler
 from model.losses import cross_entropy
 from model.ops.frozen import frozen
 from tests.benchmarks import plain
@@ -81,14 +81,14 @@ class Bench:
             f"dataset.root={root}",
             f"model={{backbone: {typed.backbone}, output_stride: 8, channels: null}}",
             f"augment={{base_size: 480, crop_size: {typed.crop}}}",
-            f"pseudo_label={{scales: {SCALES}, neighbours: false}}",
+            f"pseudo_label={{scales: {SCALES}, votes: false}}",
             f"inference.batch_size={images}",
             "query.exclude=[]",
             "workers=0",
         ]
         self.config = read_config("demo.yaml", words)
         kind = describe(self.config.dataset)
-        write_demo(root, kind.palette(), 2 * images, images, images, size=SIZE)
+        write_demo(root, kind.palette(), 2 * images, images, images, 1, size=SIZE)
         self.device = Device(typed.device, typed.precision)
         self.splits, self.classes = read_splits(self.config.dataset), len(kind.classes)
         rule = QueryRule.of(self.config.query, kind)
@@ -125,66 +125,54 @@ class Bench:
             for part in batch
         )
 
-    def step(self, net: nn.Module, objective: Callable, batch: tuple, prepare=None) -> Callable:
+    def step(self, net: nn.Module, objective: train.Objective, batch: tuple) -> Callable:
         """Build the step that ``train.fit`` repeats."""
         optimization = Optimization(net, self.config.optimizer, 10_000, self.device.scaler())
-        update = partial(train.training_step, net, objective, optimization, self.device)
-        return lambda: update(self.device.move(batch), seed=0, prepare=prepare)
+        step = train.TrainingStep(net, objective, optimization, self.device)
+        return lambda: step(self.device.move(batch), seed=0)
 
-    def retrain_step(self, rule: str, batch: tuple) -> Callable:
-        net, teacher = self.ours(), frozen(self.network(), self.device)
-        section = {"weight": rule, "mix": "none", "threshold": 0.0}
+    def retrain_step(self, batch: tuple) -> Callable:
+        section = {"weight": "cisc_map", "mix": "none", "threshold": 0.0}
         settings = self.config.retrain.model_copy(update=section)
-        config = self.config.model_copy(update={"retrain": settings})
-        stage = replace(self.stage("bank"), config=config)
-        prepare = partial(
-            train.student_batch,
-            teacher=teacher,
-            average=None,
-            rule=train.weighting(stage, teacher, self.splits.labeled),
-            thresholds=None,
-            settings=settings,
-        )
-        objective = partial(train.retrain_objective, labeled_loss=cross_entropy)
-        return self.step(net, objective, batch, prepare)
+        labeler = Labeler(settings, frozen(self.network(), self.device))
+        loss = partial(train.retrain_loss, labeled_loss=cross_entropy)
+        seen = ClassPixels(self.classes).to(self.device.torch_device)
+        return self.step(self.ours(), train.RetrainObjective(loss, seen, labeler, None), batch)
 
     def plain_step(self, net: nn.Module, work: Callable, batch: tuple, *more: object) -> Callable:
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
         return partial(work, net, *more, optimizer, self.on_device(batch))
 
     def supervised(self) -> Row:
-        pairs = LabeledPairs(self.splits.labeled, self.querier, self.config.augment, CHANCE)
+        pairs = LabeledPairs(self.splits.labeled, self.config.augment, CHANCE, 1, self.querier)
         (batch, *_) = training_batches(pairs, self.batch, range(1), CHANCE, 0)
-        loss = partial(train.supervised_objective, labeled_loss=cross_entropy, consistency=1.0)
+        loss = partial(train.supervised_loss, labeled_loss=cross_entropy, consistency=1.0)
+        seen = ClassPixels(self.classes).to(self.device.torch_device)
+        objective = train.SupervisedObjective(loss, seen)
         forms = {
             "plain": lambda: self.plain_step(self.plain(), plain.supervised_step, batch),
-            "ours": lambda: self.step(self.ours(), loss, batch),
+            "ours": lambda: self.step(self.ours(), objective, batch),
         }
         return Row(forms, 2 * self.batch, 3 * flop(self.network, self.crop))
 
-    def retrain(self, rule: str = "image") -> Row:
-        batch = self.retrain_batch(self.querier.draw)
-        ours = self.retrain_batch(self.querier.choose) if rule == "bank" else batch
+    def retrain(self) -> Row:
+        # The true masks of val stand for pseudo labels.
+        images, augment = (self.splits.val, self.splits.labeled), self.config.augment
+        samples = RetrainSamples(*images, augment, CHANCE, querier=self.querier)
+        (batch, *_) = training_batches(samples, self.batch, range(1), CHANCE, 0)
 
         def naive() -> Callable:
             return self.plain_step(self.plain(), plain.retrain_step, batch, self.plain().eval())
 
-        forms = {"plain": naive, "ours": lambda: self.retrain_step(rule, ours)}
-        passes = 2 * 3 + (1 if rule == "bank" else 2)
-        return Row(forms, self.batch, passes * flop(self.network, self.crop))
-
-    def retrain_batch(self, query: Callable) -> tuple:
-        # The true masks of val stand for pseudo labels.
-        augment = self.config.augment
-        samples = RetrainSamples(self.splits.val, self.splits.labeled, query, augment, CHANCE)
-        (batch, *_) = training_batches(samples, self.batch, range(1), CHANCE, 0)
-        return batch
+        forms = {"plain": naive, "ours": lambda: self.retrain_step(batch)}
+        return Row(forms, self.batch, (2 * 3 + 2) * flop(self.network, self.crop))
 
     def pseudo_label(self) -> Row:
         samples, device = self.splits.unlabeled[: self.batch], self.device.torch_device
 
         def ours() -> None:  # a new stage each time: one that is there goes on where it stopped
-            train.write_pseudo_labels(self.stage("labels"), (self.teacher,), samples, [])
+            given = self.teacher, self.splits, samples
+            train.write_pseudo_labels(self.stage("labels"), *given)
 
         def naive() -> Callable:
             folder, net = self.folder / "plain", self.plain().eval()
@@ -225,13 +213,12 @@ class Bench:
 FORMS = ("plain", "ours")
 STAGES = {
     "supervised": Bench.supervised,
-    "retrain, image": Bench.retrain,
-    "retrain, bank": partial(Bench.retrain, rule="bank"),
+    "retrain": Bench.retrain,
     "pseudo-label": Bench.pseudo_label,
     "select": Bench.select,
     "evaluate": Bench.evaluate,
 }
-STEPS = ("supervised", "retrain, image", "retrain, bank")
+STEPS = ("supervised", "retrain")
 
 
 def best_rate(device: Device, batch: int) -> float:

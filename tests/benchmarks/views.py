@@ -45,7 +45,7 @@ def main() -> None:
         settings = config.inference.model_copy(update={"average_at": share})
         predictors[share] = Predictor(net, device, settings, config.pseudo_label)
     equal, seconds, pixels = dict.fromkeys(SHARES, 0), dict.fromkeys(SHARES, 0.0), 0
-    loader = whole_images(samples, config.inference, 0, preprocessing=net.preprocessing)
+    loader = whole_images(config, samples, net.preprocessing)
     for number, batch in enumerate(passes(loader, device, "views")):
         ids, size = {}, tuple(batch.label.shape[-2:])
         for share in SHARES[:: -1 if number % 2 else 1]:  # none is always the first, and cold
