@@ -83,6 +83,7 @@ from utils.device import Device
 from utils.distributed import (
     averaging,
     broadcast,
+    broadcast_buffers,
     by_first,
     counted,
     gathered,
@@ -831,6 +832,7 @@ def fit(
                     stage.refuse_not_finite(epoch, step, spoilt, dataset.names(keys))
                 bar.update(terms, rate)
                 at.step_done()
+            broadcast_buffers(net, kept)  # what is validated is what rank 0 saves and draws
             numbers, last, ious = bar.means(), epoch + 1 == count, {}
             passed = min((epoch + 1) * steps, iterations)
             if last or (epoch + 1) % config.evaluate.every == 0:
