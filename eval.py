@@ -10,6 +10,7 @@ python eval.py outdir/demo --diagnose data/demo/truth.txt
 
 import argparse
 import csv
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -164,7 +165,8 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> dict[str
         and the share of these; ``classes``: the same of the most probable classes of teacher 1, of
         the votes and of both, over all pixels; ``weights``: AUROC, calibration error, share of the
         weight on wrong pixels and calibration curve of every rule, for the teacher's most probable
-        classes; ``rank_correlation`` of image scores and mIoU, None without stage 3.
+        classes; ``rank_correlation`` of image scores and mIoU, None if undefined, absent without
+        stage 3.
 
     Raises:
         UserError: the list names no unlabeled image with a mask; a mask that training would refuse.
@@ -194,19 +196,20 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> dict[str
             found = {"images": len(mious[stage]), "share": share}
             labels[stage] = {**found, **matrix.report(kind.classes)}
     matrices, qualities = _judged(run, config, device, samples, splits)
-    correlation, scores = None, run / "3_select" / "unlabeled_scores.csv"
+    ranking, scores = {}, run / "3_select" / "unlabeled_scores.csv"
     if scores.is_file():
         _, *rows = csv.reader(scores.read_text("utf-8").splitlines())
         true = mious["2_pseudo_label"]
-        pairs = [(float(score), true[name]) for name, score in rows if name in true]
-        correlation = rank_correlation(*torch.tensor(pairs).T)
+        known = [row for row in rows if math.isfinite(true.get(row[0], math.nan))]
+        columns = [float(score) for _, score in known], [true[name] for name, _ in known]
+        ranking["rank_correlation"] = rank_correlation(*map(torch.DoubleTensor, columns))
     return {
         "truth": str(truth),
         "images": len(samples),
         "labels": labels,
         "classes": {name: matrix.report(kind.classes) for name, matrix in matrices.items()},
         "weights": {name: quality.report() for name, quality in qualities.items()},
-        "rank_correlation": correlation,
+        **ranking,
     }
 
 
@@ -223,9 +226,10 @@ def diagnosis_text(found: dict[str, Any]) -> str:
     for rule, quality in found["weights"].items():
         numbers = [quality[key] for key in ("auroc", "calibration_error", "weight_on_wrong")]
         lines.append("{:<20}{:>8.3f}{:>20.3f}{:>18.3f}".format(rule, *numbers))
-    if found["rank_correlation"] is not None:
+    if "rank_correlation" in found:
         correlation = found["rank_correlation"]
-        lines += ["", f"rank correlation of image scores and mIoU: {correlation:.3f}"]
+        shown = "undefined" if correlation is None else f"{correlation:.3f}"
+        lines += ["", f"rank correlation of image scores and mIoU: {shown}"]
     return "\n".join(lines)
 
 
