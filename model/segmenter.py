@@ -5,9 +5,9 @@ mask, confidence = net("photo.jpg")
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +32,7 @@ from utils.panels import in_colour, overlay
 from utils.run.comparison import portable
 
 Colour = tuple[int, int, int]  # red, green, blue in 0-255
+_HUB = "hf:"  # before the name of a repository
 
 
 class Segmenter:
@@ -96,8 +97,8 @@ class Segmenter:
 
         Args:
             source: a checkpoint, .pth or .safetensors; a folder of ``config.json`` and
-                ``model.safetensors``; or the name of such a repository on the Hugging Face hub,
-                ``owner/name``.
+                ``model.safetensors``; or ``hf:owner/name``, such a repository on the Hugging Face
+                hub. Nothing else is looked for there.
             settings: as on the command line, ``section.key=value``.
             config: a YAML file, instead of the config that the checkpoint holds; those of ST++,
                 CISC-R and UniMatch hold none.
@@ -220,17 +221,35 @@ class Segmenter:
 
 def _local(source: str | Path) -> Path:
     """Return where a checkpoint is, downloading a repository of the hub."""
-    path = Path(source)
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) or path.suffix:
-        return path
+    repository = str(source).removeprefix(_HUB)
+    if repository == str(source):
+        path = Path(source)
+        if path.is_file() or (path / "config.json").is_file():
+            return path
+        raise UserError(f"{path}: no such checkpoint; {_advice(path)}")
     try:
         files = ["config.json", "model.safetensors"]
-        return Path(hub.snapshot_download(str(source), allow_patterns=files))
+        return Path(hub.snapshot_download(repository, allow_patterns=files))
     except (OSError, ValueError) as error:  # every error of the hub's and of its connections
         raise UserError(
-            f"{source}: no such file here, and no repository that the Hugging Face hub gives "
-            f"({_line(error)})"
+            f"{source}: the Hugging Face hub gives no such repository ({_line(error)}); check its "
+            "name, the connection, and 'hf auth login' if it is private"
         ) from error
+
+
+def _advice(path: Path) -> str:
+    """Say what to name in place of a path that is no checkpoint: the nearest one there is."""
+    inside = sorted(path.glob("[146]_*/checkpoint.pth")) or sorted(path.glob("checkpoint.pth"))
+    if inside:
+        return f"name {inside[-1]}"
+    place = path
+    while not place.exists():
+        missing, place = place, place.parent
+    if place != path and place.is_dir():
+        names = [entry.name for entry in place.iterdir()]
+        if close := get_close_matches(missing.name, names, n=1):
+            return f"{place} has '{close[0]}', and no '{missing.name}'"
+    return f"name a checkpoint.pth of a run, or {_HUB}owner/name on the Hugging Face hub"
 
 
 def _line(error: Exception) -> str:

@@ -138,7 +138,7 @@ def test_the_hub_takes_and_gives_a_folder(net, pixels, tmp_path, monkeypatch):
     assert net.push("me/animals", private=True) == "https://hub/commit/1"
     assert made == [("me/animals", {"private": True, "exist_ok": True})]
     monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: tmp_path / name)
-    assert np.array_equal(Segmenter.load("me/animals")(pixels)[0], net(pixels)[0])
+    assert np.array_equal(Segmenter.load("hf:me/animals")(pixels)[0], net(pixels)[0])
 
 
 def test_a_hub_that_is_not_reached_is_one_line(net, monkeypatch):
@@ -147,11 +147,27 @@ def test_a_hub_that_is_not_reached_is_one_line(net, monkeypatch):
 
     monkeypatch.setattr(hub, "create_repo", offline)
     assert refusal(net.push, "me/x") == "me/x: the hub took nothing (no network)"
-    line = refusal(Segmenter.load, "me/no-such-network")
-    assert line.startswith("me/no-such-network: no such file here, and no repository that the")
+    line = refusal(Segmenter.load, "hf:me/no-such-network")
+    assert line.startswith("hf:me/no-such-network: the Hugging Face hub gives no such repository (")
     assert "\n" not in line
-    for typo in ("outdir/x.pth", "no_such_folder"):
-        assert "no such checkpoint" in refusal(Segmenter.load, typo)
+
+
+def test_a_path_that_is_no_checkpoint_never_asks_the_hub(finished, monkeypatch):
+    run, _ = finished
+    monkeypatch.chdir(run.parent.parent)
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    near = f"{run.parent.name}/{run.name}"
+    for typed, advice in {
+        f"{near}2": f"{run.parent.name} has 'whole', and no 'whole2'",
+        f"{near}/6_retrain/checkpoint.pt": f"{near}/6_retrain has 'checkpoint.pth', and no",
+        f"{near}/6_retrian/checkpoint.pth": f"{near} has '6_retrain', and no '6_retrian'",
+        near: f"name {near}/6_retrain/checkpoint.pth",
+        f"{near}/6_retrain": f"name {near}/6_retrain/checkpoint.pth",
+        "me/animals": "name a checkpoint.pth of a run, or hf:owner/name on the Hugging Face hub",
+        "x.pth": "name a checkpoint.pth of a run, or hf:owner/name on the Hugging Face hub",
+    }.items():
+        line = refusal(Segmenter.load, typed)
+        assert line.startswith(f"{typed}: no such checkpoint; {advice}")
 
 
 @pytest.mark.parametrize(
