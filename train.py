@@ -856,7 +856,7 @@ def fit(
 def _validated(stage: Stage, net: nn.Module, val: Sequence[Sample]) -> ConfusionMatrix:
     """Compare a network's predictions with the labels of val. Collective."""
     config, loader = stage.config, _whole(stage.config, val, net.preprocessing)
-    predict = Predictor(frozen(net, stage.device), stage.device, config.inference)
+    predict = Predictor(net.eval(), stage.device, config.inference)
     return validate(predict, loader, len(describe(config.dataset).classes))
 
 
@@ -947,8 +947,8 @@ def _keep_predictions(run: Run, val: Sequence[Sample], *stages: Path) -> None:
     folder, kind = run.folder / "val", describe(run.config.dataset)
 
     def opened(stage: Path) -> tuple[Predictor, Any]:
-        net = frozen(trained_network(run.config, checkpoint_of(stage)), run.device)
-        predict = Predictor(net, run.device, run.config.inference)
+        net = run.device.place(trained_network(run.config, checkpoint_of(stage)))
+        predict = Predictor(net.eval(), run.device, run.config.inference)
         return predict, _whole(run.config, val, net.preprocessing)
 
     for stage in stages:

@@ -15,7 +15,6 @@ from dataset.query import QueriedImage, Querier
 from dataset.reading import to_input, to_label
 from dataset.training import RetrainSample
 from model.cisc import class_region, masked_average_pooling, similarity_map
-from model.ops.frozen import frozen
 from utils import IGNORE
 from utils.distributed import by_first
 from utils.evaluation import Predictor, base_size, resize_images
@@ -63,7 +62,7 @@ class QueryPanels:
         stage, known = self._stage, any(sample.name in self._truth for sample in self._samples)
         if not self._samples:
             return
-        predict = Predictor(frozen(net, stage.device), stage.device, stage.config.inference)
+        predict = Predictor(net.eval(), stage.device, stage.config.inference)
         rows = [self._row(number, predict) for number in range(len(self._samples))]
         titles = {
             "image": "unlabeled image",

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from dataset.catalog import describe
 from dataset.reading import normalised, read_image, to_input, upright
 from model.networks import network_of
-from model.ops.frozen import frozen
 from utils import checkpoint
 from utils.config.reading import config_from, read_config
 from utils.config.schema import Config
@@ -39,14 +38,14 @@ class Segmenter:
     """Segments images by a network: class ids and their probabilities.
 
     Args:
-        net: is moved to the device, and copied there for inference.
+        net: is moved to the device and put into eval mode.
         config: what the network was trained with; ``inference``, ``device`` and ``precision`` count
             here.
         origin: what else its checkpoint says, such as the stage; is kept by ``save``.
         colours: by class id; None: those of the data set.
 
     Attributes:
-        net: the network that was given.
+        net: the network that was given; predictions are its own, no copy is made.
         config, origin: the same.
         classes: names by class id.
         colours: by class id.
@@ -75,9 +74,9 @@ class Segmenter:
         kind = kind._replace(colours=tuple(map(tuple, colours or kind.colours)))
         self.classes, self.colours, self.palette = kind.classes, kind.colours, kind.palette()
         self.device = Device(config.device, config.precision)
-        self.net, self.preprocessing = self.device.place(net), net.preprocessing
+        self.net, self.preprocessing = self.device.place(net).eval(), net.preprocessing
         self.config, self.origin = config, dict(origin or {})
-        self.predict = Predictor(frozen(self.net, self.device), self.device, config.inference)
+        self.predict = Predictor(self.net, self.device, config.inference)
 
     @classmethod
     def load(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,6 @@ import model.panels
 from dataset.lists import read_truth
 from dataset.reading import read_mask, to_label
 from model import network_of
-from model.ops.frozen import frozen
 from model.panels import QueryPanels
 from utils import IGNORE
 from utils.config.reading import read_config
@@ -56,7 +56,7 @@ def drawn(demo_overrides, demo_root, splits, querier, tmp_path, monkeypatch):
         return panel(titles, rows, *layout)
 
     monkeypatch.setattr(model.panels, "panel", capture)
-    panels = QueryPanels(stage, splits.val, truth, querier, frozen(net, device), judge)
+    panels = QueryPanels(stage, splits.val, truth, querier, deepcopy(net).eval(), judge)
     torch.manual_seed(7)
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     panels.draw(net, 10, 100)

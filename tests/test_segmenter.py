@@ -1,5 +1,6 @@
 """A trained network from Python: what goes in, what comes out, the files it is kept in."""
 
+import gc
 import json
 import shutil
 
@@ -57,6 +58,18 @@ def test_every_kind_of_image_gives_the_bits_of_eval(net, weights, pixels, tmp_pa
     drawn = encoded(net.overlay(pixels, expected), "JPEG", quality=92)
     assert (out / "overlays" / "a.jpg").read_bytes() == drawn
     assert np.array_equal(np.asarray(net.picture(torch.from_numpy(expected.copy()))), expected)
+
+
+def test_one_network_is_in_memory(net, weights, pixels):
+    def live():
+        gc.collect()
+        return sum(type(each) is type(net.net) for each in gc.get_objects())
+
+    before = live()
+    other = Segmenter.load(weights)
+    other(pixels)
+    assert live() == before + 1
+    assert other.predict.net is other.net
 
 
 def test_a_picture_is_turned_upright_once(net, pixels, tmp_path):

@@ -280,3 +280,13 @@ def test_running_average_and_thresholds_resume_to_the_same_bits(
     whole, again = (weights(tmp_path / name / "6_retrain") for name in ("whole", "cut"))
     assert same(whole, again)
     assert not (tmp_path / "whole" / "2_pseudo_label").exists()
+
+
+def test_validation_makes_no_copy_of_the_network(demo_overrides, monkeypatch):
+    config, given = read_config("demo.yaml", demo_overrides), []
+    stage = SimpleNamespace(config=config, device=Device("cpu", "fp32"))
+    net = train.network_of(config.model, 7, pretrained=None).train()
+    monkeypatch.setattr(train, "validate", lambda predict, *_: given.append(predict.net))
+    train._validated(stage, net, read_splits(config.dataset).val)
+    assert given[0] is net
+    assert not net.training
