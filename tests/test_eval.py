@@ -86,8 +86,10 @@ NAMES = {"teacher", "confidence", "image", "bank", "anchors", "confidence_anchor
 def test_a_run_is_diagnosed_by_true_masks(finished, demo_root, run_program, tmp_path):
     run, _ = finished
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
-    done = run_program("eval.py", run, "--diagnose", demo_root / "truth.txt")
+    copy = tmp_path / "diagnosis.json"
+    done = run_program("eval.py", run, "--diagnose", demo_root / "truth.txt", "--json", copy)
     assert done.returncode == 0, done.stderr
+    assert copy.read_bytes() == (run / "diagnosis.json").read_bytes()
     for part in ("labels of 2_pseudo_label: 10", "labels of 5_relabel: 5", "confidence_anchors"):
         assert part in done.stdout
     rows = [line.split() for line in done.stdout.splitlines()]
