@@ -1,7 +1,7 @@
 """Train a segmentation network on few labels and many images: the six stages of CISC-R.
 
 python train.py --config pascal.yaml [--method NAME] [section.key=value ...]
-    [--from-stage N | --fresh NAME]
+    [--from-stage N | --fresh NAME] [--verify]
 """
 
 import math
@@ -127,14 +127,16 @@ Objective = Callable[[nn.Module, Any, Any], Loss]  # of the student, a part of a
 Prepare = Callable[[Any], Any]  # of a batch as it was read
 
 
-def train(config: Config, from_stage: int | None = None, fresh: bool = False) -> None:
+def train(
+    config: Config, from_stage: int | None = None, fresh: bool = False, verify: bool = False
+) -> None:
     """Run the six stages, or those that are left of them."""
     kind, splits = describe(config.dataset), read_splits(config.dataset)
     truth = read_truth(config.dataset, config.panels.truth)  # is drawn, nothing else
     refuse_batch_sizes(config, splits)
     refuse_crop(config.model.backbone, config.augment.crop_size)
     index = build_query_index(splits.labeled, QueryRule.of(config.query, kind))
-    run = Run(config, from_stage, fresh, splits.digests(), planned_work(config, splits))
+    run = Run(config, from_stage, fresh, splits.digests(), planned_work(config, splits), verify)
     if broadcast(lambda: run.is_new):  # else a truncated image could end a late stage
         broadcast(refuse_broken_images, splits)
     with run:
@@ -243,7 +245,7 @@ def write_pseudo_labels(
     def keep(samples: Sequence[Sample], masks: Any, means: Sequence[float]) -> dict[str, float]:
         files = [mask_file(stage.folder / "masks", sample) for sample in samples]
         for file, mask in zip(files, masks, strict=True):
-            save_mask(file, mask, palette)
+            save_mask(file, mask, palette, durable=False)  # the end of the stage waits for all
         return journal.add([sample.name for sample in samples], files, means)
 
     with ThreadPoolExecutor(1) as writer:  # a batch is written while the next one is predicted
@@ -966,8 +968,8 @@ def main() -> None:
         train(*read_arguments())
 
 
-def read_arguments() -> tuple[Config, int | None, bool]:
-    """Read the command line: settings, the stage to start from, whether to start over."""
+def read_arguments() -> tuple[Config, int | None, bool, bool]:
+    """Read the command line: settings, the stage to start from, whether to start over, --verify."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, help="a YAML file, here or in configs/")
     parser.add_argument("--method", choices=METHODS, help="settings of configs/methods/")
@@ -977,11 +979,16 @@ def read_arguments() -> tuple[Config, int | None, bool]:
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--from-stage", type=int, choices=range(1, 7), help="do it and later again")
     again.add_argument("--fresh", metavar="NAME", help="remove all that the run of this name made")
+    parser.add_argument(
+        "--verify", action="store_true", help="read the files of finished stages and compare them"
+    )
     arguments = parser.parse_intermixed_args()
     config = read_config(arguments.config, arguments.settings, arguments.method)
     if arguments.fresh not in (None, config.name):
         raise UserError(f"--fresh: this run is called '{config.name}', not '{arguments.fresh}'")
-    return config, arguments.from_stage, arguments.fresh is not None
+    if arguments.fresh is not None and arguments.verify:
+        raise UserError("--fresh and --verify do not go together; leave one of them out")
+    return config, arguments.from_stage, arguments.fresh is not None, arguments.verify
 
 
 if __name__ == "__main__":

@@ -183,6 +183,7 @@ APART = [
         ([*DEMO, "--fresh"], ["--fresh: expected one argument"]),
         ([*DEMO, "--fresh", "demos"], ["--fresh", "is called 'demo', not 'demo"]),
         ([*DEMO, "--fresh", "demo", "--from-stage", "2"], ["not allowed with argument --fresh"]),
+        ([*DEMO, "--fresh", "demo", "--verify"], ["--fresh and --verify do not go together"]),
         ([*DEMO, "--resume"], ["unrecognized arguments: --resume"]),
         ([*DEMO, "name=a/b"], ["name", "'a/b' is not allowed"]),
         ([*DEMO, "checkpoint_every=0"], ["checkpoint_every", "greater than 0"]),
