@@ -5,13 +5,13 @@ python eval.py outdir/demo/[16]_*/checkpoint.pth [--markdown] [--json FILE]
 python eval.py outdir/demo/6_retrain/checkpoint.pth --images photos --out segmented
 python eval.py outdir/demo/6_retrain/checkpoint.pth --export net.onnx
 python eval.py outdir/demo/6_retrain/checkpoint.pth --export net.safetensors
-python eval.py outdir/demo --diagnose data/demo/truth.txt
+python eval.py outdir/demo --diagnose data/demo/truth.txt [--json FILE]
 """
 
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,21 @@ from utils.export import export
 from utils.files import write_json
 from utils.panels import save_legend, save_mask, save_overlay
 from utils.scores import Scores, boundary_overlap, compared, laid_out
+
+_SEVERAL, _OF_LOADING = "several checkpoints", {"--config", "--reset-classifier"}
+# Which options can be given together: each with those of its row, in either order. What a command
+# would ignore is refused.
+_TOGETHER = {
+    "--diagnose": {"--json"},
+    "--export": _OF_LOADING,
+    "--images": _OF_LOADING | {"--out"},
+    "--out": _OF_LOADING,
+    "--save-masks": _OF_LOADING | {"--json"},
+    "--markdown": _OF_LOADING | {"--json", _SEVERAL},
+    "--json": _OF_LOADING | {_SEVERAL},
+    "--config": {"--reset-classifier", _SEVERAL},
+    "--reset-classifier": {_SEVERAL},
+}
 
 
 def evaluate(net: Segmenter, masks: Path | None = None) -> dict[str, Any]:
@@ -146,14 +161,13 @@ def read_arguments() -> argparse.Namespace:
     if not arguments.checkpoints:
         raise UserError("name a checkpoint, such as outdir/demo/6_retrain/checkpoint.pth")
     arguments.checkpoint = Path(arguments.checkpoints[0])
-    single = ("diagnose", "save_masks", "images", "export")
-    given = [key.replace("_", "-") for key in single if getattr(arguments, key) is not None]
-    if given and (len(arguments.checkpoints) > 1 or arguments.markdown):
-        raise UserError(f"--{given[0]}: takes one checkpoint, and no --markdown")
+    given = [key for key in _TOGETHER if getattr(arguments, key[2:].replace("-", "_"))]
+    given += [_SEVERAL] * (len(arguments.checkpoints) > 1)
+    for one, other in combinations(given, 2):
+        if other not in _TOGETHER[one]:
+            raise UserError(f"{one} and {other} do not go together; leave one of them out")
     if (arguments.images is None) != (arguments.out is None):
         raise UserError("--images and --out go together: pictures in, masks and overlays out")
-    if arguments.images is not None and arguments.export is not None:
-        raise UserError("--images and --export are two commands; give one")
     return arguments
 
 
@@ -187,10 +201,12 @@ def run(arguments: argparse.Namespace) -> None:
     say = by_first(print)
     if arguments.diagnose is not None:
         config = read_config(str(arguments.checkpoint / "config.yaml"), arguments.settings)
+        refuse_inputs(arguments, Path(config.dataset.root))
         device = Device(config.device, config.precision)
         found = diagnose(arguments.checkpoint, config, device, arguments.diagnose)
         say(lay_out_diagnosis(found))
-        by_first(write_json)(arguments.checkpoint / "diagnosis.json", found)
+        for file in filter(None, (arguments.checkpoint / "diagnosis.json", arguments.json)):
+            by_first(write_json)(file, found)
         return
     nets = {
         name: Segmenter.load(

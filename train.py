@@ -1,7 +1,7 @@
 """Train a segmentation network on few labels and many images: the six stages of CISC-R.
 
 python train.py --config pascal.yaml [--method NAME] [section.key=value ...]
-    [--from-stage N | --fresh NAME]
+    [--from-stage N | --fresh NAME] [--verify]
 """
 
 import math
@@ -40,8 +40,7 @@ from model.cisc.panels import SHOWN_VOTERS, Evidence, Panels, keep_votes, shown_
 from model.cisc.students import ClassPixels, Labeler, StudentBatch, needs_teacher, student_batch
 from model.cisc.votes import PatchVoter, as_prior, combine
 from model.losses import cross_entropy, ohem_cross_entropy, rectified_cross_entropy
-from model.networks import load_frozen, network_of
-from model.ops.frozen import frozen
+from model.networks import load_frozen, load_network, network_of
 from utils import IGNORE
 from utils.checkpoint import load, load_weights
 from utils.config.batches import count_repeats, refuse_batch_sizes
@@ -51,6 +50,7 @@ from utils.device import Device
 from utils.distributed import (
     averaging,
     broadcast,
+    broadcast_buffers,
     by_first,
     counted,
     joined,
@@ -70,7 +70,9 @@ from utils.run.stages import Report, Run, Stage, checkpoint_of
 LabeledLoss = Callable[..., Tensor]  # of logits, labels and the valid pixels of the batch
 
 
-def train(config: Config, from_stage: int | None = None, fresh: bool = False) -> None:
+def train(
+    config: Config, from_stage: int | None = None, fresh: bool = False, verify: bool = False
+) -> None:
     """Run the six stages, or those that are left of them."""
     info, splits = describe(config.dataset), read_splits(config.dataset)
     truth = read_truth(config.dataset, config.panels.truth)  # is drawn, nothing else
@@ -79,7 +81,7 @@ def train(config: Config, from_stage: int | None = None, fresh: bool = False) ->
     rule = QueryRule.of(config.query, info)
     queries = config.pairs_share_classes or config.retraining_queries
     index = build_query_index(splits.labeled, rule) if queries else None
-    run = Run(config, from_stage, fresh, splits.digests())
+    run = Run(config, from_stage, fresh, splits.digests(), verify)
     if broadcast(lambda: run.is_new):  # else a truncated image could end a late stage
         broadcast(refuse_broken_images, splits)
     with run:
@@ -150,7 +152,7 @@ def write_pseudo_labels(
     def keep(samples: Sequence[Sample], masks: Any, means: Sequence[float]) -> dict[str, float]:
         files = [mask_file(stage.folder / "masks", sample) for sample in samples]
         for file, mask in zip(files, masks, strict=True):
-            save_mask(file, mask, palette)
+            save_mask(file, mask, palette, durable=False)  # the end of the stage waits for all
         return journal.add([sample.name for sample in samples], files, means)
 
     with ThreadPoolExecutor(1) as writer:  # a batch is written while the next one is predicted
@@ -503,6 +505,7 @@ def fit(
                     stage.refuse_not_finite(epoch, step, result.not_finite, names)
                 bar.update(result.terms, rate)
                 at.step_done()
+            broadcast_buffers(net, kept)  # what is validated is what rank 0 saves and draws
             numbers, last, ious = bar.means(), epoch + 1 == epochs, {}
             passed = min((epoch + 1) * steps, iterations)
             if last or (epoch + 1) % config.evaluate.every == 0:
@@ -528,7 +531,7 @@ def fit(
 def _validate(stage: Stage, net: nn.Module, val: Sequence[Sample]) -> ConfusionMatrix:
     """Compare a network's predictions with the labels of a list. Collective."""
     loader = whole_images(stage.config, val, net.preprocessing)
-    predict = Predictor(frozen(net, stage.device), stage.device, stage.config.inference)
+    predict = Predictor(net.eval(), stage.device, stage.config.inference)
     return validate(predict, loader, len(describe(stage.config.dataset).classes))
 
 
@@ -567,25 +570,25 @@ def _score_test(run: Run, test: Sequence[Sample], final: Path) -> Report | None:
     """Score the last network on ``dataset.test``, once; None if there is no such list."""
     if not test:
         return None
-    net = load_frozen(run.config, run.device, checkpoint_of(final))
-    predict = Predictor(net, run.device, run.config.inference)
     classes = describe(run.config.dataset).classes
-    loader = whole_images(run.config, test, net.preprocessing)
+    predict, loader = _open_network(run, final, test)
     return validate(predict, loader, len(classes)).report(classes)
+
+
+def _open_network(run: Run, stage: Path, samples: Sequence[Sample]) -> tuple[Predictor, Any]:
+    """Return what predicts by a stage's network, as it was validated, and the images' loader."""
+    net = run.device.place(load_network(run.config, checkpoint_of(stage))).eval()
+    predict = Predictor(net, run.device, run.config.inference)
+    return predict, whole_images(run.config, samples, net.preprocessing)
 
 
 def _keep_predictions(run: Run, val: Sequence[Sample], *stages: Path) -> None:
     """Keep the predictions of val by the networks of stages, and draw some of them."""
     folder, info = run.folder / "val", describe(run.config.dataset)
-
-    def opened(stage: Path) -> tuple[Predictor, Any]:
-        net = load_frozen(run.config, run.device, checkpoint_of(stage))
-        predict = Predictor(net, run.device, run.config.inference)
-        return predict, whole_images(run.config, val, net.preprocessing)
-
     for stage in stages:
         made_from = run.digest(checkpoint_of(stage))
-        keep_predictions(folder, stage.name, made_from, val, info, partial(opened, stage))
+        opened = partial(_open_network, run, stage, val)
+        keep_predictions(folder, stage.name, made_from, val, info, opened)
     names = list(dict.fromkeys(stage.name for stage in stages))
     draw_examples(run.folder / "examples.png", folder, names, val, info)
 
@@ -598,8 +601,8 @@ def main() -> None:
         train(*read_arguments())
 
 
-def read_arguments() -> tuple[Config, int | None, bool]:
-    """Read the command line: settings, the stage to start from, whether to start over."""
+def read_arguments() -> tuple[Config, int | None, bool, bool]:
+    """Read the command line: settings, the stage to start from, whether to start over, --verify."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, help="a YAML file, here or in configs/")
     parser.add_argument("--method", choices=METHODS, help="in place of the config's 'method:'")
@@ -609,11 +612,16 @@ def read_arguments() -> tuple[Config, int | None, bool]:
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--from-stage", type=int, choices=range(1, 7), help="do it and later again")
     again.add_argument("--fresh", metavar="NAME", help="remove all that the run of this name made")
+    parser.add_argument(
+        "--verify", action="store_true", help="read the files of finished stages and compare them"
+    )
     arguments = parser.parse_intermixed_args()
     config = read_config(arguments.config, arguments.settings, arguments.method)
     if arguments.fresh not in (None, config.name):
         raise UserError(f"--fresh: this run is called '{config.name}', not '{arguments.fresh}'")
-    return config, arguments.from_stage, arguments.fresh is not None
+    if arguments.fresh is not None and arguments.verify:
+        raise UserError("--fresh and --verify do not go together; leave one of them out")
+    return config, arguments.from_stage, arguments.fresh is not None, arguments.verify
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Predictions of the validation list that a run keeps: masks, scores by image, counts by class."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,8 @@ def keep_predictions(
             single.update(mask, label)
             counts.counts += single.counts
             true = mask_file(folder / "labels", sample)
-            save_mask(mask_file(place / "masks", sample), mask.byte().cpu().numpy(), palette)
-            save_mask(true, label.byte().cpu().numpy(), palette)
+            for file, pixels in ((mask_file(place / "masks", sample), mask), (true, label)):
+                save_mask(file, pixels.byte().cpu().numpy(), palette, durable=False)
             scores = single.mean_iou(), single.pixel_accuracy()
             shown = ["" if score != score else score for score in scores]
             paths = sample.image.absolute(), true.relative_to(folder).as_posix()
@@ -64,6 +65,7 @@ def keep_predictions(
     named = zip(kind.classes, counts.reduce().counts.tolist(), strict=True)
     header = ("class", *kind.classes)
     by_first(write_csv)(place / "confusion.csv", header, [(name, *row) for name, row in named])
+    by_first(os.sync)()  # the masks are on the disk before the file that says so
     by_first(write_text)(place / "made_from", made_from)
 
 

@@ -6,6 +6,7 @@ out.
 """
 
 import csv
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -61,7 +62,8 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> dict[str
         and the share of these; ``classes``: the same of the most probable classes of teacher 1, of
         the votes and of both, over all pixels; ``weights``: AUROC, calibration error, share of the
         weight on wrong pixels and calibration curve of every rule, for the teacher's most probable
-        classes; ``rank_correlation`` of image scores and mIoU, None without stage 3.
+        classes; ``rank_correlation`` of image scores and mIoU, None if undefined, absent without
+        stage 3.
 
     Raises:
         UserError: the list names no unlabeled image with a mask; a mask that training would refuse.
@@ -76,18 +78,19 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> dict[str
         raise UserError(fault.line)
     labels, mious = _score_labels(run, info.classes, samples)
     matrices, qualities = _judge(Judged(run, config, device, splits), samples)
-    correlation, scores = None, run / "3_select" / "unlabeled_scores.csv"
+    ranking, scores = {}, run / "3_select" / "unlabeled_scores.csv"
     if scores.is_file():
         _, *rows = csv.reader(scores.read_text("utf-8").splitlines())
-        pairs = [(float(score), mious[name]) for name, score in rows if name in mious]
-        correlation = rank_correlation(*torch.tensor(pairs).T)
+        known = [row for row in rows if math.isfinite(mious.get(row[0], math.nan))]
+        columns = [float(score) for _, score in known], [mious[name] for name, _ in known]
+        ranking["rank_correlation"] = rank_correlation(*map(torch.DoubleTensor, columns))
     return {
         "truth": str(truth),
         "images": len(samples),
         "labels": labels,
         "classes": {name: matrix.report(info.classes) for name, matrix in matrices.items()},
         "weights": {name: quality.report() for name, quality in qualities.items()},
-        "rank_correlation": correlation,
+        **ranking,
     }
 
 

@@ -5,9 +5,9 @@ mask, confidence = net("photo.jpg")
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from dataset.catalog import describe
 from dataset.reading import normalised, read_image, to_input, upright
 from model.networks import network_of
-from model.ops.frozen import frozen
 from utils import checkpoint
 from utils.config.reading import config_from, read_config
 from utils.config.schema import Config
@@ -32,20 +31,21 @@ from utils.panels import in_colour, overlay
 from utils.run.comparison import portable
 
 Colour = tuple[int, int, int]  # red, green, blue in 0-255
+_HUB = "hf:"  # before the name of a repository
 
 
 class Segmenter:
     """Segments images by a network: class ids and their probabilities.
 
     Args:
-        net: is moved to the device, and copied there for inference.
+        net: is moved to the device and put into eval mode.
         config: what the network was trained with; ``inference``, ``device`` and ``precision`` count
             here.
         origin: what else its checkpoint says, such as the stage; is kept by ``save``.
         colours: by class id; None: those of the data set.
 
     Attributes:
-        net: the network that was given.
+        net: the network that was given; predictions are its own, no copy is made.
         config, origin: the same.
         classes: names by class id.
         colours: by class id.
@@ -74,9 +74,9 @@ class Segmenter:
         kind = kind._replace(colours=tuple(map(tuple, colours or kind.colours)))
         self.classes, self.colours, self.palette = kind.classes, kind.colours, kind.palette()
         self.device = Device(config.device, config.precision)
-        self.net, self.preprocessing = self.device.place(net), net.preprocessing
+        self.net, self.preprocessing = self.device.place(net).eval(), net.preprocessing
         self.config, self.origin = config, dict(origin or {})
-        self.predict = Predictor(frozen(self.net, self.device), self.device, config.inference)
+        self.predict = Predictor(self.net, self.device, config.inference)
 
     @classmethod
     def load(
@@ -96,8 +96,8 @@ class Segmenter:
 
         Args:
             source: a checkpoint, .pth or .safetensors; a folder of ``config.json`` and
-                ``model.safetensors``; or the name of such a repository on the Hugging Face hub,
-                ``owner/name``.
+                ``model.safetensors``; or ``hf:owner/name``, such a repository on the Hugging Face
+                hub. Nothing else is looked for there.
             settings: as on the command line, ``section.key=value``.
             config: a YAML file, instead of the config that the checkpoint holds; those of ST++,
                 CISC-R and UniMatch hold none.
@@ -220,17 +220,35 @@ class Segmenter:
 
 def _local(source: str | Path) -> Path:
     """Return where a checkpoint is, downloading a repository of the hub."""
-    path = Path(source)
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) or path.suffix:
-        return path
+    repository = str(source).removeprefix(_HUB)
+    if repository == str(source):
+        path = Path(source)
+        if path.is_file() or (path / "config.json").is_file():
+            return path
+        raise UserError(f"{path}: no such checkpoint; {_advice(path)}")
     try:
         files = ["config.json", "model.safetensors"]
-        return Path(hub.snapshot_download(str(source), allow_patterns=files))
+        return Path(hub.snapshot_download(repository, allow_patterns=files))
     except (OSError, ValueError) as error:  # every error of the hub's and of its connections
         raise UserError(
-            f"{source}: no such file here, and no repository that the Hugging Face hub gives "
-            f"({_line(error)})"
+            f"{source}: the Hugging Face hub gives no such repository ({_line(error)}); check its "
+            "name, the connection, and 'hf auth login' if it is private"
         ) from error
+
+
+def _advice(path: Path) -> str:
+    """Say what to name in place of a path that is no checkpoint: the nearest one there is."""
+    inside = sorted(path.glob("[146]_*/checkpoint.pth")) or sorted(path.glob("checkpoint.pth"))
+    if inside:
+        return f"name {inside[-1]}"
+    place = path
+    while not place.exists():
+        missing, place = place, place.parent
+    if place != path and place.is_dir():
+        names = [entry.name for entry in place.iterdir()]
+        if close := get_close_matches(missing.name, names, n=1):
+            return f"{place} has '{close[0]}', and no '{missing.name}'"
+    return f"name a checkpoint.pth of a run, or {_HUB}owner/name on the Hugging Face hub"
 
 
 def _line(error: Exception) -> str:

@@ -134,7 +134,7 @@ def test_predictions_go_elsewhere(complaint, trained, demo_root, tmp_path):
         assert line.startswith(f"error: {words[-2]}: ")
     assert not root.exists()
     words = ["--images", photos, "--out", photos, "--export", tmp_path / "n.pt2"]
-    assert "two commands" in complaint(eval_program, trained, *words)
+    assert "--export and --images do not go together" in complaint(eval_program, trained, *words)
 
 
 def test_weights_that_are_not_finite_are_refused(complaint, trained, tmp_path):

@@ -152,6 +152,27 @@ def test_garbage_in_metrics_is_left_out_when_stages_are_done_again(train, run):
     assert json.loads(whole)["stage"] == "1_supervised"
 
 
+# Options of eval.py of which one would do nothing.
+APART = [
+    "--diagnose x --save-masks y",
+    "--diagnose x --config y",
+    "--diagnose x --reset-classifier",
+    "--diagnose x --images y --out z",
+    "--export x --diagnose y",
+    "--export x --json y",
+    "--export x --save-masks y",
+    "--export x --markdown",
+    "--images x --out y --json z",
+    "--images x --out y --save-masks z",
+    "--images x --out y --markdown",
+    "--markdown --save-masks x",
+    "other.pth --save-masks x",
+    "other.pth --export x",
+    "other.pth --images x --out y",
+    "other.pth --diagnose x",
+]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -162,6 +183,7 @@ def test_garbage_in_metrics_is_left_out_when_stages_are_done_again(train, run):
         ([*DEMO, "--fresh"], ["--fresh: expected one argument"]),
         ([*DEMO, "--fresh", "demos"], ["--fresh", "is called 'demo', not 'demo"]),
         ([*DEMO, "--fresh", "demo", "--from-stage", "2"], ["not allowed with argument --fresh"]),
+        ([*DEMO, "--fresh", "demo", "--verify"], ["--fresh and --verify do not go together"]),
         ([*DEMO, "--resume"], ["unrecognized arguments: --resume"]),
         ([*DEMO, "name=a/b"], ["name", "'a/b' is not allowed"]),
         ([*DEMO, "checkpoint_every=0"], ["checkpoint_every", "greater than 0"]),
@@ -173,6 +195,7 @@ def test_garbage_in_metrics_is_left_out_when_stages_are_done_again(train, run):
         (["eval", "nowhere.pth", "--jsn", "x"], ["unrecognized arguments: --jsn"]),
         (["eval", "nowhere.pth", "--out", "x"], ["--images and --out go together"]),
         (["eval", "nowhere.pth", "--images", "x"], ["--images and --out go together"]),
+        *((["eval", "no.pth", *pair.split()], ["do not go together; leave one"]) for pair in APART),
     ],
 )
 def test_bad_command_line(complaint, words, told):

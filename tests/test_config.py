@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dataset.catalog import describe
 from dataset.query import QueryRule
-from utils.config.reading import CONFIGS, METHODS, config_from, read_config
+from utils.config.reading import CONFIGS, METHODS, config_from, flat, read_config
 from utils.config.schema import Config
 from utils.errors import UserError
 
@@ -26,6 +26,62 @@ def test_every_shipped_config_loads_and_has_a_name_of_its_own(tmp_path, monkeypa
         QueryRule.of(config.query, describe(config.dataset))
         assert config == config_from(config.model_dump(mode="json"), "checkpoint")
     assert len({config.name for config in configs}) == len(configs)
+
+
+def keys_of(file):
+    return flat(yaml.safe_load(file.read_text()) or {})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recipes_leave_the_keys_of_methods_to_them(method):
+    """Else ``--method`` would not change all that it stands for."""
+    overlay = keys_of(CONFIGS / "methods" / f"{method}.yaml")
+    for recipe in CONFIGS.glob("*.yaml"):
+        assert not overlay.keys() & keys_of(recipe).keys(), recipe.name
+        assert read_config(recipe.name, method=method).method == method
+
+
+def test_a_method_is_named_in_the_file_by_an_option_or_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("base: demo.yaml\nmethod: st++\nselect: {keep: 0.25}\n")
+    mine = read_config("mine.yaml")
+    assert (mine.method, mine.select.score, mine.select.keep) == ("st++", "stability", 0.25)
+    assert read_config("mine.yaml", method="unimatch").retrain.views == 2
+    words = ["method=cisc", "retrain.mix=cutout"]
+    paper = read_config("mine.yaml", words, "unimatch")
+    assert (paper.method, paper.retrain.weight, paper.retrain.mix) == ("cisc", "cisc_map", "cutout")
+    Path("bare.yaml").write_text(yaml.safe_dump(SMALL))
+    assert read_config("bare.yaml").supervised.consistency == 1  # the paper, if none is named
+
+
+def test_the_recipes_of_the_paper_are_the_paper():
+    for name in ("pascal", "cityscapes", "coco", "camvid"):
+        config = read_config(f"{name}.yaml")
+        assert (config.method, config.stages) == ("cisc", [1, 2, 3, 4, 5, 6])
+        assert (config.supervised.consistency, config.retrain.weight) == (1.0, "cisc_map")
+        assert (config.retrain.start, config.retrain.mix) == ("encoder", "none")
+        assert not config.pseudo_label.votes
+    for name in ("demo", "custom", "animals_cpu", "camvid_cpu", "pascal_dinov2"):
+        assert read_config(f"{name}.yaml").method == "cisc_patch"
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("method=cisc_published", "method: 'cisc_published' is called 'cisc' now"),
+        ("method=magic", "method: 'magic' is not one of cisc, cisc_patch"),
+        ("relabel=both", "'relabel' is gone: stage 5 labels by the network of stage 4"),
+        ("pseudo_label.neighbours=false", "is called 'pseudo_label.votes' now"),
+        ("pseudo_label.neighbour_scales=[1]", "is called 'pseudo_label.vote_scales' now"),
+        ("retrain.learn_queried=true", "is called 'retrain.learn_partners' now"),
+        ("retrain.threshold_by_class=true", "'retrain.threshold_by_class' is gone"),
+        ("retrain.weight=image", "retrain.weight: 'image' is called 'cisc_map' now"),
+        ("retrain.weight=bank", "retrain.weight: 'bank' is gone"),
+        ("retrain.mix=queried", "retrain.mix: 'queried' is gone"),
+    ],
+)
+def test_keys_and_values_of_earlier_versions_are_named(setting, told):
+    assert told in refusal(read_config, "demo.yaml", [setting])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -65,8 +121,7 @@ def test_methods_are_settings_over_a_config(method):
         ("optimizer.lr=.inf", "is not allowed"),
         # The run folder would be outdir's parent, whose stages --from-stage removes.
         ("name=..", "is not allowed"),
-        ("retrain.threshold_by_class=true", "is not allowed"),  # of no threshold
-        ("pseudo_label={neighbours: false, adjustment: 0.5}", "needs pseudo_label.neighbours=true"),
+        ("pseudo_label={votes: false, adjustment: 0.5}", "needs pseudo_label.votes=true"),
     ],
 )
 def test_wrong_value_names_key_value_and_what_is_allowed(setting, message):
@@ -76,9 +131,10 @@ def test_wrong_value_names_key_value_and_what_is_allowed(setting, message):
 
 def test_queries_need_stored_labels():
     words = ["stages=[1, 6]", "retrain.labels=average"]
-    for setting in ("retrain.mix=queried", "retrain.learn_queried=true"):
-        with pytest.raises(UserError, match="stages without 2 do not have"):
-            config_from(SMALL, "a checkpoint", [*words, setting])
+    with pytest.raises(UserError, match="stages without 2 do not have"):
+        config_from(SMALL, "a checkpoint", [*words, "retrain.learn_partners=true"])
+    with pytest.raises(UserError, match="queries by stored pseudo labels"):
+        config_from(SMALL, "a checkpoint", ["retrain={labels: average, weight: cisc_map}"])
 
 
 def test_class_map_is_kept_and_changed_id_by_id():

@@ -8,7 +8,7 @@ from conftest import same
 
 import train
 from model import network_of
-from model.ops.frozen import frozen
+from model.ops.frozen import freeze
 from utils.config.reading import read_config
 from utils.device import Device
 from utils.errors import Stopped
@@ -98,7 +98,7 @@ def test_networks_answer_as_on_the_cpu(name):
     images = torch.randn(2, 3, 65, 97)
     with torch.inference_mode():
         expected = net(images)
-        there = frozen(net, Device("cuda", "fp32"))(images.cuda())
+        there = freeze(net, Device("cuda", "fp32"))(images.cuda())
     for ours, theirs in zip(there, expected, strict=True):
         error = (ours.cpu() - theirs).norm() / theirs.norm()
         assert error < 2e-3  # convolutions round to tf32

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, as_objective, reading
+from conftest import ROOT, as_objective, reading, same
 from networks import FAMILIES, family
 from torch import nn
 
@@ -230,6 +230,34 @@ def test_files_of_labeling_and_selection_are_those_of_one_process(together, conf
         assert made(processes[0][0]) == files
         assert all(other == score for _, other in processes)
         assert not list(processes[0][0].rglob("unfinished"))
+
+
+@pytest.mark.slow
+def test_two_processes_report_the_score_of_the_checkpoint_that_they_keep(together, config):
+    """On CPUs each process has batch norm statistics of its own, of its parts of the batches."""
+    settings = config("name=two", "stages=[1]", "inference.batch_size=1")  # both validate
+    together(2, lambda: train.train(settings))
+    run = Path(settings.outdir) / "two"
+    results = json.loads((run / "results.json").read_text())
+    kept = run / "1_supervised" / "checkpoint.pth"
+    (score,) = together(1, lambda: evaluate(Segmenter.load(kept)))
+    assert score["per_class_iou"] == results["per_class_iou"]
+    assert score["miou"] == results["miou"]
+
+
+def test_buffers_of_rank_0_are_broadcast(together):
+    def work():
+        nets = [nn.BatchNorm1d(2), nn.BatchNorm1d(2)]
+        for net in nets:
+            net(torch.full((3, 2), dist.rank() + 1.0))  # counts batches, too
+        if dist.rank() == 1:
+            nets[1](torch.ones(3, 2))
+        dist.broadcast_buffers(*nets)
+        return [net.state_dict() for net in nets]
+
+    one, two = together(2, work)
+    assert all(map(same, one, two))
+    assert all(state["running_mean"].tolist() == pytest.approx([0.1, 0.1]) for state in two)
 
 
 def made(run):

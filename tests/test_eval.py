@@ -80,20 +80,20 @@ def test_a_folder_of_pictures_is_segmented_upright(finished, tmp_path, run_progr
     assert (out / "legend.png").is_file()
 
 
-NAMES = {"teacher", "confidence", "image", "bank", "anchors", "confidence_anchors", "both"}
+NAMES = {"teacher", "confidence", "CISC map", "class anchors", "both", "probability by both"}
 
 
 def test_a_run_is_diagnosed_by_true_masks(finished, demo_root, run_program, tmp_path):
     run, _ = finished
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
-    done = run_program("eval.py", run, "--diagnose", demo_root / "truth.txt")
+    copy = tmp_path / "diagnosis.json"
+    done = run_program("eval.py", run, "--diagnose", demo_root / "truth.txt", "--json", copy)
     assert done.returncode == 0, done.stderr
-    for part in ("labels of 2_pseudo_label: 10", "labels of 5_relabel: 5", "confidence_anchors"):
+    assert copy.read_bytes() == (run / "diagnosis.json").read_bytes()
+    for part in ("labels of 2_pseudo_label: 10", "labels of 5_relabel: 5", "class anchors"):
         assert part in done.stdout
-    rows = [line.split() for line in done.stdout.splitlines()]
-    numbers = {
-        words[0]: list(map(float, words[1:])) for words in rows if words[:1] and words[0] in NAMES
-    }
+    rows = [(line[:20].strip(), line[20:].split()) for line in done.stdout.splitlines()]
+    numbers = {name: list(map(float, words)) for name, words in rows if name in NAMES}
     assert numbers.keys() == NAMES
     assert all(0 <= number <= 1 for row in numbers.values() for number in row)
     assert -1 <= float(done.stdout.rsplit(" ", 1)[1]) <= 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 from torch import nn
 
 from utils import IMAGENET
@@ -204,3 +205,24 @@ def test_ranks_correlate_whatever_the_scale():
     values = torch.tensor([0.3, -1.0, 7.0, 2.0])
     assert rank_correlation(values, values.exp()) == pytest.approx(1)
     assert rank_correlation(values, -values) == pytest.approx(-1)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([1, 2, 2, 3, 3, 3], [1, 3, 2, 4, 4, 5]),
+        ([0, 0, 0, 1], [5, 3, 4, 4]),
+        ([-math.inf, 0.5, 0.5, 2, 9], [1, 2, 2, 0.1, 7]),
+        ([3, 1, 2], [0.25, 0.5, 0.75]),
+    ],
+)
+def test_rank_correlation_is_spearmans_with_ties(one, other):
+    found = rank_correlation(torch.DoubleTensor(one), torch.DoubleTensor(other))
+    assert found == pytest.approx(spearmanr(one, other).statistic, abs=1e-12)
+
+
+@pytest.mark.parametrize("constant", [[], [1.0], [2.0, 2.0, 2.0], [1.0, math.nan, 2.0]])
+def test_rank_correlation_of_constant_or_unknown_values_is_undefined(constant):
+    one, other = torch.tensor(constant), torch.arange(len(constant)).float()
+    assert rank_correlation(one, other) is None
+    assert rank_correlation(other, one) is None

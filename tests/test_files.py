@@ -44,6 +44,12 @@ def test_content_is_on_the_disk_before_its_name_and_the_name_thereafter(tmp_path
     assert flushed == [(False, False), (True, True)]
 
 
+def test_masks_of_a_stage_do_not_wait_for_the_disk_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: pytest.fail("waited"))
+    save_mask(tmp_path / "m.png", np.zeros((2, 2), np.uint8), bytes(768), durable=False)
+    assert list(tmp_path.iterdir()) == [tmp_path / "m.png"]
+
+
 def test_mask_comes_back_with_its_ids_and_its_colours(tmp_path):
     ids = np.roll(np.arange(256, dtype=np.uint8), 1).reshape(2, 128)  # 255, 0, 1, ...
     save_mask(tmp_path / "new" / "m.png", ids, KINDS["pascal"].palette())

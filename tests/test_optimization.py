@@ -125,6 +125,35 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     assert [weight.item() for weight in net.parameters()] == [1, 1]
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("skipped", [[0], [1], [0, 3]])
+def test_a_step_that_the_scaler_skips_leaves_no_trace(name, skipped):
+    """Weights and optimizer state are those of torch's plain optimizer without these steps."""
+    net, plain = Net(), Net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    settings = {"lr": 0.1, "head_multiple": 1, "momentum": 0.9, "weight_decay": 0.01}
+    scaled = optimization(net, iterations=9, scaler=scaler, name=name, **settings)
+    if name == "sgd":
+        expected = torch.optim.SGD(plain.parameters(), momentum=0.9, weight_decay=0.01, fused=False)
+    else:
+        expected = torch.optim.AdamW(plain.parameters(), weight_decay=0.01, fused=False)
+    for step in range(6):
+        rate = scaled.lr
+        infinite_slope = (net.head.weight - net.head.weight.detach()).sqrt().sum()
+        loss = net.loss().square()
+        assert update(scaled, loss + infinite_slope if step in skipped else loss) is None
+        if step not in skipped:
+            for group in expected.param_groups:
+                group["lr"] = rate
+            expected.zero_grad()
+            plain.loss().square().backward()
+            expected.step()
+        torch.testing.assert_close(list(net.parameters()), list(plain.parameters()))
+    states = zip(scaled._optimizer.state.values(), expected.state.values(), strict=True)
+    for found, wanted in states:
+        torch.testing.assert_close(found, wanted)
+
+
 def test_fp16_skips_a_gradient_that_overflows_and_stops_when_all_do():
     net = Net()
     sgd = optimization(net, iterations=99, scaler=torch.amp.GradScaler("cpu"))

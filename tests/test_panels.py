@@ -2,39 +2,40 @@
 
 import csv
 import json
+from copy import deepcopy
+from dataclasses import replace
 from types import SimpleNamespace
 
-import model.panels
 import numpy as np
 import pytest
 import torch
 from conftest import refusal
-from model.panels import QueryPanels
 from PIL import Image
+from torch.utils.data import default_collate
 
+from dataset.catalog import KINDS
 from dataset.lists import read_truth
+from dataset.loader import SampleKey
 from dataset.reading import read_mask, to_label
 from model import network_of
-from model.ops.frozen import frozen
-from utils import IGNORE
+from model.cisc import panels as panels_module
+from model.cisc.panels import Evidence, Panels, keep_votes
+from model.cisc.students import Labeler, needs_teacher
+from utils import IGNORE, IMAGENET
 from utils.config.reading import read_config
 from utils.config.schema import DatasetSection
 from utils.device import Device
 from utils.evaluation import ConfusionMatrix
-from utils.panels import panel
+from utils.panels import as_picture, overlay, panel
 from utils.run.log import Log
 from utils.run.stages import Stage
 
+PALETTE, CLASSES = KINDS["demo"].palette(), KINDS["demo"].classes
+
 
 @pytest.fixture
-def drawn(demo_overrides, demo_root, splits, querier, tmp_path, monkeypatch):
-    """Draw panels of val, whose true masks stand for pseudo labels, by a network of no training.
-
-    Returns titles, rows, the stage, and where the truth differs from the labels: the upper half.
-    """
-    config = read_config("demo.yaml", [*demo_overrides, "panels.images=3"])
-    device, asked, calls = Device("cpu", "fp32"), [], []
-    stage = Stage("4_retrain", tmp_path, config, device, Log(tmp_path), watch=None)
+def spoilt(splits, tmp_path):
+    """True masks of all but the last image of val, which differ from val's in the upper half."""
     truth = {}
     for sample in splits.val[:-1]:
         ids = np.asarray(read_mask(sample.mask)).copy()
@@ -42,64 +43,110 @@ def drawn(demo_overrides, demo_root, splits, querier, tmp_path, monkeypatch):
         file = tmp_path / f"{len(truth)}.png"
         Image.fromarray(ids).save(file)
         truth[sample.name] = sample._replace(mask=file)
-    torch.manual_seed(0)
-    net = network_of(config.model, 7, pretrained=None)
-
-    def judge(sample):
-        asked.append(sample)
-        weight = torch.zeros_like(sample.image[:, 0])
-        weight[:, :, :32] = 1.0  # of 64 columns
-        return sample.pseudo_label, weight
-
-    def capture(titles, rows, *layout):
-        calls.append((titles, rows))
-        return panel(titles, rows, *layout)
-
-    monkeypatch.setattr(model.panels, "panel", capture)
-    panels = QueryPanels(stage, splits.val, truth, querier, frozen(net, device), judge)
-    torch.manual_seed(7)
-    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    panels.draw(net, 10, 100)
-    assert torch.equal(torch.get_rng_state(), state)  # training's numbers are not used
-    assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
-    panels.draw(net, 20, 200)
-    return SimpleNamespace(
-        titles=calls[0][0], rows=calls[0][1], again=calls[1][1], asked=asked, stage=stage
-    )
+    return truth
 
 
-def test_panels_show_what_is_queried_and_where_labels_are_wrong(drawn, splits):
-    assert drawn.titles[:3] == ["unlabeled image", "pseudo label", "wrong in it (red)"]
-    assert drawn.titles[-1] == "student, epoch 10"
-    assert len(drawn.rows) == 3
-    names = splits.val[0], splits.val[1], splits.val[2]  # of 4, evenly spaced
-    for sample, row in zip(names, drawn.rows, strict=True):
-        image, label, (wrong, share), (_, shared), cisc, weight, _ = row
+@pytest.fixture
+def draw(demo_overrides, retrain, spoilt, tmp_path, monkeypatch):
+    """Draw panels of val, whose true masks stand for pseudo labels, by a network of no training.
+
+    Returns titles, rows and folder for settings, samples and folders of labeling stages.
+    """
+
+    def draw(words=(), samples=retrain, labeled_by=(), epoch=10):
+        config, calls = read_config("demo.yaml", [*demo_overrides, *words]), []
+        device = Device("cpu", "fp32")
+        stage = Stage("4_retrain", tmp_path, config, device, Log(tmp_path), watch=None)
+        torch.manual_seed(0)
+        net = network_of(config.model, 7, pretrained=None)
+        teacher = deepcopy(net).eval() if needs_teacher(config.retrain) else None
+
+        def capture(titles, rows, *layout):
+            calls.append((titles, rows))
+            return panel(titles, rows, *layout)
+
+        monkeypatch.setattr(panels_module, "panel", capture)
+        labeler = Labeler(config.retrain, teacher)
+        panels = Panels(stage, samples, samples.unlabeled, labeler, labeled_by, spoilt)
+        torch.manual_seed(7)
+        state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+        panels.draw(net, epoch, 100)
+        assert torch.equal(torch.get_rng_state(), state)  # training's numbers are not used
+        assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
+        (titles, rows), folder = calls[0], stage.folder / "panels"
+        return SimpleNamespace(titles=titles, rows=rows, folder=folder, labeler=labeler)
+
+    return draw
+
+
+def test_panels_of_the_paper_show_the_partner_that_training_draws(draw, retrain):
+    drawn = draw(["retrain.weight=cisc_map"], epoch=3)
+    crop, partner = ["unlabeled crop", "pseudo label", "wrong in it (red)"], "labeled partner"
+    maps = ["CISC map (white: 1)", "weight (white: 1)"]
+    assert drawn.titles == [*crop, partner, *maps, "student, epoch 3"]
+    assert len(drawn.rows) == 4
+    for number, row in enumerate(drawn.rows):
+        sample = retrain[SampleKey(2, number)]  # of the third epoch
+        image, label, wrong, (partner, name), cisc, weight, _ = row
+        assert np.array_equal(np.asarray(label), sample.pseudo_label.byte().numpy())
+        assert np.array_equal(np.asarray(image), np.asarray(as_picture(sample.image, IMAGENET)))
+        own = as_picture(sample.partner.image, IMAGENET)
+        half = overlay(own, sample.partner.label.byte().numpy(), PALETTE)
+        assert np.array_equal(np.asarray(partner), np.asarray(half))
+        shared = int(sample.partner.shared_class)
+        assert name == ("no shared class" if shared == IGNORE else CLASSES[shared])
+        batch = default_collate([sample])
+        expected = (drawn.labeler(batch)[1][0] * (sample.pseudo_label != IGNORE)).numpy()
+        assert np.abs(np.asarray(weight)[..., 0] / 255 - expected).max() <= 0.5 / 255 + 1e-6
+        expected = drawn.labeler.cisc_map(batch)[0].detach().numpy()
+        assert np.abs(np.asarray(cisc)[..., 0] / 255 - expected).max() <= 0.5 / 255 + 1e-6
+        assert (wrong[1] == "no true mask") == (number == 3)
+
+
+def test_what_a_method_does_not_use_is_not_drawn(draw, retrain):
+    plain = replace(retrain, querier=None)
+    titles = draw(samples=plain).titles
+    assert titles == ["unlabeled crop", "pseudo label", "wrong in it (red)", "student, epoch 10"]
+    assert "weight (white: 1)" in draw(["retrain.threshold=0.2"], plain).titles
+
+
+def test_panels_of_votes_show_who_voted_and_where_labels_are_wrong(draw, retrain, splits, tmp_path):
+    first, second = tmp_path / "2_pseudo_label", tmp_path / "5_relabel"
+    names = [sample.name for sample in splits.labeled]
+    maps = np.full((48, 64), 3, np.uint8), np.full((48, 64), 5, np.uint8)
+    for sample in splits.val:
+        voters = [(names[1], 0.625), (names[0], 0.25)]
+        keep_votes(first, sample, Evidence(*maps, voters), PALETTE)
+    keep_votes(second, splits.val[1], Evidence(*maps[::-1], [(names[2], 1.0)]), PALETTE)
+    drawn = draw(samples=replace(retrain, querier=None), labeled_by=[first, second])
+    both, wrong = "both: pseudo label", "wrong in it (red)"
+    voters = ["voter 1", "voter 2"]
+    titles = ["unlabeled image", "teacher", "votes", both, wrong, *voters, "student, epoch 10"]
+    assert drawn.titles == titles
+    for number, (row, sample) in enumerate(zip(drawn.rows, splits.val, strict=True)):
+        image, teacher, votes, label, (shown, share), (voter, told), _, _ = row
+        assert np.array_equal(np.asarray(image), np.asarray(Image.open(sample.image)))
         ids = np.asarray(read_mask(sample.mask))
         assert np.array_equal(np.asarray(label), ids)
-        valid = ids != IGNORE
-        assert share == f"{valid[:24].sum() / valid.sum():.0%}"
-        red = (np.asarray(wrong) == (220, 30, 30)).all(axis=2)
-        assert np.array_equal(red, valid & (np.arange(48)[:, None] < 24))
-        assert np.array_equal(np.asarray(image), np.asarray(Image.open(sample.image)))
-        grey = np.asarray(weight)[..., 0]
-        assert np.array_equal(grey == 255, valid & (np.arange(64) < 32))
-        assert set(np.unique(grey)) <= {0, 255}
-        assert np.asarray(cisc).shape == (48, 64, 3)
-        classes = ("background", "ball", "crate", "bricks", "leaf", "fish", "mug")
-        assert shared == "no shared class" or classes.index(shared) in ids
-    queried = [sample.queried for sample in drawn.asked]
-    assert any((q.label == q.shared_class).any() for q in queried)
+        once_more = number == 1  # labeled again in stage 5
+        assert {*np.unique(teacher)} == {5 if once_more else 3}
+        assert {*np.unique(votes)} == {3 if once_more else 5}
+        assert told == ("100% of the votes" if once_more else "62% of the votes")
+        own = splits.labeled[2 if once_more else 1]
+        half = overlay(Image.open(own.image), np.asarray(read_mask(own.mask)), PALETTE)
+        assert np.array_equal(np.asarray(voter), np.asarray(half))
+        if number < 3:
+            valid = ids != IGNORE
+            assert share == f"{valid[:24].sum() / valid.sum():.0%}"
+            red = (np.asarray(shown) == (220, 30, 30)).all(axis=2)
+            assert np.array_equal(red, valid & (np.arange(48)[:, None] < 24))
 
 
-def test_the_same_images_and_partners_are_drawn_every_time(drawn):
-    for row, again in zip(drawn.rows, drawn.again, strict=True):
-        for one, other in zip(row[:6], again[:6], strict=True):
-            pair = [each[0] if isinstance(each, tuple) else each for each in (one, other)]
-            assert np.array_equal(*map(np.asarray, pair))
-    pictures = sorted(file.name for file in (drawn.stage.folder / "panels").iterdir())
-    assert pictures == ["epoch_010.png", "epoch_020.png"]
-    with Image.open(drawn.stage.folder / "panels" / "epoch_010.png") as picture:
+def test_pictures_are_named_by_their_epoch(draw):
+    folder = draw().folder
+    draw(epoch=20)
+    assert sorted(file.name for file in folder.iterdir()) == ["epoch_010.png", "epoch_020.png"]
+    with Image.open(folder / "epoch_010.png") as picture:
         assert picture.width < 1400
 
 

@@ -159,6 +159,12 @@ def test_confidence_of_masks_that_are_there_is_kept_exactly(labeling):
     assert Journal(stage).read() == {"b.jpg": 1 / 3}
 
 
+def test_a_mask_of_which_a_power_cut_left_a_part_is_written_again(labeling):
+    stage, masks = labeling
+    masks[1].write_text("")
+    assert Journal(stage).read() == {"a.jpg": 0.1}
+
+
 def test_lines_that_are_cut_short_or_garbage_do_not_count(labeling):
     stage, masks = labeling
     path = stage.unfinished / "masks.0.jsonl"

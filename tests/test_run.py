@@ -14,6 +14,7 @@ from conftest import refusal
 from utils import IMAGENET
 from utils.config.reading import read_config
 from utils.errors import UserError
+from utils.run import stages
 from utils.run.results import stage_table
 from utils.run.stages import Run, Stage, locked
 
@@ -226,18 +227,88 @@ def test_seconds_count_all_sittings_whatever_the_clock_of_the_wall_does(tmp_path
 
 def test_results_are_the_last_stages_with_the_sha256_of_every_file(tmp_path):
     run_stages(config(tmp_path))
-    folder, stages = tmp_path / "demo", ["1_supervised", "2_pseudo_label"]
+    folder, names = tmp_path / "demo", ["1_supervised", "2_pseudo_label"]
     results = json.loads((folder / "results.json").read_text())
     assert (results["name"], results["miou"]) == ("demo", 0.5)
     assert results["per_class_iou"] == {"ball": 0.5}
-    assert list(results["stages"]) == stages
-    made = [f"{stage}/confidence.csv" for stage in stages]
+    assert list(results["stages"]) == names
+    made = [f"{stage}/confidence.csv" for stage in names]
     assert list(results["files"]) == ["config.yaml", "lists.json", "environment.json", *made]
     for name, digest in results["files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["device"] == "cpu"
     assert environment["torch"]
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """Names of the stages' files whose content is read, as they are."""
+    names, sha256 = [], stages.sha256
+
+    def counted(path):
+        if path.parent.name[0] in "123456":
+            names.append(f"{path.parent.name}/{path.name}")
+        return sha256(path)
+
+    monkeypatch.setattr(stages, "sha256", counted)
+    return names
+
+
+MADE = ["1_supervised/confidence.csv", "2_pseudo_label/confidence.csv"]
+
+
+def verified(settings):
+    with Run(settings, verify=True) as run:
+        run.stage("1_supervised", work([]), 1, 2)
+
+
+def test_files_are_read_once_and_then_when_their_time_differs_or_to_verify(tmp_path, hashed):
+    settings, folder = config(tmp_path), tmp_path / "demo"
+    run_stages(settings)
+    assert hashed == MADE
+    assert run_stages(settings) == []
+    assert hashed == MADE
+    verified(settings)
+    assert hashed == [*MADE, MADE[0]]
+    os.utime(folder / MADE[1])  # as a copy has
+    assert run_stages(settings) == []
+    assert hashed == [*MADE, MADE[0], MADE[1]]
+    kept = json.loads((folder / "2_pseudo_label" / "stage.json").read_text())["files"]
+    assert kept["confidence.csv"].keys() == {"size", "mtime_ns", "sha256"}
+
+
+def test_changed_files_are_refused_by_size_by_time_or_to_verify(tmp_path):
+    settings, file = config(tmp_path), tmp_path / "demo" / MADE[0]
+    run_stages(settings)
+    status = file.stat()
+    file.write_text("1_supervisea")  # as long
+    line = f"{file}: changed or gone since 1_supervised ended"
+    assert refusal(run_stages, settings).startswith(line)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert run_stages(settings) == []
+    assert refusal(verified, settings).startswith(line)
+    file.write_text("longer than before")
+    assert refusal(run_stages, settings).startswith(line)
+
+
+def test_a_run_that_noted_the_sha256_alone_goes_on(tmp_path):
+    run_stages(config(tmp_path))
+    path = tmp_path / "demo" / "1_supervised" / "stage.json"
+    content = json.loads(path.read_text())
+    content["files"] = {name: entry["sha256"] for name, entry in content["files"].items()}
+    path.write_text(json.dumps(content))
+    assert run_stages(config(tmp_path)) == []
+    (path.parent / "confidence.csv").write_text("else")
+    assert "changed or gone" in refusal(run_stages, config(tmp_path))
+
+
+def test_the_disk_has_all_files_before_the_stage_has_ended(tmp_path, monkeypatch):
+    ended = []
+    folder = tmp_path / "demo"
+    monkeypatch.setattr(os, "sync", lambda: ended.append(len(list(folder.glob("*/stage.json")))))
+    run_stages(config(tmp_path))
+    assert ended == [0, 1]
 
 
 def test_epochs_are_kept_as_json_lines_and_in_the_log(tmp_path):

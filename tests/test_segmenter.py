@@ -1,5 +1,6 @@
 """A trained network from Python: what goes in, what comes out, the files it is kept in."""
 
+import gc
 import json
 import shutil
 
@@ -57,6 +58,18 @@ def test_every_kind_of_image_gives_the_bits_of_eval(net, weights, pixels, tmp_pa
     drawn = encoded(net.overlay(pixels, expected), "JPEG", quality=92)
     assert (out / "overlays" / "a.jpg").read_bytes() == drawn
     assert np.array_equal(np.asarray(net.picture(torch.from_numpy(expected.copy()))), expected)
+
+
+def test_one_network_is_in_memory(net, weights, pixels):
+    def live():
+        gc.collect()
+        return sum(type(each) is type(net.net) for each in gc.get_objects())
+
+    before = live()
+    other = Segmenter.load(weights)
+    other(pixels)
+    assert live() == before + 1
+    assert other.predict.net is other.net
 
 
 def test_a_picture_is_turned_upright_once(net, pixels, tmp_path):
@@ -138,7 +151,7 @@ def test_the_hub_takes_and_gives_a_folder(net, pixels, tmp_path, monkeypatch):
     assert net.push("me/animals", private=True) == "https://hub/commit/1"
     assert made == [("me/animals", {"private": True, "exist_ok": True})]
     monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: tmp_path / name)
-    assert np.array_equal(Segmenter.load("me/animals")(pixels)[0], net(pixels)[0])
+    assert np.array_equal(Segmenter.load("hf:me/animals")(pixels)[0], net(pixels)[0])
 
 
 def test_a_hub_that_is_not_reached_is_one_line(net, monkeypatch):
@@ -147,11 +160,27 @@ def test_a_hub_that_is_not_reached_is_one_line(net, monkeypatch):
 
     monkeypatch.setattr(hub, "create_repo", offline)
     assert refusal(net.push, "me/x") == "me/x: the hub took nothing (no network)"
-    line = refusal(Segmenter.load, "me/no-such-network")
-    assert line.startswith("me/no-such-network: no such file here, and no repository that the")
+    line = refusal(Segmenter.load, "hf:me/no-such-network")
+    assert line.startswith("hf:me/no-such-network: the Hugging Face hub gives no such repository (")
     assert "\n" not in line
-    for typo in ("outdir/x.pth", "no_such_folder"):
-        assert "no such checkpoint" in refusal(Segmenter.load, typo)
+
+
+def test_a_path_that_is_no_checkpoint_never_asks_the_hub(finished, monkeypatch):
+    run, _ = finished
+    monkeypatch.chdir(run.parent.parent)
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    near = f"{run.parent.name}/{run.name}"
+    for typed, advice in {
+        f"{near}2": f"{run.parent.name} has 'whole', and no 'whole2'",
+        f"{near}/6_retrain/checkpoint.pt": f"{near}/6_retrain has 'checkpoint.pth', and no",
+        f"{near}/6_retrian/checkpoint.pth": f"{near} has '6_retrain', and no '6_retrian'",
+        near: f"name {near}/6_retrain/checkpoint.pth",
+        f"{near}/6_retrain": f"name {near}/6_retrain/checkpoint.pth",
+        "me/animals": "name a checkpoint.pth of a run, or hf:owner/name on the Hugging Face hub",
+        "x.pth": "name a checkpoint.pth of a run, or hf:owner/name on the Hugging Face hub",
+    }.items():
+        line = refusal(Segmenter.load, typed)
+        assert line.startswith(f"{typed}: no such checkpoint; {advice}")
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,16 @@ from PIL import Image
 import train
 from dataset.catalog import describe
 from dataset.lists import read_label, read_splits
-from dataset.query import QueryRule, build_query_index
+from dataset.query import Querier, QueryRule, build_query_index
 from dataset.reading import read_image, to_input, to_label
+from eval import evaluate
+from model import Segmenter
+from model.cisc.votes import PatchVoter
 from utils import IMAGENET
+from utils.checkpoint import load
 from utils.config.reading import read_config
 from utils.device import Device
 from utils.errors import UserError
-from utils.run.stages import Stage
 
 STAGES = ["1_supervised", "2_pseudo_label", "3_select", "4_retrain", "5_relabel", "6_retrain"]
 
@@ -92,7 +95,7 @@ def test_halves_and_masks_fit_together(finished, demo_root):
     assert sorted(reliable + unreliable) == sorted(unlabeled)
     for name, images in (("2_pseudo_label", unlabeled), ("5_relabel", unreliable)):
         masks = [(run / name / "masks" / image).with_suffix(".png") for image in images]
-        assert sorted((run / name).rglob("*.png")) == sorted(masks)
+        assert sorted((run / name / "masks").rglob("*.png")) == sorted(masks)
         for mask in masks:
             with Image.open(mask) as picture:
                 assert picture.mode == "P"
@@ -104,20 +107,22 @@ def test_labeled_images_vote_for_their_own_labels(demo_root, tmp_path, tiny_sett
     words, said = [*tiny_settings(demo_root, tmp_path), model], []
     labeled = read_splits(read_config("demo.yaml", words).dataset).labeled
 
-    def neighbours(scales):
-        config = read_config("demo.yaml", [*words, f"pseudo_label.neighbour_scales={scales}"])
-        log, device = SimpleNamespace(say=said.append), Device("cpu", "fp32")
-        return train.Neighbours(Stage("2", tmp_path, config, device, log, watch=None), labeled)
+    def voter(scales):
+        config = read_config("demo.yaml", [*words, f"pseudo_label.vote_scales={scales}"])
+        return PatchVoter(config, Device("cpu", "fp32"), labeled, said.append)
 
-    votes = neighbours([1, 6])
-    neighbours([1]), neighbours([6])
-    both, *alone = (float(re.search(r"cross entropy ([\d.]+)", line)[1]) for line in said)
-    assert both == min(alone) < max(alone)  # the images' size that fits the labels best
+    both = voter([1, 6])
+    voter([1]), voter([6])
+    of_both, *alone = (float(re.search(r"cross entropy ([\d.]+)", line)[1]) for line in said)
+    assert of_both == min(alone) < max(alone)  # the images' size that fits the labels best
     right = []
     for sample in labeled:
         image, label = to_input(read_image(sample.image), IMAGENET), to_label(read_label(sample))
-        (found,) = votes.votes(image.unsqueeze(0), tuple(label.shape)).argmax(dim=1)
+        (found,) = both.votes(image.unsqueeze(0), tuple(label.shape)).argmax(dim=1)
         right.append((found == label)[label != 255].float().mean())
+        (most, share), (_, less) = both.voters_of(image.unsqueeze(0), 2)
+        assert most == sample  # its own patches are the nearest
+        assert 1 > share > less > 0
     assert torch.stack(right).mean() > 0.8  # patches are 5 pixels wide
 
 
@@ -168,10 +173,12 @@ def test_masks_of_unlabeled_images_are_never_opened(finished, demo_root, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_index_names_labeled_images_only(finished, demo_root, tiny_settings):
+def test_the_index_of_the_paper_names_labeled_images_only(demo_root, tmp_path, tiny_settings):
+    words = [*tiny_settings(demo_root, tmp_path), "supervised.epochs=1", "retrain.epochs=1"]
+    config = read_config("demo.yaml", [*words, "name=paper"], "cisc")
+    train.train(config)
     labeled = {line.split()[0] for line in (demo_root / "labeled.txt").read_text().splitlines()}
-    index = json.loads((finished[0] / "3_select" / "query_index.json").read_text())
-    config = read_config("demo.yaml", tiny_settings(demo_root, finished[0]))
+    index = json.loads((tmp_path / "paper" / "3_select" / "query_index.json").read_text())
     rule = QueryRule.of(config.query, describe(config.dataset))
     full = build_query_index(read_splits(config.dataset).labeled, rule)
     classes = describe(config.dataset).classes
@@ -180,6 +187,31 @@ def test_the_index_names_labeled_images_only(finished, demo_root, tiny_settings)
         everything = full[classes.index(name)]
         assert set(images) <= set(everything) <= labeled
         assert len(images) == -(-len(everything) // 2)
+
+
+@pytest.mark.slow
+def test_what_a_method_does_not_use_is_not_there(finished, monkeypatch, demo_root, tiny_settings):
+    """Under ``cisc_patch`` nothing is queried, and no labeled image is scored."""
+    run, _ = finished
+    assert not (run / "3_select" / "query_index.json").exists()
+    assert not (run / "3_select" / "labeled_scores.csv").exists()
+    monkeypatch.setattr(Querier, "draw", None)
+    monkeypatch.setattr(train, "build_query_index", None)
+    words = [*tiny_settings(demo_root, run.parent), "name=unqueried", "supervised.epochs=1"]
+    train.train(read_config("demo.yaml", [*words, "retrain.epochs=1"]))
+
+
+@pytest.mark.slow
+def test_a_list_of_test_images_is_scored_once_at_the_end(finished, demo_root):
+    run, _ = finished
+    results, file = json.loads((run / "results.json").read_text()), demo_root / "test.txt"
+    assert results["test"]["miou"] != results["miou"]
+    words = [f"dataset.val={file}", "dataset.test=null"]
+    net = Segmenter.load(
+        run / "6_retrain" / "checkpoint.pth", [*words, f"dataset.root={demo_root}"]
+    )
+    assert evaluate(net) == results["test"]
+    assert results["stages"]["6_retrain"]["best_miou"] >= results["miou"]
 
 
 @pytest.mark.slow
@@ -212,20 +244,10 @@ def test_from_stage_does_later_stages_again(finished, demo_root, tmp_path, tiny_
 
 
 @pytest.mark.slow
-def test_a_bank_of_prototypes_is_a_switch(demo_root, tmp_path, tiny_settings):
-    words = [*tiny_settings(demo_root, tmp_path), "query.exclude=[]"]  # few epochs teach background
-    words += ["supervised.epochs=1", "retrain.epochs=1"]
-    run = start(words, "bank", **{"retrain.weight": "bank"})
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    assert all(line["queried"] == 1.0 for line in lines if line["stage"] == "6_retrain")
-    assert all(0 < line["weight"] < 1 for line in lines if line["stage"] == "6_retrain")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["st++", "cisc_published"])
+@pytest.mark.parametrize("method", ["st++", "cisc"])
 def test_methods_of_six_stages(demo_root, tmp_path, tiny_settings, method):
     words = [*tiny_settings(demo_root, tmp_path), "supervised.epochs=1", "retrain.epochs=1"]
-    train.train(read_config("demo.yaml", [*words, f"name={method}", "relabel=both"], method))
+    train.train(read_config("demo.yaml", [*words, f"name={method}"], method))
     run = tmp_path / method
     assert list(json.loads((run / "results.json").read_text())["stages"]) == STAGES
     assert len(list((run / "1_supervised").glob("earlier_*.pth"))) == 2 * (method == "st++")
@@ -266,11 +288,10 @@ def test_encoders_of_timm_go_through_the_six_stages(demo_root, tmp_path, tiny_se
 
 
 @pytest.mark.slow
-def test_running_average_and_thresholds_resume_to_the_same_bits(
+def test_the_running_average_and_the_counted_classes_resume_to_the_same_bits(
     demo_root, tmp_path, tiny_settings, monkeypatch
 ):
     words = [*tiny_settings(demo_root, tmp_path), "retrain.threshold=0.2", "checkpoint_every=1"]
-    words.append("retrain.threshold_by_class=true")
     config = read_config("demo.yaml", [*words, "name=whole"], "unimatch")
     train.train(config)
     cut, steps = read_config("demo.yaml", [*words, "name=cut"], "unimatch"), iter(range(1, 99))
@@ -279,4 +300,18 @@ def test_running_average_and_thresholds_resume_to_the_same_bits(
     train.train(cut)
     whole, again = (weights(tmp_path / name / "6_retrain") for name in ("whole", "cut"))
     assert same(whole, again)
+    files = (tmp_path / name / "6_retrain" / "checkpoint.pth" for name in ("whole", "cut"))
+    pixels, resumed = (load(file)["class_pixels"] for file in files)
+    assert pixels == resumed
+    assert sum(pixels) > 0
     assert not (tmp_path / "whole" / "2_pseudo_label").exists()
+
+
+def test_validation_makes_no_copy_of_the_network(demo_overrides, monkeypatch):
+    config, given = read_config("demo.yaml", demo_overrides), []
+    stage = SimpleNamespace(config=config, device=Device("cpu", "fp32"))
+    net = train.network_of(config.model, 7, pretrained=None).train()
+    monkeypatch.setattr(train, "validate", lambda predict, *_: given.append(predict.net))
+    train._validate(stage, net, read_splits(config.dataset).val)
+    assert given[0] is net
+    assert not net.training

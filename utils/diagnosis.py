@@ -84,10 +84,24 @@ class WeightQuality:
         return (self.sums[0].sum() / self.sums.sum()).item()
 
 
-def rank_correlation(one: Tensor, other: Tensor) -> float:
-    """Spearman's correlation of two (N,) float tensors; equal values rank in their order."""
-    ranks = torch.stack([values.argsort(stable=True).argsort().double() for values in (one, other)])
-    return torch.corrcoef(ranks)[0, 1].item()
+def rank_correlation(one: Tensor, other: Tensor) -> float | None:
+    """Spearman's correlation of two (N,) float tensors; equal values share their mean rank.
+
+    Returns:
+        A number in [-1, 1]; None where it is undefined: all values of a tensor are equal, one is
+        NaN, or there are none.
+    """
+    if one.isnan().any() or other.isnan().any():
+        return None
+    ranks = torch.stack([_mean_ranks(one), _mean_ranks(other)])
+    centred = ranks - ranks.mean(dim=1, keepdim=True)
+    spread = centred.square().sum(dim=1).prod().sqrt()
+    return (centred.prod(dim=0).sum() / spread).item() if spread > 0 else None
+
+
+def _mean_ranks(values: Tensor) -> Tensor:
+    _, groups, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(dim=0) - (counts - 1) / 2)[groups].double()
 
 
 def lay_out_diagnosis(found: dict[str, Any]) -> str:
@@ -107,7 +121,8 @@ def lay_out_diagnosis(found: dict[str, Any]) -> str:
     for rule, quality in found["weights"].items():
         numbers = [quality[key] for key in ("auroc", "calibration_error", "weight_on_wrong")]
         lines.append("{:<20}{:>8.3f}{:>20.3f}{:>18.3f}".format(rule, *numbers))
-    if found["rank_correlation"] is not None:
+    if "rank_correlation" in found:
         correlation = found["rank_correlation"]
-        lines += ["", f"rank correlation of image scores and mIoU: {correlation:.3f}"]
+        shown = "undefined" if correlation is None else f"{correlation:.3f}"
+        lines += ["", f"rank correlation of image scores and mIoU: {shown}"]
     return "\n".join(lines)

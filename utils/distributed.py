@@ -126,6 +126,17 @@ def parallel(net: nn.Module) -> nn.Module:
     )
 
 
+@torch.no_grad()
+def broadcast_buffers(*nets: nn.Module) -> None:
+    """Give every process rank 0's buffers, in place: running statistics, which differ on CPUs.
+
+    Collective.
+    """
+    if world() > 1:
+        for buffer in (buffer for net in nets for buffer in net.buffers()):
+            dist.broadcast(buffer, src=0)
+
+
 def averaging(net: nn.Module, last: bool) -> AbstractContextManager:
     """Average the gradients of a net of ``parallel`` in the last part of a batch only."""
     return nullcontext() if last or world() == 1 else net.no_sync()

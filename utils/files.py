@@ -27,12 +27,14 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], None], durable: bool = True) -> None:
     """Write beside ``path``, then rename: a kill or a power cut leaves the old file or the new one.
 
     Args:
         path: where the file goes; its folder is made.
         write: writes the file whose path it is given.
+        durable: wait for the disk. Without it a power cut, not a kill, may leave a part of the file
+            until ``os.sync``.
 
     Raises:
         UserError: as ``writing``.
@@ -41,9 +43,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
-        _flush(partial)  # else the rename may reach the disk before the content
+        if durable:
+            _flush(partial)  # else the rename may reach the disk before the content
         partial.replace(path)
-        _flush(path.parent)
+        if durable:
+            _flush(path.parent)
 
 
 def _flush(path: Path) -> None:

@@ -38,11 +38,14 @@ class Optimization:
         self._net, self.average, self._decay = net, average, decay
         groups = _parameter_groups(net, settings)
         self._peaks = [group["lr"] for group in groups]
-        options: dict[str, Any] = {"weight_decay": settings.weight_decay, "fused": True}
+        weight_decay = settings.weight_decay
         if settings.name == "sgd":
-            self._optimizer = torch.optim.SGD(groups, momentum=settings.momentum, **options)
+            # Fused SGD leaves its momentum uninitialised where the scaler skips the first update.
+            fused = not scaler.is_enabled()
+            options = {"momentum": settings.momentum, "weight_decay": weight_decay, "fused": fused}
+            self._optimizer = torch.optim.SGD(groups, **options)
         else:
-            self._optimizer = torch.optim.AdamW(groups, **options)
+            self._optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
         self._settings, self._iterations, self._scaler = settings, iterations, scaler
         self._done = 0  # iterations
         self._loss: Tensor | float = 0.0  # of this iteration so far

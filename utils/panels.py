@@ -18,9 +18,10 @@ _RED = (220, 30, 30)
 _JPEG = 65_500  # pixels, the longest side
 
 
-def save_mask(path: Path, ids: np.ndarray, palette: bytes) -> None:
+def save_mask(path: Path, ids: np.ndarray, palette: bytes, durable: bool = True) -> None:
     """Write class ids, (H, W) uint8, as a PNG of 768 bytes of palette, atomically."""
-    save(in_colour(ids, palette), path)
+    picture = in_colour(ids, palette)
+    write_atomically(path, lambda partial: picture.save(partial, "PNG"), durable)
 
 
 def save_overlay(path: Path, image: Image.Image, ids: np.ndarray, palette: bytes) -> None:

@@ -24,7 +24,6 @@ from dataset.query import Partner
 from dataset.reading import read_ids, read_image, to_input
 from dataset.training import RetrainSample, RetrainSamples
 from model.cisc.students import Labeler
-from model.ops.frozen import frozen
 from utils import IGNORE
 from utils.distributed import by_first
 from utils.evaluation import Predictor, base_size
@@ -116,7 +115,7 @@ class Panels:
         stage = self._stage
         if not self._numbers:
             return
-        predict = Predictor(frozen(net, stage.device), stage.device, stage.config.inference)
+        predict = Predictor(net.eval(), stage.device, stage.config.inference)
         row_of = self._row_of_votes if self._labeled_by else self._row_of_training
         rows = [row_of(number, predict, epoch) for number in self._numbers]
         titles = list(dict.fromkeys(title for row in rows for title in row))

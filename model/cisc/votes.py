@@ -27,7 +27,7 @@ from dataset.lists import Sample
 from dataset.loader import Chance, whole_images
 from model.networks import largest_stride, network_of
 from model.ops.bilinear import resize
-from model.ops.frozen import frozen
+from model.ops.frozen import freeze
 from utils.config.schema import Config
 from utils.device import Device
 from utils.distributed import broadcast, gathered
@@ -247,7 +247,7 @@ class PatchVoter:
         self._stride = largest_stride(config.model.backbone)
         model = config.model.model_copy(update={"output_stride": self._stride})
         classes = len(describe(config.dataset).classes)
-        net = frozen(network_of(model, classes, config.model.pretrained), device)
+        net = freeze(network_of(model, classes, config.model.pretrained), device)
         self._encoder, self._preprocessing = net.backbone, net.preprocessing
         drawn = chance.of(0, 0, 0).permutation(len(labeled))[:VOTERS]
         self._labeled = [labeled[number] for number in sorted(drawn)]

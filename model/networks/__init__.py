@@ -18,7 +18,7 @@ from model.networks.timm_encoders import (
 )
 from model.networks.weights import find_weights, read_weights
 from model.networks.xception import Xception65
-from model.ops.frozen import frozen
+from model.ops.frozen import freeze
 from utils.checkpoint import load_weights, put_weights
 from utils.config.schema import Config, ModelSection
 from utils.device import Device
@@ -128,4 +128,4 @@ def load_network(config: Config, file: Path) -> nn.Module:
 
 def load_frozen(config: Config, device: Device, file: Path) -> nn.Module:
     """Load the network of a checkpoint onto a device, frozen: for inference alone."""
-    return frozen(load_network(config, file), device)
+    return freeze(load_network(config, file), device)

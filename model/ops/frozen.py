@@ -1,6 +1,5 @@
 """Networks that only infer: batch norm folded into convolutions, weights cast once."""
 
-from copy import deepcopy
 from functools import partial
 
 import torch
@@ -18,45 +17,48 @@ _EXAMPLE = (1, 3, 64, 64)
 _TOLERANCE = 1e-3  # of the largest logit and feature: rounding is far below, a wrong fold far above
 
 
-def frozen(net: nn.Module, device: Device) -> nn.Module:
-    """Copy a network for inference: the same function in eval mode, within rounding, but faster.
+def freeze(net: nn.Module, device: Device) -> nn.Module:
+    """Turn a network, in place, into one that only infers: the same function, within rounding.
 
-    Autocast casts frozen weights anew in every pass; here they are cast for good. Which batch norm
-    is fed by which convolution is seen in a pass of a small image; batch norm stays as it is if
-    the folded network answers otherwise than the network.
+    It is faster than in eval mode. Autocast casts weights anew in every pass; here they are cast
+    for good. Which batch norm is fed by which convolution is seen in a pass of a small image; batch
+    norm stays as it is if the folded network answers otherwise than the network.
 
     Args:
-        net: stays as it is, whatever its mode.
-        device: where the copy goes, and in which precision its convolutions are.
+        net: is changed; it cannot be trained or saved afterwards.
+        device: where it goes, and in which precision its convolutions are.
 
     Returns:
-        The copy, in eval mode, without gradients. Call it under ``device.autocast()``.
+        The network, in eval mode, without gradients. Call it under ``device.autocast()``.
     """
-    copy = _folded(deepcopy(net).eval().requires_grad_(False))
+    _fold(net.eval().requires_grad_(False))
     if device.dtype != torch.float32:
-        for module in copy.modules():
+        for module in net.modules():
             if type(module) in (*_CONVOLUTIONS, nn.Linear):
                 module.to(device.dtype)
-    return device.place(copy)
+    return device.place(net)
 
 
 @torch.inference_mode(False)  # whose tensors have no version
 @torch.no_grad()
-def _folded(net: nn.Module) -> nn.Module:
+def _fold(net: nn.Module) -> None:
     like = next(net.parameters())
     images = torch.rand(_EXAMPLE, generator=torch.Generator().manual_seed(0)).to(like)
     expected, pairs = _trace(net, images)
-    folded = deepcopy(net)
+    replaced: dict[str, nn.Module] = {}
     for name, norm_name in pairs:
-        conv, norm = folded.get_submodule(name), folded.get_submodule(norm_name)
-        folded.set_submodule(name, fuse_conv_bn_eval(conv, norm))
+        conv, norm = net.get_submodule(name), net.get_submodule(norm_name)
+        replaced = {name: conv, norm_name: norm} | replaced  # the first of each name
+        net.set_submodule(name, fuse_conv_bn_eval(conv, norm))
         # timm's BatchNormAct2d activates too; what it drops in training it keeps in eval mode.
-        folded.set_submodule(norm_name, getattr(norm, "act", nn.Identity()))
+        net.set_submodule(norm_name, getattr(norm, "act", nn.Identity()))
     same = all(
         (one - other).abs().max() <= _TOLERANCE * other.abs().max()
-        for one, other in zip(folded(images), expected, strict=True)
+        for one, other in zip(net(images), expected, strict=True)
     )
-    return folded if same else net
+    if not same:
+        for name, module in replaced.items():
+            net.set_submodule(name, module)
 
 
 def _trace(net: nn.Module, images: Tensor) -> tuple[tuple[Tensor, ...], list[tuple[str, str]]]:

@@ -10,6 +10,7 @@ backward, no update) and of the frozen network's forward pass.
 import argparse
 import statistics
 import sys
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model import build_model
-from model.ops.frozen import frozen
+from model.ops.frozen import freeze
 from tests.benchmarks.timing import flop, seconds
 from utils.device import Device
 
@@ -71,7 +72,7 @@ def main() -> None:
         millions = sum(parameter.numel() for parameter in net.parameters()) / 1e6
         size = f"{millions:.1f} | {gigaflop:.1f}"
         for device in devices:
-            trained, fixed = device.place(net).train(), frozen(net, device)
+            trained, fixed = device.place(net).train(), freeze(deepcopy(net), device)
             images = device.move(torch.randn(typed.batch, 3, typed.crop, typed.crop))
             works = partial(step, device, trained, images), partial(forward, device, fixed, images)
             times = [[seconds(work) for _ in range(4)] for work in works]

@@ -36,7 +36,7 @@ from eval import evaluate
 from model import Segmenter, network_of
 from model.cisc.students import ClassPixels, Labeler
 from model.losses import cross_entropy
-from model.ops.frozen import frozen
+from model.ops.frozen import freeze
 from tests.benchmarks import plain
 from tests.benchmarks.timing import flop, seconds
 from utils.checkpoint import save
@@ -134,7 +134,7 @@ class Bench:
     def retrain_step(self, batch: tuple) -> Callable:
         section = {"weight": "cisc_map", "mix": "none", "threshold": 0.0}
         settings = self.config.retrain.model_copy(update=section)
-        labeler = Labeler(settings, frozen(self.network(), self.device))
+        labeler = Labeler(settings, freeze(self.network(), self.device))
         loss = partial(train.retrain_loss, labeled_loss=cross_entropy)
         seen = ClassPixels(self.classes).to(self.device.torch_device)
         return self.step(self.ours(), train.RetrainObjective(loss, seen, labeler, None), batch)

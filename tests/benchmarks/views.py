@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset.lists import read_splits
 from dataset.loader import whole_images
-from model.ops.frozen import frozen
-from train import trained_network
+from model.networks import load_frozen
 from utils import checkpoint
 from utils.config.reading import config_from
 from utils.device import Device
@@ -37,7 +36,7 @@ def main() -> None:
     content = checkpoint.load(typed.checkpoint)
     config = config_from(content["config"], str(typed.checkpoint), typed.settings)
     device = Device(config.device, config.precision)
-    net = frozen(trained_network(config, typed.checkpoint), device)
+    net = load_frozen(config, device, typed.checkpoint)
     unlabeled = read_splits(config.dataset).unlabeled
     samples = unlabeled[:: max(1, len(unlabeled) // typed.images)][: typed.images]
     predictors = {}

@@ -87,25 +87,22 @@ def read_config(path: str, overrides: Sequence[str] = (), method: str | None = N
     Raises:
         UserError: no such file, no YAML, an unknown key (the nearest is named), a wrong value.
     """
-    layers = [
-        *_file_layers(path),
-        *([] if method is None else [(_COMMAND_LINE, {"method": method})]),
-    ]
-    named = [
-        values["method"]
-        for _, values in [*layers, *map(_override, overrides)]
-        if "method" in values
-    ]
+    own = [] if method is None else [(_COMMAND_LINE, {"method": method})]
+    layers = [*_file_layers(path), *own]
+    overlay = f"methods/{_chosen_method([*layers, *map(_override, overrides)])}.yaml"
+    return _checked([*_file_layers(overlay), *layers], overrides)
+
+
+def _chosen_method(layers: Sequence[Layer]) -> str:
+    """Return the method that the last layer names, or the schema's default."""
+    named = [values["method"] for _, values in layers if "method" in values]
     chosen = named[-1] if named else Config.model_fields["method"].default
-    if chosen not in METHODS:
-        now = (
-            f"'{chosen}' is called '{_RENAMED_METHODS[chosen]}' now"
-            if chosen in _RENAMED_METHODS
-            else ""
-        )
-        known = f"{_SHORT.repr(chosen)} is not one of {', '.join(METHODS)}"
-        raise UserError(f"method: {now or known}")
-    return _checked([*_file_layers(f"methods/{chosen}.yaml"), *layers], overrides)
+    if chosen in METHODS:
+        return chosen
+    now = _RENAMED_METHODS.get(str(chosen))
+    if now is not None:
+        raise UserError(f"method: '{chosen}' is called '{now}' now")
+    raise UserError(f"method: {_SHORT.repr(chosen)} is not one of {', '.join(METHODS)}")
 
 
 def config_from(values: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:

@@ -172,7 +172,7 @@ def _rectification(run: RunFolder) -> dict[str, Any]:
         "weights": _weight_rows(weights),
         "reliability": figures.reliability(shown) if shown else "",
         "histogram": figures.histogram(scores, kept) if scores else "",
-        "correlation": None if found is None else _correlation(found["rank_correlation"]),
+        "correlation": _correlation(found or {}),
     }
 
 
@@ -268,10 +268,12 @@ def _weight_rows(weights: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     return rows if len(rows) > 1 else []
 
 
-def _correlation(value: float | None) -> str:
-    if value is None:
+def _correlation(found: Mapping[str, Any]) -> str:
+    if "rank_correlation" not in found:
         return ""
-    return f"Rank correlation of the scores with the true mIoU of the pseudo labels: {value:.2f}."
+    value = found["rank_correlation"]
+    shown = "undefined" if value is None else f"{value:.2f}"
+    return f"Rank correlation of the scores with the true mIoU of the pseudo labels: {shown}."
 
 
 def _confusion(predictions: Predictions) -> dict[str, Any] | None:

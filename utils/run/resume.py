@@ -111,7 +111,8 @@ class Progress:
 class Journal:
     """The masks that an unfinished labeling has written, and their mean confidence.
 
-    A line is added once its mask is there, and masks are written atomically: both are whole.
+    A line is added once its mask is there, and has its size: after a power cut a mask that the disk
+    has no more than a part of is written again.
 
     Args:
         stage: its ``unfinished`` folder keeps a file a process, ``masks.0.jsonl`` and so on.
@@ -131,7 +132,8 @@ class Journal:
     ) -> dict[str, float]:
         """Keep a batch whose masks are written; return confidence by image."""
         names = [mask.relative_to(self._stage.folder).as_posix() for mask in masks]
-        rows = zip(images, confidences, names, strict=True)
+        sizes = [mask.stat().st_size for mask in masks]
+        rows = zip(images, confidences, names, sizes, strict=True)
         lines = [json.dumps(dict(zip(_KEYS, row, strict=True))) for row in rows]
         # A kill may have cut the last line short: the next one begins anew.
         append_text(self._path, "".join(f"\n{line}" for line in lines))
@@ -140,7 +142,10 @@ class Journal:
 
     def _is_there(self, record: dict[str, Any]) -> bool:
         whole = all(isinstance(record.get(key), kind) for key, kind in _KEYS.items())
-        return whole and (self._stage.folder / record["mask"]).is_file()
+        path = self._stage.folder / record["mask"] if whole else None
+        # A power cut may have left a part of a mask.
+        return whole and path.is_file() and path.stat().st_size == record["bytes"]
 
 
-_KEYS = {"image": str, "confidence": float, "mask": str}  # of a line of the journal
+# Of a line of the journal.
+_KEYS = {"image": str, "confidence": float, "mask": str, "bytes": int}

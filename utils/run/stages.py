@@ -24,7 +24,15 @@ from utils.config.schema import Config
 from utils.device import Device
 from utils.distributed import barrier, broadcast, by_first, is_first
 from utils.errors import Stopped, UserError
-from utils.files import read_json, sha256, text_digest, write_json, write_text, writing
+from utils.files import (
+    read_json,
+    sha256,
+    text_digest,
+    write_atomically,
+    write_json,
+    write_text,
+    writing,
+)
 from utils.progress import clock
 from utils.run.comparison import portable, refuse_other_run
 from utils.run.log import Log, Numbers
@@ -79,7 +87,7 @@ class Stopwatch:
     @by_first
     def note(self) -> None:
         """Save the seconds."""
-        write_text(self._path, str(self.seconds))
+        write_atomically(self._path, lambda path: path.write_text(str(self.seconds)), durable=False)
 
 
 @dataclass(frozen=True)
@@ -161,14 +169,32 @@ def checkpoint_of(folder: Path) -> Path:
 
 
 def _finish(folder: Path, report: Report, made_from: str) -> None:
-    """Write ``stage.json``: the report, and the sha256 of every file that the stage made."""
+    """Write ``stage.json``: the report; size, time and sha256 of every file that the stage made."""
     made = sorted({path for pattern in _MADE for path in folder.glob(pattern)})
-    files = {path.relative_to(folder).as_posix(): sha256(path) for path in made}
+    files = {path.relative_to(folder).as_posix(): _entry(path) for path in made}
+    os.sync()  # the files are on the disk before the one that says that the stage has ended
     write_json(folder / "stage.json", {**report, "made_from": made_from, "files": files})
 
 
-def _read_finished(folder: Path) -> tuple[Report, dict[str, str]]:
+def _entry(path: Path) -> dict[str, Any]:
+    digest, status = sha256(path), path.stat()
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": digest}
+
+
+def _is_as_noted(path: Path, entry: dict[str, Any], verify: bool) -> bool:
+    """Compare a file with its ``_entry``: the content where the time differs, or to verify."""
+    if not path.is_file() or path.stat().st_size != entry.get("size", path.stat().st_size):
+        return False
+    read = verify or path.stat().st_mtime_ns != entry.get("mtime_ns")
+    return not read or sha256(path) == entry.get("sha256")
+
+
+def _read_finished(folder: Path, verify: bool = False) -> tuple[Report, dict[str, str]]:
     """Return a finished stage's report, and the sha256 of its files by path in the folder.
+
+    Args:
+        folder: of the stage.
+        verify: compare the content of all files, not of those alone whose time has changed.
 
     Raises:
         UserError: a file is gone or has changed since the stage ended.
@@ -179,14 +205,14 @@ def _read_finished(folder: Path) -> tuple[Report, dict[str, str]]:
     files = content.pop("files", None) if isinstance(content, dict) else None
     if not isinstance(files, dict):
         raise UserError(f"{folder / 'stage.json'}: is no report of a stage; {again}")
-    spoilt = [name for name, digest in files.items() if _digest(folder / name) != digest]
+    spoilt = [name for name, x in files.items() if not _is_as_noted(folder / name, x, verify)]
     if spoilt:
         more = f" and {len(spoilt) - 1} more files" if len(spoilt) > 1 else ""
         raise UserError(
             f"{folder / spoilt[0]}{more}: changed or gone since {folder.name} ended; {again}"
         )
     content.pop("made_from", None)
-    return content, files
+    return content, {name: entry.get("sha256", "") for name, entry in files.items()}
 
 
 def _made_in(folder: Path) -> list[Path]:
@@ -198,10 +224,6 @@ def _made_in(folder: Path) -> list[Path]:
             inside = (name for name in files if not {"..", "/"} & {*Path(name).parts})
             return [folder / name for name in inside]
     return [path for pattern in _MADE for path in folder.glob(pattern)]
-
-
-def _digest(path: Path) -> str | None:
-    return sha256(path) if path.is_file() else None
 
 
 def _remove(*paths: Path) -> None:
@@ -258,6 +280,7 @@ class Run:
         from_stage: do stages of this number and later again; None continues the run.
         fresh: remove all that the run has made, with its logs.
         lists: digests of the lists of images and of their files; kept as ``lists.json``.
+        verify: compare the content of finished stages' files, not their sizes and times alone.
 
     Attributes:
         device: where and in which precision networks run.
@@ -276,6 +299,7 @@ class Run:
         from_stage: int | None = None,
         fresh: bool = False,
         lists: Mapping[str, str] = MappingProxyType({}),
+        verify: bool = False,
     ) -> None:
         self.config = config
         self.device = Device(config.device, config.precision)
@@ -284,6 +308,7 @@ class Run:
         self.log = Log(self.folder)
         self._first, self._fresh, self._lists = 1 if fresh else from_stage, fresh, dict(lists)
         self._files: dict[str, str] = {}
+        self._verify = verify
 
     def __enter__(self) -> "Run":
         """Lock the folder, compare settings, open the logs."""
@@ -326,11 +351,13 @@ class Run:
         """
         folder = self.folder / name
         made_from = text_digest(json.dumps(self._files))
-        if broadcast(self._is_done, folder, made_from):
+        done = broadcast(self._is_done, folder, made_from)
+        if done:
             self.log.say(f"{name}: already finished, skipping")
         else:
             self._work(name, work, inputs, made_from)
-        self.stages[name], files = broadcast(_read_finished, folder)
+        verify = self._verify and done
+        self.stages[name], files = broadcast(_read_finished, folder, verify)
         self._files |= {f"{name}/{file}": digest for file, digest in files.items()}
         return folder
 
