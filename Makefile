@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 OLDEST := .venv-oldest/bin
 
-.PHONY: demo test test-all test-oldest lint format
+.PHONY: demo test test-fast test-all test-oldest lint format docs-check
 
 demo: .venv/run.stamp
 	$(BIN)/python -m dataset.demo data/demo
@@ -14,6 +14,9 @@ demo: .venv/run.stamp
 
 test: .venv/dev.stamp
 	$(PYTEST) -m "not exhaustive"
+
+test-fast: .venv/dev.stamp
+	$(PYTEST) -m "not slow and not exhaustive"
 
 test-all: .venv/dev.stamp
 	$(PYTEST)
@@ -24,6 +27,9 @@ test-oldest: .venv-oldest/dev.stamp
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs-check: .venv/dev.stamp
+	$(BIN)/python -m pytest -q tests/test_docs.py
 
 format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .

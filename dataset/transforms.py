@@ -74,7 +74,7 @@ def random_view(
     """Draw a weak augmentation: long side to U(scale) x base_size, random crop, mirror.
 
     ``size`` is the image's (height, width), ``target`` the (row, column) of a pixel of it that the
-    window must show. Source: docs/method.md, sections 5 and 10; aiming replaces unbounded retries.
+    window must show. Source: docs/method.md, sections 5 and 13; aiming replaces unbounded retries.
     """
     long_side = rng.uniform(*augment.scale) * augment.base_size
     scaled = tuple(max(1, round(side * long_side / max(size))) for side in size)
@@ -92,7 +92,7 @@ def random_view(
 def recolour(image: Image.Image, settings: StrongSection, rng: np.random.Generator) -> Image.Image:
     """Jitter colours, grey, blur: the strong augmentation; torch's generators keep their state.
 
-    Source: docs/method.md, section 10; the defaults are those of ST++.
+    Source: docs/method.md, section 13; the defaults are those of ST++.
     """
     colours = v2.Compose(
         [

@@ -6,20 +6,27 @@ import shutil
 import signal
 import sys
 import time
+from itertools import pairwise
 from threading import Timer
 
 import pytest
 import yaml
+from conftest import refusal
 
+from dataset.lists import read_splits
 from utils import study
-from utils.config.reading import METHODS, read_config
+from utils.config.reading import METHODS, flat, read_config
 from utils.errors import Stopped, UserError
+
+
+def plan(methods, words, draws=((0, 0),), config="demo.yaml"):
+    return study.plan(config, study.read_rows(methods), draws, words)
 
 
 @pytest.fixture
 def jobs(tmp_path):
-    methods = ["supervised", "self_training", "cisc_published"]
-    return study.plan("demo.yaml", methods, [0, 1], [f"outdir={tmp_path}"])
+    methods = ["supervised", "self_training", "cisc tried=4"]
+    return plan(methods, [f"outdir={tmp_path}"], [(0, 0), (1, 0)])
 
 
 def test_supervised_training_is_planned_at_three_lengths(jobs):
@@ -30,11 +37,11 @@ def test_supervised_training_is_planned_at_three_lengths(jobs):
 
 
 def test_stage_1_is_shared_where_its_settings_agree(jobs):
-    once, twice, _, self_training, published = (job.config for job in jobs[::2])
+    once, twice, _, self_training, paper = (job.config for job in jobs[::2])
     assert study.share_stage_1(once, self_training)
     assert not study.share_stage_1(once, twice)
     assert not study.share_stage_1(once, jobs[1].config)  # another seed
-    assert not study.share_stage_1(self_training, published)  # consistency
+    assert not study.share_stage_1(self_training, paper)  # consistency
     other = read_config("demo.yaml", ["precision=bf16"], "self_training")
     assert not study.share_stage_1(self_training, other)
     stable = read_config("demo.yaml", [], "st++")
@@ -42,37 +49,82 @@ def test_stage_1_is_shared_where_its_settings_agree(jobs):
 
 
 def test_a_method_may_have_settings_of_its_own(tmp_path):
-    method = "cisc stages=[1,2,6] pseudo_label.neighbours=false"
-    (job,) = study.plan("demo.yaml", [method], [0], [f"outdir={tmp_path}"])
-    assert job.row == method
-    assert not job.config.pseudo_label.neighbours
+    method = "cisc_patch stages=[1,2,6] pseudo_label.votes=false"
+    (job,) = plan([f"{method} tried=3"], [f"outdir={tmp_path}"])
+    assert (job.row.title, job.row.tried) == (method, 3)
+    assert not job.config.pseudo_label.votes
     assert job.config.retrain.iterations == 2 * read_config("demo.yaml").retrain.iterations
-    assert job.folder.name == "cisc-stages-1-2-6-pseudo_label.neighbours-false_0"
+    assert job.folder.name == "cisc_patch-stages-1-2-6-pseudo_label.votes-false_0"
     assert job.log.name == f"{job.folder.name}.log"
 
 
+def test_the_ladder_changes_one_thing_a_row_from_the_paper_to_ours(tmp_path):
+    """Every row trains as many iterations on as many crops; the last one is ``cisc_patch``."""
+    rows = [flat(job.config.model_dump()) for job in plan(["ladder"], [f"outdir={tmp_path}"])]
+    changes = [
+        {key for key in row if row[key] != before[key]} - {"name"} for before, row in pairwise(rows)
+    ]
+    assert changes == [
+        {"retrain.start"},
+        {"retrain.mix", "pseudo_label.threshold"},
+        {"retrain.weight"},
+        {"pseudo_label.votes"},
+        {"method", "supervised.consistency"},
+    ]
+    assert rows[0] | {"name": ""} == plain("cisc", tmp_path)
+    assert rows[-1] | {"name": ""} == plain("cisc_patch", tmp_path)
+
+
+def plain(method, outdir):
+    config = read_config("demo.yaml", [f"outdir={outdir / 'demo_study'}"], method)
+    return flat(config.model_dump()) | {"name": ""}
+
+
 def test_a_study_may_be_named(tmp_path):
-    words = [f"outdir={tmp_path}", "name=small"]
-    jobs = study.plan("demo.yaml", ["self_training", "cisc"], [0], words)
+    jobs = plan(["self_training", "cisc"], [f"outdir={tmp_path}", "name=small"])
     names = ["self_training_0", "cisc_0"]
     assert [job.folder for job in jobs] == [tmp_path / "small_study" / name for name in names]
 
 
+def test_labeled_lists_of_the_same_size_are_drawn_from_images_with_masks(demo_root, tmp_path):
+    words = [f"outdir={tmp_path}", f"dataset.root={demo_root}"]
+    one, two = plan(["cisc_patch"], words, [(0, 0), (0, 1)])
+    assert two.folder.name == "cisc_patch_0_list1"
+    for number in (1, 2):
+        study.draw_lists(one.config, number, tmp_path / "demo_study" / "lists" / str(number))
+    ours, drawn = (read_splits(job.config.dataset) for job in (one, two))  # without a fault
+    assert len(drawn.labeled) == len(ours.labeled) == 6
+    assert {x.name for x in (*drawn.labeled, *drawn.unlabeled)} == {
+        x.name for x in (*ours.labeled, *ours.unlabeled)
+    }
+    lists = [(tmp_path / "demo_study" / "lists" / n / "labeled.txt").read_text() for n in "12"]
+    assert lists[0] != lists[1]
+    bare = read_config("demo.yaml", [*words, "panels.truth=null"])
+    assert "set panels.truth=LIST" in refusal(study.draw_lists, bare, 1, tmp_path)
+
+
 def test_the_table_compares_equal_seeds_with_the_best_supervised_row(jobs):
     for job in jobs:
-        seed = job.config.seed
-        miou = {"supervised": 0.5, "supervised x 2": 0.6 + seed / 50}.get(job.row, 0.5 + seed / 10)
+        seed, title = job.config.seed, job.row.title
+        miou = {"supervised": 0.5, "supervised x 2": 0.6 + seed / 50}.get(title, 0.5 + seed / 10)
         stage = {"seconds": 60, "labeled_crops": 7, "unlabeled_crops": 5, "teacher_crops": 3}
+        last = {**stage, "best_miou": miou + 0.01}
         job.folder.mkdir(parents=True)
-        results = {"miou": miou, "stages": {"1_supervised": stage, "6_retrain": stage}}
+        results = {"miou": miou, "stages": {"1_supervised": stage, "6_retrain": last}}
+        if title == "cisc":
+            results["test"] = {"miou": 0.25}
         (job.folder / "results.json").write_text(json.dumps(results))
     lines = study.table(jobs).split("\n")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert rows[0][2] == "against supervised x 2"
+    counts = ["labeled crops", "unlabeled crops", "seconds", "tried"]
+    head = ["mIoU", "against supervised x 2", "best on val", "test", "start", *counts]
+    assert rows[0] == ["method", *head]
     by_method = {row[0]: row[1:] for row in rows[2:]}
     assert by_method["supervised x 2"][:2] == ["61.0 ± 1.4", ""]
     # 50 and 60 against 60 and 62: -10 and -2
-    assert by_method["self_training"] == ["55.0 ± 7.1", "-6.0 ± 5.7", "2.0", "14", "10", "6"]
+    own = ["55.0 ± 7.1", "-6.0 ± 5.7", "56.0 ± 7.1", "", "encoder", "14", "10", "120", "1"]
+    assert by_method["self_training"] == own
+    assert by_method["cisc"][3:] == ["25.0 ± 0.0", "encoder", "14", "10", "120", "4"]
 
 
 def test_a_section_of_a_document_is_replaced(tmp_path):
@@ -90,7 +142,7 @@ def test_a_section_of_a_document_is_replaced(tmp_path):
 def test_stages_of_other_settings_are_not_taken_over(tmp_path):
     """A folder of an earlier study with another learning rate is no source."""
     words = [f"outdir={tmp_path}"]
-    old = study.plan("demo.yaml", ["supervised"], [0], [*words, "optimizer.lr=0.1"])[0]
+    old = plan(["supervised"], [*words, "optimizer.lr=0.1"])[0]
     (old.folder / "1_supervised").mkdir(parents=True)
     (old.folder / "1_supervised" / "stage.json").write_text("{}")
     for name in ("lists.json", "environment.json"):
@@ -99,7 +151,7 @@ def test_stages_of_other_settings_are_not_taken_over(tmp_path):
 
     def taken(settings):
         (old.folder / "config.yaml").write_text(yaml.safe_dump(old.config.model_dump(mode="json")))
-        jobs = study.plan("demo.yaml", ["supervised", "self_training"], [0], settings)
+        jobs = plan(["supervised", "self_training"], settings)
         study.take_over(jobs[-1], jobs)
         return (jobs[-1].folder / "1_supervised" / "stage.json").is_file()
 
@@ -118,6 +170,9 @@ def test_wrong_words_are_refused(complaint):
     assert "'' is not one of" in complaint(study, *words, "cisc,")
     assert "twice" in complaint(study, *words, "cisc,cisc")
     assert "below 1" in complaint(study, *words, "supervised", "--processes", "0")
+    assert "below 1" in complaint(study, *words, "supervised", "--lists", "0")
+    assert "tried=N counts" in complaint(study, *words, "cisc tried=many")
+    assert "twice" in complaint(study, *words, "ladder,cisc_patch")
 
 
 @pytest.mark.exhaustive
@@ -152,7 +207,7 @@ def test_a_signal_ends_the_runs_and_starts_no_other(tmp_path, monkeypatch):
     program.write_text("import time\nprint('started', flush=True)\ntime.sleep(600)\n")
     monkeypatch.setattr(study, "TRAIN", program)
     words = [f"outdir={tmp_path}"]
-    jobs = study.plan("demo.yaml", ["self_training", "fixmatch"], [0], words)
+    jobs = plan(["self_training", "fixmatch"], words)
     Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
     before = signal.signal(signal.SIGTERM, study._stop)
     begin = time.monotonic()
@@ -165,7 +220,7 @@ def test_a_signal_ends_the_runs_and_starts_no_other(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_that_fails_is_named_with_its_log(tmp_path):
-    jobs = study.plan("demo.yaml", ["supervised"], [0], [f"outdir={tmp_path}", "dataset.root=none"])
+    jobs = plan(["supervised"], [f"outdir={tmp_path}", "dataset.root=none"])
     with pytest.raises(UserError, match=r"1 runs failed: see .*supervised_0\.log"):
         study.work(jobs[:1], 1)
     assert "none" in (jobs[0].log).read_text()

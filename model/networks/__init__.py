@@ -24,7 +24,12 @@ from utils.config.schema import Config, ModelSection
 from utils.device import Device
 from utils.errors import UserError
 
-NETWORKS = {"deeplabv3plus": DeepLabV3Plus, "pspnet": PSPNet, "deeplabv2": DeepLabV2, "dpt": DPT}
+NETWORKS = {
+    "deeplabv3plus": DeepLabV3Plus,
+    "pspnet": PSPNet,
+    "deeplabv2": DeepLabV2,
+    "dpt": DPT,
+}
 BACKBONES = (*BLOCKS, "xception65")  # and timm/<name>
 STEMS = ("plain", "deep")
 
