@@ -54,13 +54,9 @@ def export(net: nn.Module, path: Path) -> float:
 
     def write_and_check(partial: Path) -> None:
         nonlocal difference
-        try:
-            with _quiet():
-                write(plain, partial)
-                difference = _largest_difference(plain, read(partial), path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with _quiet():
+            write(plain, partial)
+            difference = _largest_difference(plain, read(partial), path)
 
     write_atomically(path, write_and_check)
     return difference
