@@ -11,7 +11,7 @@ python eval.py outdir/demo --diagnose data/demo/truth.txt [--json FILE]
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from itertools import combinations, product
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from utils.errors import Parser, UserError, exit_with_one_line
 from utils.evaluation import ConfusionMatrix, lay_out_ious, passes, validate
 from utils.export import export
 from utils.files import write_json
+from utils.outputs import Output, refuse_outputs
 from utils.panels import save_legend, save_mask, save_overlay
 from utils.scores import Scores, boundary_overlap, compared, laid_out
 
@@ -171,22 +172,25 @@ def read_arguments() -> argparse.Namespace:
     return arguments
 
 
-def refuse_inputs(arguments: argparse.Namespace, root: Path) -> None:
-    """Refuse to write where files are read: pictures, the data root, the checkpoint."""
-    read = {"--images": arguments.images, "dataset.root": root, "checkpoint": arguments.checkpoint}
+def refuse_places(arguments: argparse.Namespace, nets: Mapping[str, Segmenter]) -> None:
+    """Refuse to write where files are read, or over a run's or others' files."""
+    roots = {f"dataset.root of {name}": net.config.dataset.root for name, net in nets.items()}
+    read = {**roots, **{f"checkpoint {name}": name for name in nets}}
+    read |= {"--images": arguments.images, "--config": arguments.config}
     written = [
-        ("--save-masks", arguments.save_masks),
-        ("--json", arguments.json),
-        ("--export", arguments.export),
+        Output("--save-masks", arguments.save_masks),
+        Output("--json", arguments.json, [".json"]),
     ]
+    if arguments.export is not None:
+        suffix = arguments.export.suffix
+        written.append(Output("--export", arguments.export, [suffix] if suffix else []))
     if arguments.out is not None:
-        written += [("--out", arguments.out / folder) for folder in ("masks", "overlays")]
-    for (key, path), (other, place) in product(written, read.items()):
-        if path is None or place is None:
-            continue
-        one, two = path.resolve(), place.resolve()
-        if one.is_relative_to(two) or (other == "--images" and two.is_relative_to(one)):
-            raise UserError(f"{key}: {path} would lie where {other} is read, {place}; change it")
+        folders = ("masks", "overlays")
+        written += [Output("--out", arguments.out / folder) for folder in folders]
+    refuse_outputs(
+        [each for each in written if each.path is not None],
+        {name: Path(place) for name, place in read.items() if place is not None},
+    )
 
 
 def main() -> None:
@@ -218,7 +222,7 @@ def run(arguments: argparse.Namespace) -> None:
         for name in arguments.checkpoints
     }
     net = nets[arguments.checkpoints[0]]
-    refuse_inputs(arguments, Path(net.config.dataset.root))
+    refuse_places(arguments, nets)
     if len(nets) > 1 or arguments.markdown:
         comparison = compare(nets)
         say(laid_out(comparison, arguments.markdown))

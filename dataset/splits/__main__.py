@@ -16,6 +16,7 @@ from dataset.splits.make import make_lists
 from utils.config.reading import read_config
 from utils.errors import Parser, UserError, exit_with_one_line
 from utils.files import write_json
+from utils.outputs import Output, refuse_outputs
 
 
 def main() -> None:
@@ -61,6 +62,8 @@ def make(typed: argparse.Namespace, settings: list[str]) -> None:
 
 def check(typed: argparse.Namespace, settings: list[str]) -> None:
     """Look for what would invalidate a result; a ``UserError`` if training would refuse it."""
+    if typed.json is not None:
+        refuse_outputs([Output("--json", typed.json, [".json"])], {"--config": Path(typed.config)})
     found = audit(read_config(typed.config, settings))
     print(*table_of(found), sep="\n")
     if typed.json is not None:

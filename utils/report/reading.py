@@ -14,8 +14,7 @@ from utils.config.schema import Config
 from utils.errors import UserError
 from utils.files import read_json, read_records
 from utils.run.comparison import differing_keys
-
-STAGES = ("1_supervised", "2_pseudo_label", "3_select", "4_retrain", "5_relabel", "6_retrain")
+from utils.run.folder import STAGES
 
 
 class PredictedImage(NamedTuple):
