@@ -25,7 +25,7 @@ from dataset.reading import read_image
 from model import Segmenter
 from model.diagnosis import diagnose
 from utils import checkpoint
-from utils.config.reading import read_config
+from utils.config.schema import Config
 from utils.device import Device
 from utils.diagnosis import lay_out_diagnosis
 from utils.distributed import broadcast, by_first, joined, merged
@@ -35,6 +35,7 @@ from utils.export import export
 from utils.files import write_json
 from utils.outputs import Output, refuse_outputs
 from utils.panels import save_legend, save_mask, save_overlay
+from utils.run.folder import read_kept
 from utils.scores import Scores, boundary_overlap, compared, laid_out
 
 _SEVERAL, _OF_LOADING = "several checkpoints", {"--config", "--reset-classifier"}
@@ -172,11 +173,16 @@ def read_arguments() -> argparse.Namespace:
     return arguments
 
 
-def refuse_places(arguments: argparse.Namespace, nets: Mapping[str, Segmenter]) -> None:
-    """Refuse to write where files are read, or over a run's or others' files."""
-    roots = {f"dataset.root of {name}": net.config.dataset.root for name, net in nets.items()}
-    read = {**roots, **{f"checkpoint {name}": name for name in nets}}
-    read |= {"--images": arguments.images, "--config": arguments.config}
+def refuse_places(arguments: argparse.Namespace, configs: Mapping[str, Config]) -> None:
+    """Refuse to write where files are read, or over a run's or others' files.
+
+    Args:
+        arguments: of the command line.
+        configs: by the name of their checkpoint or run folder.
+    """
+    read = {f"dataset.root of {name}": configs[name].dataset.root for name in configs}
+    read |= {f"checkpoint {name}": name for name in configs}
+    read |= {name: getattr(arguments, name[2:]) for name in ("--images", "--config", "--diagnose")}
     written = [
         Output("--save-masks", arguments.save_masks),
         Output("--json", arguments.json, [".json"]),
@@ -204,8 +210,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Evaluate, segment or export as the command line says; rank 0 prints."""
     say = by_first(print)
     if arguments.diagnose is not None:
-        config = read_config(str(arguments.checkpoint / "config.yaml"), arguments.settings)
-        refuse_inputs(arguments, Path(config.dataset.root))
+        config = read_kept(arguments.checkpoint, arguments.settings)
+        refuse_places(arguments, {arguments.checkpoints[0]: config})
         device = Device(config.device, config.precision)
         found = diagnose(arguments.checkpoint, config, device, arguments.diagnose)
         say(lay_out_diagnosis(found))
@@ -222,7 +228,7 @@ def run(arguments: argparse.Namespace) -> None:
         for name in arguments.checkpoints
     }
     net = nets[arguments.checkpoints[0]]
-    refuse_places(arguments, nets)
+    refuse_places(arguments, {name: each.config for name, each in nets.items()})
     if len(nets) > 1 or arguments.markdown:
         comparison = compare(nets)
         say(laid_out(comparison, arguments.markdown))

@@ -75,6 +75,11 @@ def test_folder_is_made_and_nothing_else_is_left_there(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    write_json(tmp_path / "x.json", {"a": [float("nan"), (float("inf"), 1.5)], "b": {"c": -0.0}})
+    assert read_json(tmp_path / "x.json") == {"a": [None, [None, 1.5]], "b": {"c": 0.0}}
+
+
 def test_content_is_on_the_disk_before_its_name_and_the_name_thereafter(tmp_path, monkeypatch):
     path, flushed = tmp_path / "results.json", []
 
