@@ -183,17 +183,23 @@ class Splits(NamedTuple):
     val: list[Sample]
     test: Sequence[Sample] = ()  # scored once, when a run ends; may be empty
 
-    def digests(self) -> dict[str, str]:
-        """Return a sha256 of each list, by its name: of the files it names, in their order.
-
-        And, by ``<name> files``, of the sizes and times of these files. A data set that is moved
-        keeps the first; copied, it may get other times.
-        """
+    def list_digests(self) -> dict[str, str]:
+        """Return a sha256 of each list, by its name: of the files it names, in their order."""
         digests = {}
         for name, samples in zip(self._fields, self, strict=True):
             masks = [x.mask and os.path.relpath(x.mask, x.image.parent) for x in samples]
             lines = (f"{x.name} {mask}" for x, mask in zip(samples, masks, strict=True))
             digests[name] = text_digest("\n".join(lines))
+        return digests
+
+    def digests(self) -> dict[str, str]:
+        """Return ``list_digests``, and by ``<name> files`` a sha256 of the files' sizes and times.
+
+        A data set that is moved keeps the first; copied, it may get other times.
+        """
+        lists, digests = self.list_digests(), {}
+        for name, samples in zip(self._fields, self, strict=True):
+            digests[name] = lists[name]
             stats = [file.stat() for x in samples for file in (x.image, x.mask) if file]
             times = "\n".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)
             digests[f"{name} files"] = text_digest(times)

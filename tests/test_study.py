@@ -75,6 +75,18 @@ def test_the_table_compares_equal_seeds_with_the_best_supervised_row(jobs):
     assert by_method["self_training"] == ["55.0 ± 7.1", "-6.0 ± 5.7", "2.0", "14", "10", "6"]
 
 
+def test_a_section_of_a_document_is_replaced(tmp_path):
+    file = tmp_path / "results.md"
+    file.write_text("# Results\n")
+    for text in ("## demo\n\nold\n", "## demo\n\nnew\n"):
+        study.put_section(file, "demo", text)
+        study.put_section(file, "other", "## other\n")
+    content = file.read_text()
+    assert content.startswith("# Results\n")
+    assert content.count("new") == content.count("## other") == 1
+    assert "old" not in content
+
+
 def test_stages_of_other_settings_are_not_taken_over(tmp_path):
     """A folder of an earlier study with another learning rate is no source."""
     words = [f"outdir={tmp_path}"]
@@ -106,25 +118,6 @@ def test_wrong_words_are_refused(complaint):
     assert "'' is not one of" in complaint(study, *words, "cisc,")
     assert "twice" in complaint(study, *words, "cisc,cisc")
     assert "below 1" in complaint(study, *words, "supervised", "--processes", "0")
-
-
-@pytest.mark.parametrize(
-    ("file", "told"),
-    [
-        ("results.txt", "results.txt is there and is no .md"),
-        ("unpaired.md", "unpaired.md:1: <!-- study demo -->"),
-        ("latin.md", "latin.md: cannot read this as UTF-8"),
-        ("folder", "folder is a folder"),
-    ],
-)
-def test_a_document_is_checked_before_any_run(complaint, tmp_path, monkeypatch, file, told):
-    monkeypatch.setattr(study, "work", None)  # it would fail
-    (tmp_path / "results.txt").touch()
-    (tmp_path / "unpaired.md").write_text("<!-- study demo -->\n")
-    (tmp_path / "latin.md").write_bytes(b"\xe9")
-    (tmp_path / "folder").mkdir()
-    words = ("--config", "demo.yaml", "--methods", "cisc", f"outdir={tmp_path}")
-    assert told in complaint(study, *words, "--write", tmp_path / file)
 
 
 @pytest.mark.exhaustive
