@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.lists import Sample, find_pictures, mask_file, read_val, readable
+from dataset.lists import Sample, find_pictures, is_same_list, mask_file, read_val, readable
 from dataset.loader import whole_images
 from dataset.reading import read_image
 from model import Segmenter
@@ -96,9 +96,10 @@ def compare(nets: Mapping[str, Segmenter]) -> dict[str, Any]:
             raise UserError(
                 f"{other}: has other classes than {first}; compare networks of one task"
             )
-        if [x.name for x in lists[other]] != [x.name for x in lists[first]]:
+        if not is_same_list(lists[first], lists[other]):
             raise UserError(
-                f"{other}: is validated on other images than {first}; set dataset.val=LIST for both"
+                f"{other}: is validated on other images than {first}, or other masks; set "
+                "dataset.root=DIR or dataset.val=LIST for both"
             )
     found = {name: scores_of(net, lists[name]) for name, net in nets.items()}
     return compared(found, nets[first].classes)

@@ -18,7 +18,7 @@ from dataset.reading import picture_size, read_ids, read_image, read_mask
 from utils import IGNORE
 from utils.config.schema import DatasetSection
 from utils.errors import UserError
-from utils.files import text_digest, write_text
+from utils.files import sha256, text_digest, write_text
 from utils.progress import no_bar
 
 
@@ -79,6 +79,29 @@ def mask_file(folder: Path, sample: Sample) -> Path:
 def with_pseudo_masks(samples: Iterable[Sample], folder: Path) -> list[Sample]:
     """Return the samples with their pseudo labels in a folder."""
     return [sample._replace(mask=mask_file(folder, sample), ids=None) for sample in samples]
+
+
+def is_same_list(one: Sequence[Sample], other: Sequence[Sample]) -> bool:
+    """Tell whether two lists name the same images with the same masks, wherever these are.
+
+    Files at two places are compared by their content.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    if [(x.name, x.ids) for x in one] != [(x.name, x.ids) for x in other]:
+        return False
+    pairs = [
+        (a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x[1:3], y[1:3], strict=True)
+    ]
+    with ThreadPool() as pool:
+        return all(pool.imap(lambda pair: _is_same_file(*pair), pairs))
+
+
+def _is_same_file(one: Path | None, other: Path | None) -> bool:
+    if one is None or other is None or one == other:
+        return one == other
+    return one.samefile(other) or sha256(one) == sha256(other)
 
 
 _WORD = re.compile(r'"([^"]*)"|([^\s"]+)')
