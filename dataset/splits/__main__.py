@@ -5,6 +5,7 @@ check   look for what would invalidate a result: counts, overlaps, files, classe
 """
 
 import argparse
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -74,10 +75,11 @@ def check(typed: argparse.Namespace, settings: list[str]) -> None:
 
 
 def _fraction(text: str) -> Fraction:
-    try:
-        return Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise UserError(f"--fraction: '{text}' is no share; write 1/8 or 0.125") from None
+    # Without exponents: Fraction writes 1e-999999999 out.
+    number = re.fullmatch(r"\d{1,9}/0*[1-9]\d{0,8}|\d?\.\d{1,20}|\d{1,9}", text, re.ASCII)
+    if number is None:
+        raise UserError(f"--fraction: '{text[:40]}' is no share; write 1/8 or 0.125")
+    return Fraction(text)
 
 
 if __name__ == "__main__":
