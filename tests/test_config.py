@@ -261,6 +261,7 @@ def test_settings_on_the_command_line(write, setting, expected):
 @pytest.mark.parametrize(
     ("wrong", "nearest"),
     [
+        ("inference.scale", "inference.scales"),
         ("model.backbon", "model.backbone"),
         ("sead", "seed"),
         ("retrain.epoch", "retrain.epochs"),

@@ -140,7 +140,8 @@ class _Same(nn.Module):
 def _check_request(path: Path) -> None:
     if path.suffix not in PACKAGES:
         raise UserError(
-            f"{path}: export writes {' or '.join(PACKAGES)}; '{path.suffix}' is neither"
+            f"{path}: export writes .onnx, .pt2, .pth, .safetensors, or a folder (a path without "
+            f"a suffix); '{path.suffix}' is none of them"
         )
     if path.suffix == ".onnx" and torch.__version__ < ONNX_SINCE:
         raise UserError(
