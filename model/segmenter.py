@@ -214,8 +214,13 @@ class Segmenter:
             with TemporaryDirectory() as folder:
                 self.save(Path(folder) / "net")
                 return str(hub.upload_folder(repo_id=repository, folder_path=f"{folder}/net"))
-        except (OSError, hub.errors.HFValidationError) as error:  # of the hub, and of connections
-            raise UserError(f"{repository}: the hub took nothing ({_line(error)})") from error
+        except UserError:
+            raise
+        except Exception as error:  # the hub's own, and those of whatever library it connects by
+            raise UserError(
+                f"{repository}: upload failed ({_line(error)}); check the connection, the name and "
+                "'hf auth login'"
+            ) from error
 
 
 def _local(source: str | Path) -> Path:

@@ -159,7 +159,7 @@ def test_a_hub_that_is_not_reached_is_one_line(net, monkeypatch):
         raise hub.errors.OfflineModeIsEnabled("no network\nat all")
 
     monkeypatch.setattr(hub, "create_repo", offline)
-    assert refusal(net.push, "me/x") == "me/x: the hub took nothing (no network)"
+    assert refusal(net.push, "me/x").startswith("me/x: upload failed (no network); check the conn")
     line = refusal(Segmenter.load, "hf:me/no-such-network")
     assert line.startswith("hf:me/no-such-network: the Hugging Face hub gives no such repository (")
     assert "\n" not in line
@@ -181,6 +181,14 @@ def test_a_path_that_is_no_checkpoint_never_asks_the_hub(finished, monkeypatch):
     }.items():
         line = refusal(Segmenter.load, typed)
         assert line.startswith(f"{typed}: no such checkpoint; {advice}")
+
+
+def test_an_upload_that_fails_in_any_way_is_one_line(net, monkeypatch):
+    def refuse(*_, **__):  # the hub's libraries for HTTP raise errors of their own
+        raise type("ConnectError", (Exception,), {})("name not known")
+
+    monkeypatch.setattr(hub, "create_repo", refuse)
+    assert "me/x: upload failed (name not known)" in refusal(net.push, "me/x")
 
 
 @pytest.mark.parametrize(
