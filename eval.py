@@ -11,7 +11,7 @@ python eval.py outdir/demo --diagnose data/demo/truth.txt [--json FILE]
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from itertools import combinations, product
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.lists import Sample, find_pictures, mask_file, read_val, readable
+from dataset.lists import Sample, find_pictures, is_same_list, mask_file, read_val, readable
 from dataset.loader import whole_images
 from dataset.reading import read_image
 from model import Segmenter
 from model.diagnosis import diagnose
 from utils import checkpoint
-from utils.config.reading import read_config
+from utils.config.schema import Config
 from utils.device import Device
 from utils.diagnosis import lay_out_diagnosis
 from utils.distributed import broadcast, by_first, joined, merged
@@ -33,7 +33,9 @@ from utils.errors import Parser, UserError, exit_with_one_line
 from utils.evaluation import ConfusionMatrix, lay_out_ious, passes, validate
 from utils.export import export
 from utils.files import write_json
+from utils.outputs import Output, refuse_outputs
 from utils.panels import save_legend, save_mask, save_overlay
+from utils.run.folder import read_kept
 from utils.scores import Scores, boundary_overlap, compared, laid_out
 
 _SEVERAL, _OF_LOADING = "several checkpoints", {"--config", "--reset-classifier"}
@@ -94,9 +96,10 @@ def compare(nets: Mapping[str, Segmenter]) -> dict[str, Any]:
             raise UserError(
                 f"{other}: has other classes than {first}; compare networks of one task"
             )
-        if [x.name for x in lists[other]] != [x.name for x in lists[first]]:
+        if not is_same_list(lists[first], lists[other]):
             raise UserError(
-                f"{other}: is validated on other images than {first}; set dataset.val=LIST for both"
+                f"{other}: is validated on other images than {first}, or other masks; set "
+                "dataset.root=DIR or dataset.val=LIST for both"
             )
     found = {name: scores_of(net, lists[name]) for name, net in nets.items()}
     return compared(found, nets[first].classes)
@@ -171,22 +174,30 @@ def read_arguments() -> argparse.Namespace:
     return arguments
 
 
-def refuse_inputs(arguments: argparse.Namespace, root: Path) -> None:
-    """Refuse to write where files are read: pictures, the data root, the checkpoint."""
-    read = {"--images": arguments.images, "dataset.root": root, "checkpoint": arguments.checkpoint}
+def refuse_places(arguments: argparse.Namespace, configs: Mapping[str, Config]) -> None:
+    """Refuse to write where files are read, or over a run's or others' files.
+
+    Args:
+        arguments: of the command line.
+        configs: by the name of their checkpoint or run folder.
+    """
+    read = {f"dataset.root of {name}": configs[name].dataset.root for name in configs}
+    read |= {f"checkpoint {name}": name for name in configs}
+    read |= {name: getattr(arguments, name[2:]) for name in ("--images", "--config", "--diagnose")}
     written = [
-        ("--save-masks", arguments.save_masks),
-        ("--json", arguments.json),
-        ("--export", arguments.export),
+        Output("--save-masks", arguments.save_masks),
+        Output("--json", arguments.json, [".json"]),
     ]
+    if arguments.export is not None:
+        suffix = arguments.export.suffix
+        written.append(Output("--export", arguments.export, [suffix] if suffix else []))
     if arguments.out is not None:
-        written += [("--out", arguments.out / folder) for folder in ("masks", "overlays")]
-    for (key, path), (other, place) in product(written, read.items()):
-        if path is None or place is None:
-            continue
-        one, two = path.resolve(), place.resolve()
-        if one.is_relative_to(two) or (other == "--images" and two.is_relative_to(one)):
-            raise UserError(f"{key}: {path} would lie where {other} is read, {place}; change it")
+        folders = ("masks", "overlays")
+        written += [Output("--out", arguments.out / folder) for folder in folders]
+    refuse_outputs(
+        [each for each in written if each.path is not None],
+        {name: Path(place) for name, place in read.items() if place is not None},
+    )
 
 
 def main() -> None:
@@ -200,8 +211,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Evaluate, segment or export as the command line says; rank 0 prints."""
     say = by_first(print)
     if arguments.diagnose is not None:
-        config = read_config(str(arguments.checkpoint / "config.yaml"), arguments.settings)
-        refuse_inputs(arguments, Path(config.dataset.root))
+        config = read_kept(arguments.checkpoint, arguments.settings)
+        refuse_places(arguments, {arguments.checkpoints[0]: config})
         device = Device(config.device, config.precision)
         found = diagnose(arguments.checkpoint, config, device, arguments.diagnose)
         say(lay_out_diagnosis(found))
@@ -218,7 +229,7 @@ def run(arguments: argparse.Namespace) -> None:
         for name in arguments.checkpoints
     }
     net = nets[arguments.checkpoints[0]]
-    refuse_inputs(arguments, Path(net.config.dataset.root))
+    refuse_places(arguments, {name: each.config for name, each in nets.items()})
     if len(nets) > 1 or arguments.markdown:
         comparison = compare(nets)
         say(laid_out(comparison, arguments.markdown))

@@ -18,7 +18,7 @@ from dataset.reading import picture_size, read_ids, read_image, read_mask
 from utils import IGNORE
 from utils.config.schema import DatasetSection
 from utils.errors import UserError
-from utils.files import text_digest, write_text
+from utils.files import sha256, text_digest, write_text
 from utils.progress import no_bar
 
 
@@ -79,6 +79,29 @@ def mask_file(folder: Path, sample: Sample) -> Path:
 def with_pseudo_masks(samples: Iterable[Sample], folder: Path) -> list[Sample]:
     """Return the samples with their pseudo labels in a folder."""
     return [sample._replace(mask=mask_file(folder, sample), ids=None) for sample in samples]
+
+
+def is_same_list(one: Sequence[Sample], other: Sequence[Sample]) -> bool:
+    """Tell whether two lists name the same images with the same masks, wherever these are.
+
+    Files at two places are compared by their content.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    if [(x.name, x.ids) for x in one] != [(x.name, x.ids) for x in other]:
+        return False
+    pairs = [
+        (a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x[1:3], y[1:3], strict=True)
+    ]
+    with ThreadPool() as pool:
+        return all(pool.imap(lambda pair: _is_same_file(*pair), pairs))
+
+
+def _is_same_file(one: Path | None, other: Path | None) -> bool:
+    if one is None or other is None or one == other:
+        return one == other
+    return one.samefile(other) or sha256(one) == sha256(other)
 
 
 _WORD = re.compile(r'"([^"]*)"|([^\s"]+)')
@@ -183,17 +206,23 @@ class Splits(NamedTuple):
     val: list[Sample]
     test: Sequence[Sample] = ()  # scored once, when a run ends; may be empty
 
-    def digests(self) -> dict[str, str]:
-        """Return a sha256 of each list, by its name: of the files it names, in their order.
-
-        And, by ``<name> files``, of the sizes and times of these files. A data set that is moved
-        keeps the first; copied, it may get other times.
-        """
+    def list_digests(self) -> dict[str, str]:
+        """Return a sha256 of each list, by its name: of the files it names, in their order."""
         digests = {}
         for name, samples in zip(self._fields, self, strict=True):
             masks = [x.mask and os.path.relpath(x.mask, x.image.parent) for x in samples]
             lines = (f"{x.name} {mask}" for x, mask in zip(samples, masks, strict=True))
             digests[name] = text_digest("\n".join(lines))
+        return digests
+
+    def digests(self) -> dict[str, str]:
+        """Return ``list_digests``, and by ``<name> files`` a sha256 of the files' sizes and times.
+
+        A data set that is moved keeps the first; copied, it may get other times.
+        """
+        lists, digests = self.list_digests(), {}
+        for name, samples in zip(self._fields, self, strict=True):
+            digests[name] = lists[name]
             stats = [file.stat() for x in samples for file in (x.image, x.mask) if file]
             times = "\n".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)
             digests[f"{name} files"] = text_digest(times)

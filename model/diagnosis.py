@@ -5,7 +5,6 @@ retraining judge the same images again; ``utils.diagnosis`` has the measures and
 out.
 """
 
-import csv
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -44,6 +43,7 @@ from utils.diagnosis import WeightQuality, rank_correlation
 from utils.distributed import broadcast, by_first
 from utils.errors import UserError
 from utils.evaluation import ConfusionMatrix, Predictor, base_size, passes, resize_images
+from utils.run.folder import read_scores, stage_again
 from utils.run.stages import checkpoint_of
 
 
@@ -78,11 +78,10 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> dict[str
         raise UserError(fault.line)
     labels, mious = _score_labels(run, info.classes, samples)
     matrices, qualities = _judge(Judged(run, config, device, splits), samples)
-    ranking, scores = {}, run / "3_select" / "unlabeled_scores.csv"
-    if scores.is_file():
-        _, *rows = csv.reader(scores.read_text("utf-8").splitlines())
-        known = [row for row in rows if math.isfinite(mious.get(row[0], math.nan))]
-        columns = [float(score) for _, score in known], [mious[name] for name, _ in known]
+    ranking, scores = {}, read_scores(run)
+    if scores:
+        known = [name for name in scores if math.isfinite(mious.get(name, math.nan))]
+        columns = [scores[name] for name in known], [mious[name] for name in known]
         ranking["rank_correlation"] = rank_correlation(*map(torch.DoubleTensor, columns))
     return {
         "truth": str(truth),
@@ -105,6 +104,8 @@ def _score_labels(
             file = mask_file(run / stage / "masks", sample)
             if file.is_file():
                 ids, label = to_label(read_mask(file)), to_label(read_label(sample))
+                if ids.shape != label.shape or (ids[ids != IGNORE] >= len(classes)).any():
+                    raise UserError(f"{file}: is no mask of its image; {stage_again(stage)}")
                 single = ConfusionMatrix(len(classes))
                 single.update(ids[ids != IGNORE], label[ids != IGNORE])
                 mious[stage][sample.name] = single.mean_iou()

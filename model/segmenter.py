@@ -5,6 +5,7 @@ mask, confidence = net("photo.jpg")
 """
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
@@ -56,7 +57,7 @@ class Segmenter:
             size (H, W), as in validation.
 
     Raises:
-        UserError: the device does not exist; or there are not as many colours as classes.
+        UserError: the device does not exist; or colours that are none, or not one a class.
     """
 
     def __init__(
@@ -67,11 +68,8 @@ class Segmenter:
         colours: Sequence[Colour] | None = None,
     ) -> None:
         kind = describe(config.dataset)
-        if colours is not None and len(colours) != len(kind.classes):
-            raise UserError(
-                f"colours: {len(colours)} for {len(kind.classes)} classes; give each one"
-            )
-        kind = kind._replace(colours=tuple(map(tuple, colours or kind.colours)))
+        if colours is not None:
+            kind = kind._replace(colours=_colours(colours, len(kind.classes)))
         self.classes, self.colours, self.palette = kind.classes, kind.colours, kind.palette()
         self.device = Device(config.device, config.precision)
         self.net, self.preprocessing = self.device.place(net).eval(), net.preprocessing
@@ -114,13 +112,17 @@ class Segmenter:
             UserError: no such checkpoint, no config, an unknown setting, or weights of another
                 network.
         """
+        if not isinstance(source, str | Path):
+            raise UserError(f"source: a {type(source).__name__}; give the path of a checkpoint")
         path = _local(source)
         content = checkpoint.load(path)
         given = {"device": device, "precision": precision}
         words = [f"{key}={value}" for key, value in given.items() if value is not None]
         if classes is not None:
+            if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+                raise UserError(f"classes: {classes!r} is no list of names; give one a class")
             words += ["dataset.kind=custom", f"dataset.classes={json.dumps(list(classes))}"]
-        words += [f"inference.{key}={json.dumps(value)}" for key, value in inference.items()]
+        words += [f"inference.{key}={_as_json(key, inference[key])}" for key in inference]
         words = [*settings, *words]
         if config is not None:
             found = read_config(config, words)
@@ -169,14 +171,23 @@ class Segmenter:
         return probabilities.argmax(dim=1).byte(), probabilities.amax(dim=1)
 
     def picture(self, mask: np.ndarray | Tensor) -> Image.Image:
-        """Return (H, W) class ids as a picture of mode P in the colours of the classes."""
+        """Return (H, W) class ids as a picture of mode P in the colours of the classes.
+
+        Raises:
+            UserError: the mask holds no whole numbers, or ids outside 0 to 255.
+        """
         return in_colour(_ids(mask), self.palette)
 
     def overlay(
         self, image: str | Path | Image.Image | np.ndarray, mask: np.ndarray | Tensor
     ) -> Image.Image:
-        """Return a picture, given as to the network, under its half-transparent classes."""
-        return overlay(_picture(image), _ids(mask), self.palette)
+        """Return a picture, given as to the network, under its half-transparent classes.
+
+        Raises:
+            UserError: as for a call and as ``picture``; or the mask has another size.
+        """
+        picture = _picture(image)
+        return overlay(picture, _ids(mask, picture.size[::-1]), self.palette)
 
     def save(self, path: str | Path) -> None:
         """Write weights and config where ``load`` finds them.
@@ -214,8 +225,13 @@ class Segmenter:
             with TemporaryDirectory() as folder:
                 self.save(Path(folder) / "net")
                 return str(hub.upload_folder(repo_id=repository, folder_path=f"{folder}/net"))
-        except (OSError, hub.errors.HFValidationError) as error:  # of the hub, and of connections
-            raise UserError(f"{repository}: the hub took nothing ({_line(error)})") from error
+        except UserError:
+            raise
+        except Exception as error:  # the hub's own, and those of whatever library it connects by
+            raise UserError(
+                f"{repository}: upload failed ({_line(error)}); check the connection, the name and "
+                "'hf auth login'"
+            ) from error
 
 
 def _local(source: str | Path) -> Path:
@@ -229,7 +245,7 @@ def _local(source: str | Path) -> Path:
     try:
         files = ["config.json", "model.safetensors"]
         return Path(hub.snapshot_download(repository, allow_patterns=files))
-    except (OSError, ValueError) as error:  # every error of the hub's and of its connections
+    except Exception as error:  # the hub's own, and those of whatever library it connects by
         raise UserError(
             f"{source}: the Hugging Face hub gives no such repository ({_line(error)}); check its "
             "name, the connection, and 'hf auth login' if it is private"
@@ -267,25 +283,78 @@ def _of_run_folder(settings: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _picture(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)) or image.ndim < 2:
+        shape = image.shape
+        if image.dtype != np.uint8 or len(shape) not in (2, 3) or shape[2:] not in ((), (3,)):
             raise UserError(
-                f"image: an array of {image.dtype}, {image.shape}; give uint8, (height, width, 3)"
+                f"image: an array of {image.dtype}, {shape}; give uint8, (height, width, 3)"
             )
-        image = Image.fromarray(image)
-    return upright(image, "image") if isinstance(image, Image.Image) else read_image(Path(image))
+        image = Image.fromarray(image) if image.size else Image.new("RGB", (0, 0))
+    if not isinstance(image, Image.Image):
+        raise UserError(
+            f"image: a {type(image).__name__}; give a file's path, a PIL picture, an array or a "
+            "tensor"
+        )
+    if 0 in image.size:
+        raise UserError("image: has no pixels; give at least one")
+    try:
+        return upright(image, "image")
+    except UserError:
+        raise
+    except Exception as error:  # of Pillow's modes and decoders
+        raise UserError(
+            f"image: cannot read this picture of mode {image.mode} ({error}); convert it to RGB"
+        ) from error
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _pixels(images: Tensor) -> Tensor:
     shape, kind = tuple(images.shape), images.dtype
-    if images.dim() not in (3, 4) or shape[-3] != 3:
+    if images.layout != torch.strided or images.is_meta:
+        raise UserError("image: a sparse tensor or one without numbers; give a dense one")
+    if images.dim() not in (3, 4) or shape[-3] != 3 or not images.numel():
         raise UserError(f"image: a tensor of {shape}; give (images, 3, height, width)")
     if kind == torch.uint8:
         return images
-    if not kind.is_floating_point or not 0 <= images.min() <= images.max() <= 1:
+    if kind not in _FLOATS or not 0 <= images.min() <= images.max() <= 1:
         raise UserError(f"image: a tensor of {kind}; give uint8, or floats from 0 to 1")
     return images
 
 
-def _ids(mask: np.ndarray | Tensor) -> np.ndarray:
-    return np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask).astype(np.uint8)
+def _ids(mask: np.ndarray | Tensor, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Return class ids as (H, W) uint8, of a (height, width) if one is given."""
+    if isinstance(mask, Tensor) and mask.layout == torch.strided and not mask.is_meta:
+        mask = mask.detach().cpu().numpy()
+    if not isinstance(mask, np.ndarray) or mask.ndim != 2 or mask.dtype.kind not in "iu":
+        what = f"{mask.dtype}, {tuple(mask.shape)}" if hasattr(mask, "shape") else type(mask)
+        raise UserError(f"mask: {what}; give an array or tensor of whole numbers, (height, width)")
+    if not mask.size or mask.min() < 0 or mask.max() > 255:
+        raise UserError("mask: class ids go from 0 to 254, and 255 is ignored; correct the mask")
+    if size is not None and mask.shape != size:
+        raise UserError(f"mask: is {mask.shape} and its image {size} (height, width); resize one")
+    return mask.astype(np.uint8)
+
+
+def _colours(colours: Sequence[Colour], count: int) -> tuple[Colour, ...]:
+    """Check colours, one a class."""
+    if len(colours) != count:
+        raise UserError(f"colours: {len(colours)} for {count} classes; give each one")
+    try:
+        made = tuple(tuple(operator.index(part) for part in colour) for colour in colours)
+    except TypeError:
+        made = ((),)
+    if any(len(each) != 3 or not 0 <= min(each) <= max(each) <= 255 for each in made):
+        raise UserError("colours: give (red, green, blue) from 0 to 255 for each class")
+    return made
+
+
+def _as_json(key: str, value: Any) -> str:
+    """Write a setting as JSON; numbers and lists of numpy's and torch's, too."""
+    try:
+        return json.dumps(value, default=lambda x: x.tolist())
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{key}: {value!r} is no setting; give numbers, text or lists") from error

@@ -68,7 +68,11 @@ def test_bad_settings_of_eval(complaint, trained, setting, told):
     [
         ("--json", "file/x", "file"),
         ("--save-masks", "file/x", "file"),
-        ("--export", "net.tflite", "net.tflite: export writes .onnx or .pt2"),
+        (
+            "--export",
+            "net.tflite",
+            "net.tflite: export writes .onnx, .pt2, .pth, .safetensors, or a folder",
+        ),
     ],
 )
 def test_place_that_eval_cannot_write(complaint, trained, tmp_path, option, place, told):

@@ -119,6 +119,20 @@ def test_methods_are_settings_over_a_config(method):
         ("augment.scale=[0.5, .inf]", "is not allowed"),
         ("augment.strong.blur=[-1.0, 2.0]", "is not allowed"),
         ("optimizer.lr=.inf", "is not allowed"),
+        ("augment.base_size=1000000", r"base_size: 1000000 is not allowed: .*equal to 65500"),
+        ("augment={base_size: 60000, scale: [0.5, 2.0]}", "is up to 120000 pixels, beyond 65500"),
+        ("augment.crop_size=100000", "less than or equal to 8192"),
+        ("augment.scale=[0.5, 1000]", "less than or equal to 16"),
+        ("augment.scale=[1.0e-9, 1]", r"greater than or equal to 0\.01"),
+        ("augment.strong.blur=[1, 1.0e+9]", "less than or equal to 100"),
+        ("model.channels=10000000", "less than or equal to 8192"),
+        ("inference.scales=[1000]", "less than or equal to 16"),
+        ("pseudo_label.vote_scales=[1000]", "less than or equal to 16"),
+        ("inference.long_side=1000000", "less than or equal to 65500"),
+        ("inference.window.size=1", "greater than or equal to 32"),
+        ("inference.window={size: 64, step: 1.0e-9}", r"greater than or equal to 0\.05"),
+        ("workers=300", "less than or equal to 128"),
+        ("retrain.views=1000000", "less than or equal to 64"),
         # The run folder would be outdir's parent, whose stages --from-stage removes.
         ("name=..", "is not allowed"),
         ("pseudo_label={votes: false, adjustment: 0.5}", "needs pseudo_label.votes=true"),
@@ -247,6 +261,7 @@ def test_settings_on_the_command_line(write, setting, expected):
 @pytest.mark.parametrize(
     ("wrong", "nearest"),
     [
+        ("inference.scale", "inference.scales"),
         ("model.backbon", "model.backbone"),
         ("sead", "seed"),
         ("retrain.epoch", "retrain.epochs"),

@@ -107,14 +107,14 @@ class PerImage(Pointwise):
 @pytest.mark.parametrize("size", [(20, 31), (8, 40), (5, 9), (30, 8)])
 def test_windows_do_not_change_a_pointwise_network(size, weighting):
     images = torch.randn(2, 3, *size)
-    window = WindowSection(size=8, step=0.4, weighting=weighting, batch_size=3)
+    window = WindowSection.model_construct(size=8, step=0.4, weighting=weighting, batch_size=3)
     whole, cut = (predictor(Pointwise(), w)(images, size) for w in (None, window))
     torch.testing.assert_close(whole, cut)
 
 
 def test_windows_at_the_edges_are_snapped_and_batched():
     net = Pointwise()
-    window = WindowSection(size=8, step=0.5, batch_size=4)
+    window = WindowSection.model_construct(size=8, step=0.5, batch_size=4)
     predictor(net, window)(torch.randn(1, 3, 8, 21), (8, 21))
     assert net.shapes == [(4, 3, 8, 8), (1, 3, 8, 8)]  # from columns 0, 4, 8, 12 and 13
     both = Pointwise()
@@ -127,7 +127,7 @@ def test_windows_at_the_edges_are_snapped_and_batched():
 
 def test_windows_overlap_as_the_mean_of_their_probabilities():
     images = torch.randn(1, 3, 4, 6)
-    cut = predictor(PerImage(), WindowSection(size=4, step=0.5))(images, (4, 6))
+    cut = predictor(PerImage(), WindowSection.model_construct(size=4, step=0.5))(images, (4, 6))
     left = predictor(PerImage())(images[..., :4], (4, 4))
     right = predictor(PerImage())(images[..., 2:], (4, 4))
     torch.testing.assert_close(cut[..., 2:4], (left[..., 2:] + right[..., :2]) / 2)

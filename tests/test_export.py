@@ -163,7 +163,7 @@ def test_a_file_that_disagrees_is_not_kept(answer, message, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("name", ["model.pth", "model"])
 def test_another_suffix_is_named(name, tmp_path):
-    with pytest.raises(UserError, match=f"{name}: export writes .onnx or .pt2; '.*' is neither"):
+    with pytest.raises(UserError, match=f"{name}: export writes .onnx, .pt2, .*is none of them"):
         export(Pointwise(), tmp_path / name)
 
 

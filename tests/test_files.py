@@ -5,6 +5,7 @@ import stat
 
 import numpy as np
 import pytest
+from conftest import refusal
 from PIL import Image
 
 from dataset.catalog import KINDS
@@ -24,6 +25,47 @@ def test_interrupted_write_leaves_the_old_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, killed)
     assert read_json(path) == {"miou": 0.5}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_and_its_target_is_written(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "kept.json", tmp_path / "link.json"
+    link.symlink_to(target)
+    for value in (1, 2):  # a link without a target, too
+        write_json(link, value)
+        assert link.is_symlink()
+        assert read_json(target) == value
+    assert [*target.parent.iterdir()] == [target]
+
+
+def test_a_file_that_is_replaced_hands_its_mode_on(tmp_path):
+    path = tmp_path / "results.json"
+    path.touch()
+    path.chmod(0o640)
+    write_json(path, 1)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_what_is_no_regular_file_takes_the_content_and_stays(tmp_path):
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    write_json(link, [1])
+    assert os.read(reader, 99) == b"[\n  1\n]\n"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert {*tmp_path.iterdir()} == {pipe, link}
+
+
+def test_a_folder_and_a_file_that_is_not_to_be_written_to_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    assert "Is a directory" in refusal(write_json, tmp_path / "folder", 1)
+    write_json(tmp_path / "kept.json", 1)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everything
+    assert "Permission denied" in refusal(write_json, tmp_path / "kept.json", 2)
+    assert read_json(tmp_path / "kept.json") == 1
 
 
 def test_folder_is_made_and_nothing_else_is_left_there(tmp_path):
@@ -31,6 +73,11 @@ def test_folder_is_made_and_nothing_else_is_left_there(tmp_path):
     write_json(path, [1, None])
     assert read_json(path) == [1, None]
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    write_json(tmp_path / "x.json", {"a": [float("nan"), (float("inf"), 1.5)], "b": {"c": -0.0}})
+    assert read_json(tmp_path / "x.json") == {"a": [None, [None, 1.5]], "b": {"c": 0.0}}
 
 
 def test_content_is_on_the_disk_before_its_name_and_the_name_thereafter(tmp_path, monkeypatch):

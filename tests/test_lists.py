@@ -16,6 +16,7 @@ from dataset.catalog import KINDS
 from dataset.lists import (
     Sample,
     Splits,
+    is_same_list,
     line_of,
     read_list,
     read_lists,
@@ -304,3 +305,19 @@ def test_configs_name_a_published_split(name, tmp_path):
 @pytest.mark.parametrize("split", ["1_8", "92"])  # in YAML 1.1 both are numbers
 def test_split_is_a_name_on_the_command_line(split):
     assert read_config("pascal.yaml", [f"dataset.split={split}"]).dataset.split == split
+
+
+def test_lists_are_the_same_by_their_files_and_what_these_hold(demo_root, tmp_path):
+    one = read_splits(DatasetSection(kind="demo", root=str(demo_root))).val
+    moved = shutil.copytree(demo_root, tmp_path / "moved")
+    other = read_splits(DatasetSection(kind="demo", root=str(moved))).val
+    assert is_same_list(one, one)
+    assert is_same_list(one, other)
+    assert not is_same_list(one, other[:-1])
+    assert not is_same_list(one, [other[0]._replace(ids=b"other"), *other[1:]])
+    for file in (other[-1].mask, other[0].image):
+        kept = file.read_bytes()
+        file.write_bytes(one[1].mask.read_bytes())
+        assert not is_same_list(one, other)
+        file.write_bytes(kept)
+    assert is_same_list(one, other)

@@ -139,3 +139,17 @@ def test_pictures_are_shown_at_their_iteration(tmp_path, demo_overrides):
     board.close()
     (picture,) = events(tmp_path).Images("query_panel")
     assert (picture.step, picture.width, picture.height) == (30, 6, 4)
+
+
+@pytest.mark.parametrize(
+    ("project", "told"), [("mine", "No API key configured"), ("a/b", "Invalid project name 'a/b'")]
+)
+def test_wandb_that_refuses_is_told(demo_overrides, tmp_path, monkeypatch, project, told):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    words = [*demo_overrides, f"wandb={project}", "tensorboard=false"]
+    line = refusal(open_loggers, tmp_path, read_config("demo.yaml", words))
+    assert line.startswith(f"wandb: {told}")
+    assert "or wandb=null" in line

@@ -1,11 +1,14 @@
 """Archives and weights are fetched and unpacked; parallel work writes files from them."""
 
+import errno
 import hashlib
 import io
+import os
 import socket
 import stat
 import tarfile
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -95,6 +98,78 @@ def test_truncated_archive_is_refused_and_leaves_nothing(write):
     path.write_bytes(content[: len(content) // 2])
     assert f"{path}: cannot unpack this archive (" in refused(path)
     assert [*path.parent.iterdir()] == [path]
+
+
+def spoil_zip(path, offset, value):
+    """Change two bytes of the headers of a zip file's only member."""
+    content = bytearray(path.read_bytes())
+    for signature, place in ((b"PK\3\4", offset), (b"PK\1\2", offset + 2)):
+        start = content.index(signature) + place
+        content[start : start + 2] = value.to_bytes(2, "little")
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "told"),
+    [(6, 1, "encrypted"), (8, 97, "compression method is not supported")],
+)
+def test_zips_that_cannot_be_read_are_named(tmp_path, offset, value, told):
+    path = tmp_path / "set.zip"
+    write_zip(path, [("set/a", b"a")])
+    spoil_zip(path, offset, value)
+    line = refused(path)
+    assert f"{path}: cannot unpack this archive (" in line
+    assert told in line
+
+
+def test_damaged_lzma_is_named(tmp_path):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("set/a", b"a" * 999)
+    content = bytearray(path.read_bytes())
+    begin = content.index(b"set/a") + len(b"set/a")
+    content[begin + 4 : begin + 9] = b"\xff" * 5  # LZMA's properties
+    path.write_bytes(content)
+    assert f"{path}: cannot unpack this archive (" in refused(path)
+
+
+@pytest.mark.parametrize("time", ["nan", "1e30", "-1e30"])
+def test_tars_of_times_that_are_none_are_named(tmp_path, time):
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("set/a")
+        member.pax_headers = {"mtime": time}
+        archive.addfile(member)
+    assert f"{path}: cannot unpack this archive (" in refused(path)
+
+
+def test_archives_that_unpack_to_too_much_are_refused(write):
+    path = write([("set/a", bytes(1000)), ("set/b", bytes(1001))])
+    line = refusal(unpack, path, "set", path.parent / "there", 2e-6)
+    assert f"{path}: unpacks to more than the 2e-06 GB that the data set has at most" in line
+    assert [*path.parent.iterdir()] == [path]
+    unpack(path, "set", path.parent / "there", 2.001e-6)
+
+
+def test_a_full_disk_is_not_the_archives_fault(write, monkeypatch):
+    path = write(GOOD)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "replace", full)
+    line = refused(path)
+    assert "cannot unpack" in line
+    assert "No space left on device); make room" in line
+
+
+def test_what_a_killed_run_left_is_removed_first(write):
+    path = write(GOOD)
+    left = path.with_name(f".{path.name}.unpacked") / "set"
+    left.mkdir(parents=True)
+    (left / "old").touch()
+    unpack(path, "set", path.parent / "there")
+    assert files_below(path.parent / "there") == {"a/x.txt": b"x", "y.txt": b"y"}
 
 
 def archive_at(address, **more):

@@ -159,7 +159,7 @@ def test_a_hub_that_is_not_reached_is_one_line(net, monkeypatch):
         raise hub.errors.OfflineModeIsEnabled("no network\nat all")
 
     monkeypatch.setattr(hub, "create_repo", offline)
-    assert refusal(net.push, "me/x") == "me/x: the hub took nothing (no network)"
+    assert refusal(net.push, "me/x").startswith("me/x: upload failed (no network); check the conn")
     line = refusal(Segmenter.load, "hf:me/no-such-network")
     assert line.startswith("hf:me/no-such-network: the Hugging Face hub gives no such repository (")
     assert "\n" not in line
@@ -183,6 +183,14 @@ def test_a_path_that_is_no_checkpoint_never_asks_the_hub(finished, monkeypatch):
         assert line.startswith(f"{typed}: no such checkpoint; {advice}")
 
 
+def test_an_upload_that_fails_in_any_way_is_one_line(net, monkeypatch):
+    def refuse(*_, **__):  # the hub's libraries for HTTP raise errors of their own
+        raise type("ConnectError", (Exception,), {})("name not known")
+
+    monkeypatch.setattr(hub, "create_repo", refuse)
+    assert "me/x: upload failed (name not known)" in refusal(net.push, "me/x")
+
+
 @pytest.mark.parametrize(
     ("image", "named"),
     [
@@ -192,6 +200,19 @@ def test_a_path_that_is_no_checkpoint_never_asks_the_hub(finished, monkeypatch):
         (torch.zeros(1, 4, 4), "image: a tensor of (1, 4, 4); give (images, 3, height, width)"),
         (torch.full((3, 4, 4), 2.0), "give uint8, or floats from 0 to 1"),
         (torch.zeros(3, 4, 4, dtype=torch.int64), "a tensor of torch.int64"),
+        (torch.zeros(3, 4, 4).to(torch.float8_e4m3fn), "a tensor of torch.float8"),
+        (torch.zeros(3, 4, 4).to_sparse(), "give a dense one"),
+        (torch.zeros(3, 4, 4, device="meta"), "give a dense one"),
+        (torch.full((3, 4, 4), float("nan")), "give uint8, or floats from 0 to 1"),
+        (torch.zeros(0, 3, 4, 4), "a tensor of (0, 3, 4, 4)"),
+        (torch.zeros(3, 0, 4), "a tensor of (3, 0, 4)"),
+        (np.zeros((0, 4, 3), np.uint8), "image: has no pixels"),
+        (np.zeros((4, 0), np.uint8), "image: has no pixels"),
+        (Image.new("RGB", (0, 4)), "image: has no pixels"),
+        (Image.new("La", (4, 4)), "of mode La"),
+        ([[0]], "image: a list; give a file's path"),
+        (None, "image: a NoneType"),
+        (b"photo.jpg", "image: a bytes"),
         ("no_such.jpg", "no_such.jpg: no such file"),
     ],
 )
@@ -212,3 +233,80 @@ def test_wrong_arguments_are_refused(net, weights, tmp_path):
     words = ["dataset.root=x", "model.backbone=resnet18", "model.channels=null"]
     found = Segmenter.load(tmp_path / "bare.pth", words, config="demo.yaml")
     assert found.classes == net.classes
+
+
+@pytest.mark.parametrize(
+    ("mask", "told"),
+    [
+        (np.full((4, 4), 300), "class ids go from 0 to 254"),
+        (np.full((4, 4), -1), "class ids go from 0 to 254"),
+        (np.full((4, 4), 2.7), "mask: float64, (4, 4); give an array or tensor of whole numbers"),
+        (torch.zeros(1, 4, 4, dtype=torch.uint8), "(1, 4, 4); give"),
+        (np.zeros((4, 4), bool), "mask: bool"),
+        (np.zeros((0, 4), int), "class ids go from"),
+        (torch.zeros(4, 4, dtype=torch.uint8).to_sparse(), "mask: torch.uint8"),
+        ([[0]], "mask: <class 'list'>"),
+    ],
+)
+def test_what_is_no_mask_is_refused(net, pixels, mask, told):
+    assert told in refusal(net.picture, mask)
+    assert told in refusal(net.overlay, pixels, mask)
+
+
+def test_ids_of_any_whole_numbers_make_one_picture(net):
+    ids = np.array([[0, 1], [6, 255]])
+    for kind in (np.uint8, np.int16, np.int64):
+        assert np.array_equal(np.asarray(net.picture(ids.astype(kind))), ids)
+        assert np.array_equal(np.asarray(net.picture(torch.from_numpy(ids.astype(kind)))), ids)
+
+
+def test_a_mask_of_another_size_is_refused(net, pixels):
+    height, width = pixels.shape[:2]
+    line = refusal(net.overlay, pixels, np.zeros((width, height + 1), np.uint8))
+    assert f"its image ({height}, {width}) (height, width); resize one" in line
+
+
+@pytest.mark.parametrize(
+    "colours", [[(1, 2)] * 7, [(1, 2, 3, 4)] * 7, [(0, 0, 256)] * 7, [(0.5, 0, 0)] * 7, "abcdefg"]
+)
+def test_colours_that_are_none_are_refused(weights, colours):
+    line = refusal(Segmenter.load, weights, colours=colours)
+    assert line == "colours: give (red, green, blue) from 0 to 255 for each class"
+
+
+def test_colours_may_be_an_array(weights):
+    colours = np.arange(21).reshape(7, 3)
+    assert Segmenter.load(weights, colours=colours).palette[:21] == bytes(range(21))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ({"classes": "abcdefg"}, "classes: 'abcdefg' is no list of names"),
+        ({"classes": range(7)}, "is no list of names"),
+        ({"scales": {1.0}}, "scales: {1.0} is no setting"),
+        ({"scale": [1.0]}, "the nearest known key is 'inference.scales'"),
+        ({"scales": np.array([1000.0])}, "inference.scales: 1000.0 is not allowed"),
+    ],
+)
+def test_wrong_words_of_load_are_refused(weights, words, told):
+    assert told in refusal(Segmenter.load, weights, **words)
+
+
+@pytest.mark.parametrize("source", [None, b"net.pth", 3])
+def test_what_is_no_path_is_refused(source):
+    assert "source: a" in refusal(Segmenter.load, source)
+
+
+def test_settings_may_be_numpys(weights):
+    net = Segmenter.load(weights, scales=np.array([0.5, 1.0]), long_side=np.int64(64))
+    assert (net.config.inference.scales, net.config.inference.long_side) == ([0.5, 1.0], 64)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64])
+def test_weights_of_another_kind_of_number_are_refused(weights, tmp_path, kind):
+    content = torch.load(weights, weights_only=True)
+    content["model"]["classifier.bias"] = content["model"]["classifier.bias"].to(kind)
+    torch.save(content, tmp_path / "c.pth")
+    line = refusal(Segmenter.load, tmp_path / "c.pth", ["dataset.root=x"])
+    assert f"classifier.bias is of {kind}, and the network's of torch.float32" in line

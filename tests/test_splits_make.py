@@ -179,6 +179,7 @@ def test_lists_of_a_run_are_never_replaced_by_others(train, complaint, tmp_path)
     ("text", "words", "told"),
     [
         (None, "--fraction 1/0", "error: --fraction: '1/0' is no share; write 1/8 or 0.125"),
+        (None, "--fraction 1e-999999999", "'1e-999999999' is no share; write 1/8 or 0.125"),
         (None, "--fraction some", "error: --fraction: 'some' is no share; write 1/8 or 0.125"),
         (None, "--fraction 2", "2: that labels 200 of 100 images; label one at least, and not all"),
         (None, "--count 2 --stratify", "error: --config: missing; --stratify and settings need"),

@@ -155,7 +155,8 @@ def put_weights(
         reset_classifier: as in ``load_weights``.
 
     Raises:
-        UserError: the keys or shapes do not fit: a table says which; or a weight is not finite.
+        UserError: the keys or shapes do not fit: a table says which; or a weight is not finite,
+            or of another kind of number.
     """
     own = net.state_dict()
     if not hasattr(net, "backbone"):
@@ -168,9 +169,20 @@ def put_weights(
             weights[key] = own[key]
     _refuse_other_classes(weights, own, path)
     _refuse_other_keys(weights, own, path)
+    for key, value in weights.items():
+        if _kind(value) != _kind(own[key]):
+            raise UserError(
+                f"{path}: {key} is of {value.dtype}, and the network's of {own[key].dtype}; take "
+                "another checkpoint"
+            )
     if not is_finite(weights):
         raise UserError(f"{path}: holds weights that are not finite; take another checkpoint")
     net.load_state_dict(weights)
+
+
+def _kind(numbers: Tensor) -> tuple[bool, bool, bool]:
+    """Tell floats, complex numbers and booleans from whole numbers: no cast leads there."""
+    return numbers.is_floating_point(), numbers.is_complex(), numbers.dtype == torch.bool
 
 
 def is_finite(weights: Weights) -> bool:

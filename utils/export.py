@@ -54,13 +54,9 @@ def export(net: nn.Module, path: Path) -> float:
 
     def write_and_check(partial: Path) -> None:
         nonlocal difference
-        try:
-            with _quiet():
-                write(plain, partial)
-                difference = _largest_difference(plain, read(partial), path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with _quiet():
+            write(plain, partial)
+            difference = _largest_difference(plain, read(partial), path)
 
     write_atomically(path, write_and_check)
     return difference
@@ -144,7 +140,8 @@ class _Same(nn.Module):
 def _check_request(path: Path) -> None:
     if path.suffix not in PACKAGES:
         raise UserError(
-            f"{path}: export writes {' or '.join(PACKAGES)}; '{path.suffix}' is neither"
+            f"{path}: export writes .onnx, .pt2, .pth, .safetensors, or a folder (a path without "
+            f"a suffix); '{path.suffix}' is none of them"
         )
     if path.suffix == ".onnx" and torch.__version__ < ONNX_SINCE:
         raise UserError(

@@ -1,13 +1,17 @@
 """Files that are whole or absent."""
 
 import csv
+import errno
 import hashlib
 import io
 import json
+import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from utils.errors import UserError
@@ -30,6 +34,9 @@ def writing(path: Path) -> Iterator[None]:
 def write_atomically(path: Path, write: Callable[[Path], None], durable: bool = True) -> None:
     """Write beside ``path``, then rename: a kill or a power cut leaves the old file or the new one.
 
+    A link stays, and its target is written; a file that is replaced hands its mode on. What is no
+    regular file, such as /dev/null or a named pipe, takes the content and stays.
+
     Args:
         path: where the file goes; its folder is made.
         write: writes the file whose path it is given.
@@ -37,17 +44,38 @@ def write_atomically(path: Path, write: Callable[[Path], None], durable: bool = 
             until ``os.sync``.
 
     Raises:
-        UserError: as ``writing``.
+        UserError: as ``writing``; a folder is there, or a file that is not to be written to.
     """
-    partial = path.with_name(f".{path.name}.partial")
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
+        if path.exists() and not path.is_file():
+            _write_through(path, write)
+            return
+        target = Path(os.path.realpath(path))
+        partial = target.with_name(f".{target.name}.partial")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        try:
+            write(partial)
+            if target.exists():
+                shutil.copymode(target, partial)
+            if durable:
+                _flush(partial)  # else the rename may reach the disk before the content
+            partial.replace(target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         if durable:
-            _flush(partial)  # else the rename may reach the disk before the content
-        partial.replace(path)
-        if durable:
-            _flush(path.parent)
+            _flush(target.parent)
+
+
+def _write_through(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file elsewhere, and its content to a device or a pipe."""
+    with path.open("wb") as file, TemporaryDirectory() as folder:  # opening refuses a folder
+        content = Path(folder) / path.name
+        write(content)
+        with content.open("rb") as made:
+            shutil.copyfileobj(made, file)
 
 
 def _flush(path: Path) -> None:
@@ -80,8 +108,16 @@ def append_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Write indented JSON atomically; numbers that are not finite, which it has not, as null."""
+    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:

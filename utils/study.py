@@ -30,11 +30,15 @@ from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
+from dataset.lists import read_lists
 from utils.config.reading import METHODS, read_config
 from utils.config.schema import Config
+from utils.document import check_section, put_section
 from utils.errors import Parser, Stopped, UserError, exit_with_one_line
 from utils.files import read_json, read_records, write_json, write_text
+from utils.outputs import Output, refuse_outputs
 from utils.run.comparison import differing_keys
+from utils.run.folder import read_kept
 from utils.scores import spread
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -225,14 +229,38 @@ def take_over(job: Job, jobs: Sequence[Job]) -> None:
 
 
 def is_done(job: Job) -> bool:
-    """Tell whether a run has results, of these settings."""
+    """Tell whether a run has results, of these settings and lists."""
     return (job.folder / "results.json").is_file() and _is_of(job)
 
 
 def _is_of(job: Job) -> bool:
-    """Tell whether a run folder was made with the settings that are planned for it."""
-    kept = read_config(str(job.folder / "config.yaml"))
-    return kept.dataset == job.config.dataset and not differing_keys(kept, job.config)
+    """Tell whether a run folder was made with the settings and the lists that are planned for it.
+
+    Where it was not, train.py says what differs.
+    """
+    kept, lists = read_kept(job.folder), job.folder / "lists.json"
+    if kept.dataset != job.config.dataset or differing_keys(kept, job.config):
+        return False
+    then = read_json(lists) if lists.is_file() else None
+    now = read_lists(job.config.dataset).list_digests()
+    return isinstance(then, dict) and all(then.get(name) == now[name] for name in now)
+
+
+def refuse_shared_folders(jobs: Sequence[Job]) -> None:
+    """Refuse a study two runs of which would work in one folder.
+
+    Raises:
+        UserError: names their rows.
+    """
+    rows: dict[Path, str] = {}
+    for job in jobs:
+        other, row = rows.setdefault(job.folder, ""), job.row.title
+        if other:
+            raise UserError(
+                f"--methods, --seeds: '{other}' and '{row}' would both work in {job.folder}; "
+                "leave one out"
+            )
+        rows[job.folder] = row
 
 
 class Children:
@@ -384,16 +412,6 @@ def report(jobs: Sequence[Job], command: str) -> str:
     )
 
 
-def put_section(file: Path, name: str, text: str) -> None:
-    """Write a study's section of a Markdown file, in place of an earlier one of this name."""
-    begin, end = f"<!-- study {name} -->\n", f"<!-- end of study {name} -->\n"
-    there = file.read_text(encoding="utf-8") if file.is_file() else ""
-    section = begin + text + end
-    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    replaced, count = pattern.subn(lambda _: section, there)
-    write_text(file, replaced if count else f"{there}\n{section}".lstrip("\n"))
-
-
 def _list_of(kind: type, text: str) -> list[Any]:
     try:
         return [kind(word) for word in text.split(",")]
@@ -431,8 +449,14 @@ def main() -> None:
             raise UserError(f"--{name}: {getattr(arguments, name)} is below 1; take a larger one")
     draws = list(product(seeds, range(arguments.lists)))
     jobs = plan(arguments.config, read_rows(methods), draws, arguments.settings)
+    refuse_shared_folders(jobs)
+    folder = Path(jobs[0].config.outdir)
+    study = folder.name.removesuffix("_study")
+    if arguments.write is not None:
+        refuse_outputs([Output("--write", arguments.write, [".md", ".markdown"])], {})
+        check_section(arguments.write, study)
     for number in range(1, arguments.lists):
-        draw_lists(jobs[0].config, number, Path(jobs[0].config.outdir) / "lists" / str(number))
+        draw_lists(jobs[0].config, number, folder / "lists" / str(number))
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         work(jobs, arguments.processes)
@@ -440,10 +464,9 @@ def main() -> None:
         signal.signal(signal.SIGTERM, before)
     text = report(jobs, f"python -m utils.study {shlex.join(sys.argv[1:])}")
     print(text)
-    folder = Path(jobs[0].config.outdir)
     write_text(folder / "study.md", text)
     if arguments.write is not None:
-        put_section(arguments.write, folder.name.removesuffix("_study"), text)
+        put_section(arguments.write, study, text)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Files from the web, checked against their digest; archives, unpacked completely or not at all."""
 
+import errno
 import shutil
 import sys
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -14,6 +14,8 @@ from torch.hub import download_url_to_file
 
 from utils.errors import UserError
 from utils.files import file_digest, write_atomically
+
+_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def download(url: str, path: Path, digest: str, algorithm: str = "sha256") -> None:
@@ -55,6 +57,7 @@ class Archive(NamedTuple):
     digest: str = ""  # as ``download`` takes it
     algorithm: str = "sha256"
     login: bool = False  # whether a program cannot fetch it
+    most: float = 4  # GB of its files, at most
 
 
 def provide(root: Path, archives: Sequence[Archive], fetch: bool) -> None:
@@ -74,24 +77,62 @@ def provide(root: Path, archives: Sequence[Archive], fetch: bool) -> None:
         path = root / archive.name
         download(archive.address, path, archive.digest, archive.algorithm)
         print(f"{path}: unpacking")
-        unpack(path, archive.inside, root / archive.folder)
+        unpack(path, archive.inside, root / archive.folder, archive.most)
 
 
-def unpack(path: Path, inside: str, folder: Path) -> None:
+def unpack(path: Path, inside: str, folder: Path, most: float = 4) -> None:
     """Unpack one folder of a tar or zip file as ``folder``, which must not exist.
 
-    A ``UserError`` if the archive is damaged or lacks that folder, or if a member of a tar file
-    would be written outside (``shutil`` leaves out such members of a zip file).
+    Args:
+        path: the archive.
+        inside: the folder in it.
+        folder: where that goes; whole or not at all.
+        most: GB that the files of the archive have together, at most.
+
+    Raises:
+        UserError: the archive is damaged, encrypted or lacks that folder; a member of a tar file
+            would be written outside (``shutil`` leaves out such members of a zip file); its files
+            are larger than ``most``, or the disk is full.
     """
     unpacked = path.with_name(f".{path.name}.unpacked")  # ``inside`` is moved when complete
-    safe = {} if path.suffix == ".zip" else {"filter": "data"}
+    shutil.rmtree(unpacked, ignore_errors=True)  # of a run that was killed
     try:
-        shutil.unpack_archive(path, unpacked, **safe)
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                _refuse_more(path, sum(member.file_size for member in archive.infolist()), most)
+            shutil.unpack_archive(path, unpacked)
+        else:
+            _unpack_tar(path, unpacked, most)
         folder.parent.mkdir(parents=True, exist_ok=True)
         (unpacked / inside).replace(folder)
-    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
+    except UserError:
+        raise
+    except Exception as error:  # each format and each compression raises its own
+        if isinstance(error, OSError) and error.errno in _CLOSED:
+            raise UserError(
+                f"{unpacked}: cannot unpack {path.name} there ({error.strerror}); make room, or "
+                "name another --root"
+            ) from error
         raise UserError(
             f"{path}: cannot unpack this archive ({error}); delete it and fetch it again"
         ) from error
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
+
+
+def _unpack_tar(path: Path, unpacked: Path, most: float) -> None:
+    """Unpack a tar file member by member: a compressed one does not tell its size before."""
+    size = 0
+    with tarfile.open(path) as archive:
+        for member in archive:
+            size += member.size
+            _refuse_more(path, size, most)
+            archive.extract(member, unpacked, filter="data")
+
+
+def _refuse_more(path: Path, size: int, most: float) -> None:
+    if size > most * 1e9:
+        raise UserError(
+            f"{path}: unpacks to more than the {most:g} GB that the data set has at most; delete "
+            "it and fetch it again"
+        )

@@ -15,8 +15,10 @@ from utils.panels import save_mask
 COUNTS = {"train": 2_975, "val": 500}
 _PAGE = "https://www.cityscapes-dataset.com/file-handling/?packageID="
 ARCHIVES = [
-    Archive(f"{folder}_trainvaltest.zip", folder, folder, f"{_PAGE}{package}", login=True)
-    for folder, package in (("leftImg8bit", 3), ("gtFine", 1))
+    Archive(
+        f"{folder}_trainvaltest.zip", folder, folder, f"{_PAGE}{package}", login=True, most=most
+    )
+    for folder, package, most in (("leftImg8bit", 3, 24), ("gtFine", 1, 4))
 ]
 _MEANING = {label.id: label.train_id for label in Cityscapes.classes}
 TRAIN_IDS = np.array([_MEANING.get(id_, IGNORE) for id_ in range(256)], np.uint8)  # by label id

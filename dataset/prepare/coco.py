@@ -23,11 +23,11 @@ _ANNOTATIONS = "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268
 _TRAIN = "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929"
 _VAL = "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05"
 ARCHIVES = [
-    Archive(f"{name}.zip", folder, folder, f"{_ADDRESS}/{place}/{name}.zip", digest)
-    for place, name, folder, digest in (
-        ("annotations", "annotations_trainval2017", "annotations", _ANNOTATIONS),
-        ("zips", "train2017", "train2017", _TRAIN),
-        ("zips", "val2017", "val2017", _VAL),
+    Archive(f"{name}.zip", folder, folder, f"{_ADDRESS}/{place}/{name}.zip", digest, most=most)
+    for place, name, folder, digest, most in (
+        ("annotations", "annotations_trainval2017", "annotations", _ANNOTATIONS, 4),
+        ("zips", "train2017", "train2017", _TRAIN, 40),
+        ("zips", "val2017", "val2017", _VAL, 4),
     )
 ]
 

@@ -5,6 +5,7 @@ check   look for what would invalidate a result: counts, overlaps, files, classe
 """
 
 import argparse
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dataset.splits.make import make_lists
 from utils.config.reading import read_config
 from utils.errors import Parser, UserError, exit_with_one_line
 from utils.files import write_json
+from utils.outputs import Output, refuse_outputs
 
 
 def main() -> None:
@@ -61,6 +63,8 @@ def make(typed: argparse.Namespace, settings: list[str]) -> None:
 
 def check(typed: argparse.Namespace, settings: list[str]) -> None:
     """Look for what would invalidate a result; a ``UserError`` if training would refuse it."""
+    if typed.json is not None:
+        refuse_outputs([Output("--json", typed.json, [".json"])], {"--config": Path(typed.config)})
     found = audit(read_config(typed.config, settings))
     print(*table_of(found), sep="\n")
     if typed.json is not None:
@@ -71,10 +75,11 @@ def check(typed: argparse.Namespace, settings: list[str]) -> None:
 
 
 def _fraction(text: str) -> Fraction:
-    try:
-        return Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise UserError(f"--fraction: '{text}' is no share; write 1/8 or 0.125") from None
+    # Without exponents: Fraction writes 1e-999999999 out.
+    number = re.fullmatch(r"\d{1,9}/0*[1-9]\d{0,8}|\d?\.\d{1,20}|\d{1,9}", text, re.ASCII)
+    if number is None:
+        raise UserError(f"--fraction: '{text[:40]}' is no share; write 1/8 or 0.125")
+    return Fraction(text)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,10 @@ from utils.config.batches import count_kept
 from utils.config.schema import Config
 from utils.device import Device
 from utils.distributed import broadcast, gathered, merged
+from utils.errors import UserError
 from utils.evaluation import ConfusionMatrix, Predictor, base_size, passes, resize_images
 from utils.files import read_json, write_csv, write_json, write_text
+from utils.run.folder import stage_again
 from utils.run.stages import Report, Stage, checkpoint_of
 
 EARLIER = (1 / 3, 2 / 3)  # of stage 1: checkpoints that stability compares (ST++)
@@ -205,13 +207,24 @@ def write_partners(
 
 
 def read_selection(folder: Path, unlabeled: Sequence[Sample], classes: Sequence[str]) -> Selection:
-    """Read what ``write_selection`` and ``write_partners`` wrote."""
+    """Read what ``write_selection`` and ``write_partners`` wrote.
+
+    Raises:
+        UserError: a file is gone, damaged, or of other images or classes.
+    """
     by_name = {sample.name: sample for sample in unlabeled}
-    reliable, unreliable = (
-        [by_name[name] for name in (folder / f"{half}.txt").read_text("utf-8").splitlines()]
-        for half in ("reliable", "unreliable")
-    )
     file, index = folder / "query_index.json", None
-    if file.is_file():
-        index = {classes.index(name): images for name, images in read_json(file).items()}
+    try:
+        reliable, unreliable = (
+            [by_name[name] for name in (folder / f"{half}.txt").read_text("utf-8").splitlines()]
+            for half in ("reliable", "unreliable")
+        )
+        if file.is_file():
+            named = read_json(file)
+            index = {classes.index(name): list(map(str, x)) for name, x in named.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder}: the selection is damaged, or of other images ({type(error).__name__}: "
+            f"{error}); {stage_again('3_select')}"
+        ) from error
     return Selection(reliable, unreliable, index)

@@ -229,11 +229,18 @@ def _sets(values: Any, path: Sequence[str]) -> bool:
 
 
 def _nearest(key: str) -> str:
-    """Return the known key whose last part is most like the given one's, then the whole key."""
+    """Return the known key whose last part is most like the given one's, then the whole key.
+
+    One of the same section counts if its last part is almost the given one's.
+    """
+    section, _, name = key.rpartition(".")
 
     def likeness(known: str) -> list[float]:
-        pairs = (known.rpartition(".")[2], key.rpartition(".")[2]), (known, key)
-        return [difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs]
+        place, _, last = known.rpartition(".")
+        alike, whole = (
+            difflib.SequenceMatcher(None, *pair).ratio() for pair in ((last, name), (known, key))
+        )
+        return [place == section and alike > 0.8, alike, whole]
 
     return max(_keys(Config), key=likeness)
 

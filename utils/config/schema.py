@@ -14,7 +14,10 @@ from pydantic import (
 )
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
+# Upper bounds are far beyond what is of use, and keep a slip of the hand from filling the memory.
+Pixels = Annotated[int, Field(gt=0, le=65_500)]  # a side: the longest that JPEG has
+Scale = Annotated[float, Field(ge=0.01, le=16)]  # of a side: 16 makes 256 times the pixels
+Scales = Annotated[list[Scale], Field(min_length=1, max_length=32)]  # each is one more pass
 
 
 def _ordered(numbers: tuple[float, float]) -> tuple[float, float]:
@@ -53,7 +56,9 @@ def _runnable(stages: list[int]) -> list[int]:
 
 Folder = Annotated[str, AfterValidator(expanduser)]
 Stages = Annotated[list[int], AfterValidator(_runnable)]
-Range = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
+Sigma = Annotated[float, Field(gt=0, le=100)]
+SigmaRange = Annotated[tuple[Sigma, Sigma], AfterValidator(_ordered)]
+ScaleRange = Annotated[tuple[Scale, Scale], AfterValidator(_ordered)]
 
 ClassNames = Annotated[list[str], Field(min_length=2, max_length=255), AfterValidator(_distinct)]
 FileId = Annotated[int, Field(ge=0, le=65535)]
@@ -102,17 +107,24 @@ class StrongSection(Section):
     )
     jitter_chance: Share = 0.8
     grey_chance: Share = 0.2
-    blur: Range = (0.1, 2.0)  # range of the Gaussian's sigma, pixels
+    blur: SigmaRange = (0.1, 2.0)  # range of the Gaussian's sigma, pixels
     blur_chance: Share = 0.5
 
 
 class AugmentSection(Section):
     """Weak augmentation: scale, random crop, mirror with probability 0.5."""
 
-    base_size: int = Field(gt=0)  # pixels, the long side at scale 1
-    scale: Range = (0.5, 2.0)  # the long side is base_size times a number in here
-    crop_size: int = Field(gt=0)  # pixels, square; a smaller image is padded
+    base_size: Pixels  # the long side at scale 1
+    scale: ScaleRange = (0.5, 2.0)  # the long side is base_size times a number in here
+    crop_size: int = Field(gt=0, le=8192)  # pixels, square: at 8192 an image has 0.8 GB of floats
     strong: StrongSection = StrongSection()
+
+    @model_validator(mode="after")
+    def _sides_are_of_pictures(self) -> "AugmentSection":
+        side = self.base_size * self.scale[1]
+        if side > 65_500:
+            raise ValueError(f"base_size times scale is up to {side:.0f} pixels, beyond 65500")
+        return self
 
 
 class ModelSection(Section):
@@ -122,7 +134,8 @@ class ModelSection(Section):
     backbone: str = "resnet101"  # resnet18/34/50/101/152, xception65, or timm/<name>
     stem: Literal["plain", "deep"] = "plain"  # of ResNets: torchvision's 7 x 7, or UniMatch's
     output_stride: Literal[8, 16, 32] = 8
-    channels: int | None = Field(None, gt=0)  # of the decoder's maps; null: the network's own
+    # Of the decoder's maps; null: the network's own, 256 or 512.
+    channels: int | None = Field(None, gt=0, le=8192)
     compile: bool = False  # torch.compile the training step: minutes at first, faster on some GPUs
     # Weights of the backbone: 'auto' (pretrained/README.md), a file, or null for random ones.
     pretrained: str | None = "auto"
@@ -194,7 +207,7 @@ class RetrainSection(TrainingSection):
     # A random box of the student's unlabeled images: blanked (cutout), or from another unlabeled
     # image (CutMix).
     mix: Literal["none", "cutout", "unlabeled"] = "unlabeled"
-    views: int = Field(1, gt=0)  # of each unlabeled image in strong colours
+    views: int = Field(1, gt=0, le=64)  # of each unlabeled image in strong colours
     # Share of channels left out of the features of the weak view, in one more pass; 0: no pass.
     feature_dropout: float = Field(0.0, ge=0, lt=1)
     learn_partners: bool = False  # add the cross entropy of the partners, queried labeled images
@@ -204,14 +217,14 @@ class RetrainSection(TrainingSection):
 class PseudoLabelSection(Section):
     """Stages 2 and 5: test-time augmentation, and votes of the nearest labeled patches."""
 
-    scales: list[Positive] = Field([0.5, 0.75, 1.0, 1.5, 2.0], min_length=1)
+    scales: Scales = [0.5, 0.75, 1.0, 1.5, 2.0]
     flip: bool = True
     # Combine the teacher's probabilities with the votes of the nearest labeled patches in the
     # features of the encoder as it was before training. Whole images pass, without windows.
     votes: bool = True
     # Factors by which images are enlarged before their patches are compared: the one that fits the
     # labeled images best is taken, the first one if there is only one labeled image.
-    vote_scales: list[Positive] = Field([1.0, 2.0, 3.0], min_length=1)
+    vote_scales: Scales = [1.0, 2.0, 3.0]
     # Probabilities of both together are divided by the class's share of the labeled patches to this
     # power: more labels of rare classes, and more wrong ones. 0: as they are.
     adjustment: float = Field(0.0, ge=0, le=1)
@@ -237,8 +250,8 @@ class SelectSection(Section):
 class WindowSection(Section):
     """Sliding windows over images that are larger than one."""
 
-    size: int = Field(gt=0)  # pixels, square
-    step: float = Field(2 / 3, gt=0, le=1)  # from one window to the next, share of the size
+    size: int = Field(ge=32, le=65_500)  # pixels, square; smaller windows are too many
+    step: float = Field(2 / 3, ge=0.05, le=1)  # from one window to the next, share of the size
     weighting: Literal["uniform", "gaussian"] = "uniform"  # of a window's pixels in the average
     batch_size: int = Field(4, gt=0)  # windows that pass the network at once
 
@@ -246,14 +259,14 @@ class WindowSection(Section):
 class InferenceSection(Section):
     """How whole images pass a network: validation, labeling, selection, eval.py."""
 
-    long_side: int | None = Field(None, gt=0)  # pixels, larger images are shrunk; null: own size
+    long_side: Pixels | None = None  # larger images are shrunk; null: own size
     window: WindowSection | None = None  # null: whole images; selection always sees them whole
     batch_size: int = Field(4, gt=0)  # images of one size that pass the network at once
-    scales: list[Positive] = Field([1.0], min_length=1)  # of validation and eval.py
+    scales: Scales = [1.0]  # of validation and eval.py
     flip: bool = False  # of validation and eval.py
     # Several views are averaged at this share of the answer's height and width. 1 is exact; at half
     # of it 99.9 % of pixels keep their class (tests/benchmarks/views.py).
-    average_at: float = Field(0.5, gt=0, le=1)
+    average_at: float = Field(0.5, ge=0.01, le=1)
 
 
 class EvaluateSection(Section):
@@ -285,7 +298,7 @@ class Config(Section):
     device: str = "auto"  # auto (the first accelerator, else the CPU), cpu, cuda, cuda:1, mps
     # Arithmetic of convolutions and matrix products; auto: see docs/devices.md.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    workers: int = Field(4, ge=0)  # processes that read images
+    workers: int = Field(4, ge=0, le=128)  # processes that read images; each holds 0.3 GB
     # 'ram': a training stage decodes its images once and keeps them in memory, 4 bytes a pixel.
     cache: Literal["ram"] | None = None
     # Which stages run: [1]; [1, 2, 6] is self-training on all images; [1, 6] needs labels: average.

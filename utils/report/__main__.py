@@ -7,6 +7,7 @@ from pathlib import Path
 
 from utils.errors import Parser, UserError, exit_with_one_line
 from utils.files import write_text
+from utils.outputs import Output, refuse_outputs
 from utils.report.page import page
 from utils.report.reading import read_run
 
@@ -20,6 +21,7 @@ def main() -> None:
     if arguments.out is None and len(arguments.runs) > 1:
         raise UserError("--out: missing; name the page of several runs, such as report.html")
     out = arguments.out or arguments.runs[0] / "report.html"
+    refuse_outputs([Output("--out", out, [".html", ".htm"])], {})
     write_text(out, page([read_run(folder) for folder in arguments.runs]))
     print(f"{out}: open it in a browser")
 

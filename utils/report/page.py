@@ -13,7 +13,14 @@ from PIL import Image
 from utils import IGNORE
 from utils.panels import encoded, in_colour, marked
 from utils.report import figures
-from utils.report.reading import PredictedImage, Predictions, RunFolder, by_method
+from utils.report.reading import (
+    PredictedImage,
+    Predictions,
+    RunFolder,
+    by_method,
+    read_mask,
+    read_picture,
+)
 from utils.scores import confusion_rows, spread
 
 _SHOWN, _FALLEN = 12, 6  # best and worst images; images that fell most
@@ -138,12 +145,11 @@ def _fallen(reports: Sequence[Predictions]) -> dict[str, Any]:
     fell = [(change, image) for change, image in pairs if change < 0]
     told = f"{len(fell)} of {len(pairs)} validation images have a lower mIoU than after stage 1."
     shown = [
-        {
-            "caption": f"{image.name}: {_change(before[image.name], image)}",
-            "pictures": _views(
-                image, {"stage 1": before[image.name].mask, "last stage": image.mask}
-            ),
-        }
+        _figure(
+            f"{image.name}: {_change(before[image.name], image)}",
+            image,
+            {"stage 1": before[image.name].mask, "last stage": image.mask},
+        )
         for _, image in fell[:_FALLEN]
     ]
     return {"told": told, "images": shown, "legend": _legend(reports[-1])}
@@ -155,11 +161,12 @@ def _change(before: PredictedImage, after: PredictedImage) -> str:
 
 def _rectification(run: RunFolder) -> dict[str, Any]:
     scores, kept = run.selection
+    known = [score for score in scores if math.isfinite(score)]
     found = run.diagnosis
     panels = [
         {
             "caption": f"{name}, {file.stem.replace('_', ' ')}",
-            "source": _picture(Image.open(file), 1240),
+            "source": _picture(read_picture(file), 1240),
         }
         for name, file in run.panels.items()
     ]
@@ -171,9 +178,19 @@ def _rectification(run: RunFolder) -> dict[str, Any]:
         "labels": _label_rows(found),
         "weights": _weight_rows(weights),
         "reliability": figures.reliability(shown) if shown else "",
-        "histogram": figures.histogram(scores, kept) if scores else "",
+        "histogram": figures.histogram(known, min(kept, len(known))) if known else "",
+        "unknown": _without_score(len(scores) - len(known), len(scores)),
         "correlation": _correlation(found or {}),
     }
+
+
+def _without_score(count: int, total: int) -> str:
+    if not count:
+        return ""
+    return (
+        f"{count} of {total} unlabeled images have no score: no class of their pseudo labels "
+        "counts. They rank last."
+    )
 
 
 def judged(config: Any, found: Mapping[str, Any]) -> list[str]:
@@ -184,12 +201,12 @@ def judged(config: Any, found: Mapping[str, Any]) -> list[str]:
         found: what ``eval.py --diagnose`` keeps.
     """
     classes, told = found["classes"], []
-    if "both" in classes:
-        mious = [100 * classes[name]["miou"] for name in ("teacher", "votes", "both")]
+    if classes.keys() >= {"teacher", "votes", "both"}:
+        mious = [_percent(classes[name]["miou"]) for name in ("teacher", "votes", "both")]
         told.append(
             "Votes of labeled patches correct the teacher's labels: the teacher's most probable "
-            f"classes have {mious[0]:.1f} mIoU on the unlabeled images, those of the votes "
-            f"{mious[1]:.1f}, and those of both {mious[2]:.1f}."
+            f"classes have {mious[0]} mIoU on the unlabeled images, those of the votes "
+            f"{mious[1]}, and those of both {mious[2]}."
         )
     sure = "probability by both" if "both" in classes else "confidence"
     limit = config.pseudo_label.threshold
@@ -201,8 +218,8 @@ def judged(config: Any, found: Mapping[str, Any]) -> list[str]:
             f"otherwise), {100 * low[1]:.0f} % are right; of the others {100 * high[1]:.0f} %."
         )
     rule = config.retrain.weight
-    if rule in found["weights"]:
-        quality = found["weights"][rule]
+    quality = found["weights"].get(rule)
+    if quality is not None and quality["auroc"] is not None:
         means = _mean_weights(quality["curve"])
         told.append(
             f"The weight of this run, '{rule}', is {means[1]:.2f} on right pixels and "
@@ -255,8 +272,8 @@ def _label_rows(found: Mapping[str, Any] | None) -> list[list[str]]:
         return []
     rows = [["stored labels of", "images", "labeled pixels", "mIoU", "right pixels"]]
     for stage, report in found["labels"].items():
-        shares = [100 * report[key] for key in ("share", "miou", "pixel_accuracy")]
-        rows.append([stage, str(report["images"]), *(_number(share) for share in shares)])
+        shares = [_percent(report[key]) for key in ("share", "miou", "pixel_accuracy")]
+        rows.append([stage, str(report["images"]), *shares])
     return rows
 
 
@@ -264,7 +281,8 @@ def _weight_rows(weights: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     rows = [["weight", "AUROC", "calibration error", "weight on wrong pixels"]]
     for name, quality in weights.items():
         keys = ("auroc", "calibration_error", "weight_on_wrong")
-        rows.append([name, *(f"{quality[key]:.3f}" for key in keys)])
+        cells = ("-" if quality[key] is None else f"{quality[key]:.3f}" for key in keys)
+        rows.append([name, *cells])
     return rows if len(rows) > 1 else []
 
 
@@ -303,10 +321,7 @@ def _extremes(predictions: Predictions) -> dict[str, Any]:
     groups = {"best": ranked[::-1][:count], "worst": ranked[:count]}
     shown = {
         title: [
-            {
-                "caption": f"{x.name}: {100 * x.miou:.0f}",
-                "pictures": _views(x, {"prediction": x.mask}, True),
-            }
+            _figure(f"{x.name}: {100 * x.miou:.0f}", x, {"prediction": x.mask}, errors=True)
             for x in images
         ]
         for title, images in groups.items()
@@ -314,23 +329,25 @@ def _extremes(predictions: Predictions) -> dict[str, Any]:
     return {**shown, "legend": _legend(predictions), "count": count}
 
 
-def _views(
-    image: PredictedImage, masks: Mapping[str, Path], errors: bool = False
-) -> list[dict[str, str]]:
-    """Return titles and sources of the pictures of an image: itself, its label, masks, errors."""
-    if not all(path.is_file() for path in (image.picture, image.label, *masks.values())):
-        return []
-    with Image.open(image.label) as label, Image.open(image.picture) as picture:
-        true, palette = np.asarray(label), bytes(label.getpalette())
-        photograph = picture.convert("RGB").resize(label.size)
+def _figure(
+    caption: str, image: PredictedImage, masks: Mapping[str, Path], errors: bool = False
+) -> dict[str, Any]:
+    """Show an image: itself, its label, masks, errors; the caption says where there is no file."""
+    files = (image.picture, image.label, *masks.values())
+    if image.picture is None or not all(path.is_file() for path in files):
+        why = "is not in dataset.root" if image.picture is None else "or a mask of it is gone"
+        return {"caption": f"{caption} (not shown: the picture {why})", "pictures": []}
+    true, palette = read_mask(image.label)
+    size = true.shape[::-1]
+    photograph = read_picture(image.picture).convert("RGB").resize(size)
     views = [("image", photograph), ("true", in_colour(true, palette))]
     for title, path in masks.items():
-        with Image.open(path) as mask:
-            found = np.asarray(mask)
+        found, palette = read_mask(path, size)
         views.append((title, in_colour(found, palette)))
     if errors:
         views.append(("wrong in red", marked(photograph, (found != true) & (true != IGNORE))))
-    return [{"title": title, "source": _picture(view)} for title, view in views]
+    shown = [{"title": title, "source": _picture(view)} for title, view in views]
+    return {"caption": caption, "pictures": shown}
 
 
 def _picture(picture: Image.Image, side: int = _SIDE) -> str:
@@ -350,8 +367,7 @@ def _legend(predictions: Predictions) -> list[tuple[str, str]]:
     """Return class names and colours, which the masks' palette has."""
     for image in predictions.images:
         if image.label.is_file():
-            with Image.open(image.label) as label:
-                palette = label.getpalette()
+            _, palette = read_mask(image.label)
             colours = [palette[3 * number :][:3] for number in range(len(predictions.classes))]
             named = (f"rgb({red}, {green}, {blue})" for red, green, blue in colours)
             return list(zip(predictions.classes, named, strict=True))
@@ -371,3 +387,7 @@ def _stage_rows(run: RunFolder) -> list[list[str]]:
 
 def _number(value: float, sign: str = "") -> str:
     return "not seen" if value != value else f"{value:{sign}.1f}"
+
+
+def _percent(share: float | None) -> str:
+    return "not seen" if share is None else f"{100 * share:.1f}"

@@ -1,6 +1,6 @@
 """What the report knows of a run, read from its folder; what is missing there is missing here."""
 
-import csv
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,14 +8,24 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image, ImageOps
 
-from utils.config.reading import read_config
 from utils.config.schema import Config
 from utils.errors import UserError
-from utils.files import read_json, read_records
 from utils.run.comparison import differing_keys
+from utils.run.folder import (
+    number_in,
+    read_diagnosis,
+    read_environment,
+    read_epochs,
+    read_kept,
+    read_scores,
+    read_stages,
+    read_table,
+    stage_again,
+)
 
-STAGES = ("1_supervised", "2_pseudo_label", "3_select", "4_retrain", "5_relabel", "6_retrain")
+_AGAIN = "delete the run's folder val, and the run's command, typed again, makes it anew"
 
 
 class PredictedImage(NamedTuple):
@@ -23,7 +33,7 @@ class PredictedImage(NamedTuple):
 
     name: str
     miou: float  # in [0, 1]; NaN if no pixel counts
-    picture: Path
+    picture: Path | None  # None: its file is not in the data root
     label: Path  # palette PNG of class ids, 255 = ignored
     mask: Path  # the same of a network's prediction
 
@@ -72,12 +82,14 @@ class RunFolder:
     @cached_property
     def selection(self) -> tuple[list[float], int]:
         """Return stage 3's scores of unlabeled images, the best first, and how many are kept."""
-        place = self.folder / "3_select"
         if "3_select" not in self.stages:
             return [], 0
-        _, *rows = csv.reader((place / "unlabeled_scores.csv").read_text("utf-8").splitlines())
-        scores = sorted((float(score) for _, score in rows), reverse=True)
-        return scores, len((place / "reliable.txt").read_text("utf-8").splitlines())
+        kept = self.folder / "3_select" / "reliable.txt"
+        try:
+            count = len(kept.read_text("utf-8").splitlines())
+        except (OSError, ValueError):
+            raise UserError(f"{kept}: cannot read this list; {stage_again('3_select')}") from None
+        return sorted(read_scores(self.folder).values(), reverse=True), count
 
 
 def read_run(folder: Path) -> RunFolder:
@@ -86,49 +98,114 @@ def read_run(folder: Path) -> RunFolder:
     Raises:
         UserError: it is none; no training stage has ended; a file of it is damaged.
     """
-    kept = folder / "config.yaml"
-    if not kept.is_file():
-        raise UserError(f"{folder}: is no run folder (it has no config.yaml); name outdir/<name>")
-    reports = {x: folder / x / "stage.json" for x in STAGES}
-    stages = {name: read_json(path) for name, path in reports.items() if path.is_file()}
-    if not any("miou" in report for report in stages.values()):
+    config, stages = read_kept(folder), read_stages(folder)
+    trained = [name for name, report in stages.items() if report.get("miou") is not None]
+    if not trained:
         raise UserError(f"{folder}: no stage has ended; continue the run first")
-    places = [folder / "val" / name for name in stages if "miou" in stages[name]]
-    found = [_predictions(place) for place in places if (place / "confusion.csv").is_file()]
+    places = [folder / "val" / name for name in trained]
+    places = [place for place in places if place.exists()]
+    found = [_predictions(place, config.dataset.root) for place in places[:1] + places[1:][-1:]]
+    _refuse_other_lists(folder, found)
     # The newest last: epoch_1000 after epoch_990.
     drawn = {
         name: sorted((folder / name / "panels").glob("epoch_*.png"), key=lambda x: (len(x.name), x))
         for name in stages
     }
-    environment, diagnosis = folder / "environment.json", folder / "diagnosis.json"
     return RunFolder(
         folder,
-        read_config(str(kept)),
-        kept.read_text("utf-8"),
+        config,
+        (folder / "config.yaml").read_text("utf-8"),
         stages,
-        [x for x in read_records(folder / "metrics.jsonl") if x.get("stage") in stages],
-        read_json(environment) if environment.is_file() else {},
-        found[:1] + found[1:][-1:],
+        read_epochs(folder, stages),
+        read_environment(folder),
+        found,
         {name: files[-1] for name, files in drawn.items() if files},
-        read_json(diagnosis) if diagnosis.is_file() else None,
+        read_diagnosis(folder),
     )
 
 
-def _predictions(place: Path) -> Predictions:
-    (_, *classes), *rows = csv.reader((place / "confusion.csv").read_text("utf-8").splitlines())
-    confusion = np.array([[int(count) for count in row[1:]] for row in rows])
-    with (place / "images.csv").open(encoding="utf-8", newline="") as file:
-        images = [
+def _predictions(place: Path, root: str) -> Predictions:
+    (_, *classes), rows = read_table(place / "confusion.csv", (), _AGAIN)
+    try:
+        confusion = np.array([[int(count) for count in row[1:]] for row in rows], np.int64)
+    except (ValueError, OverflowError):
+        confusion = np.zeros(0, np.int64)
+    square = confusion.shape == (len(classes), len(classes)) and [row[0] for row in rows] == classes
+    if not classes or not square or confusion.min() < 0:
+        raise UserError(
+            f"{place / 'confusion.csv'}: holds no counts of classes by classes; {_AGAIN}"
+        )
+    path, columns = place / "images.csv", ("image", "miou", "pixel_accuracy", "picture", "label")
+    images = []
+    for name, miou, _, picture, label in read_table(path, columns, _AGAIN)[1]:
+        if not _stays_inside(name) or not _stays_inside(label):
+            raise UserError(f"{path}: {name} or {label} leads out of its folder; {_AGAIN}")
+        images.append(
             PredictedImage(
-                row["image"],
-                float(row["miou"] or "nan"),
-                Path(row["picture"]),
-                place.parent / row["label"],
-                place / "masks" / PurePosixPath(row["image"]).with_suffix(".png"),
+                name,
+                number_in(miou, path, _AGAIN, 0) if miou else np.nan,
+                Path(picture) if _is_of_root(picture, root, name) else None,
+                place.parent / label,
+                place / "masks" / PurePosixPath(name).with_suffix(".png"),
             )
-            for row in csv.DictReader(file)
-        ]
+        )
     return Predictions(place.name, classes, confusion, images)
+
+
+def _stays_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts
+
+
+def _is_of_root(picture: str, root: str, name: str) -> bool:
+    """Tell whether a picture's path is that of an image of the data root.
+
+    A relative root counts from the folder where the run was started, which is not known here.
+    """
+    expected = [part for part in Path(os.path.normpath(Path(root) / name)).parts if part != ".."]
+    return list(Path(os.path.normpath(picture)).parts[-len(expected) :]) == expected
+
+
+def _refuse_other_lists(folder: Path, found: Sequence[Predictions]) -> None:
+    lists = [(each.classes, sorted(image.name for image in each.images)) for each in found]
+    if lists[1:] and lists[0] != lists[1]:
+        raise UserError(
+            f"{folder / 'val'}: {found[0].stage} and {found[1].stage} have other classes or "
+            f"images; {_AGAIN}"
+        )
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Read a picture that the report shows, upright; a mask stays one.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture)
+    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and their own
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"{path}: cannot read this picture ({reason}); restore it") from None
+
+
+def read_mask(path: Path, size: tuple[int, int] | None = None) -> tuple[np.ndarray, bytes]:
+    """Read a mask of a run.
+
+    Args:
+        path: a palette PNG below ``val``.
+        size: (width, height) that it must have; None: any.
+
+    Returns:
+        (H, W) uint8 class ids, and 768 bytes of palette.
+
+    Raises:
+        UserError: it cannot be read, is none, or has another size.
+    """
+    mask = read_picture(path)
+    if mask.mode != "P" or size not in (None, mask.size):
+        raise UserError(f"{path}: is no mask of its image; {_AGAIN}")
+    return np.asarray(mask), bytes(mask.getpalette()).ljust(768, b"\0")
 
 
 def by_method(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:

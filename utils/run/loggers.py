@@ -40,7 +40,7 @@ def open_loggers(folder: Path, config: Config) -> list[Logger]:
     """Open the loggers that ``tensorboard`` and ``wandb`` name, in a run's folder.
 
     Raises:
-        UserError: wandb is not installed.
+        UserError: as ``WeightsAndBiases``.
     """
     loggers: list[Logger] = (
         [TensorBoard(folder / "tensorboard", config)] if config.tensorboard else []
@@ -115,7 +115,8 @@ class WeightsAndBiases:
     """A run of Weights & Biases, continued under the same id; ``WANDB_MODE=offline`` sends nothing.
 
     Raises:
-        UserError: the package is not installed.
+        UserError: the package is not installed, nobody is logged in, or the project's name is
+            not allowed.
     """
 
     def __init__(self, folder: Path, config: Config) -> None:
@@ -128,15 +129,22 @@ class WeightsAndBiases:
         self._wandb, name = wandb, folder / "wandb" / "id"
         if not name.is_file():
             write_text(name, uuid.uuid4().hex[:8])
-        self._run = wandb.init(
-            project=config.wandb,
-            name=config.name,
-            id=name.read_text(encoding="utf-8"),
-            resume="allow",
-            dir=str(folder),
-            config=config.model_dump(mode="json"),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        try:
+            self._run = wandb.init(
+                project=config.wandb,
+                name=config.name,
+                id=name.read_text(encoding="utf-8"),
+                resume="allow",
+                dir=str(folder),
+                config=config.model_dump(mode="json"),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.errors.Error as error:
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise UserError(
+                f"wandb: {reason}; correct wandb=PROJECT, type 'wandb login', or set "
+                "WANDB_MODE=offline or wandb=null"
+            ) from error
         # Its own steps may not repeat, as iterations do after a kill.
         self._run.define_metric("*", step_metric="iteration")
 

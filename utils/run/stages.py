@@ -35,13 +35,13 @@ from utils.files import (
 )
 from utils.progress import clock
 from utils.run.comparison import portable, refuse_other_run
+from utils.run.folder import STAGES
 from utils.run.log import Log, Numbers
 from utils.run.results import environment, stage_table
 from utils.run.signals import stopping_later
 
 Report = dict[str, Any]  # what results.json says of a stage
 _UNFINISHED = "unfinished"  # folder in a stage's
-_STAGES = ["1_supervised", "2_pseudo_label", "3_select", "4_retrain", "5_relabel", "6_retrain"]
 _CONTINUED = ("stage.json", f"{_UNFINISHED}/resume.pth", f"{_UNFINISHED}/masks.*.jsonl")
 # What stages leave in their folders; other files there are the user's.
 _MADE = (
@@ -332,7 +332,7 @@ class Run:
     @property
     def is_new(self) -> bool:
         """Whether there is nothing that the run will continue."""
-        kept = product(_STAGES, _CONTINUED)
+        kept = product(STAGES, _CONTINUED)
         return self._first == 1 or not any(any(self.folder.glob(f"{x}/{y}")) for x, y in kept)
 
     def stage(self, name: str, work: Callable[..., Report], *inputs: Any) -> Path:
@@ -443,7 +443,7 @@ class Run:
 
     def _remove_stages(self, first: int) -> None:
         """Remove what stages made, their results and numbers; files of others stay."""
-        folders = [self.folder / name for name in _STAGES[first - 1 :]]
+        folders = [self.folder / name for name in STAGES[first - 1 :]]
         made = {folder: _made_in(folder) for folder in folders}
         _remove(*(path for pattern in _OF_RUN for path in self.folder.glob(pattern)))
         _remove(*(folder / "stage.json" for folder in reversed(folders)))
