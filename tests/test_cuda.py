@@ -20,11 +20,17 @@ from torch import nn
 
 import eval as evaluation
 import train
+from dataset.catalog import KINDS
+from dataset.loader import whole_images
+from dataset.predictions import keep_predictions
+from dataset.query import QueryRule, build_query_index
 from model import Segmenter, build_model
 from model.ops.frozen import freeze
 from utils.config.reading import read_config
 from utils.device import Device
 from utils.errors import Stopped
+from utils.run.log import Log
+from utils.run.stages import Stage, Stopwatch
 
 REAL = torch.cuda.is_available()
 pytestmark = pytest.mark.slow
@@ -256,6 +262,39 @@ def test_segmenter_takes_tensors_of_both_devices(checkpoint, tmp_path):
     net.save(tmp_path / "again.pth")
     again = Segmenter.load(tmp_path / "again.pth", device="cpu")
     assert same(again.net.state_dict(), {k: v.cpu() for k, v in net.net.state_dict().items()})
+
+
+def label(stage, net, splits, samples):
+    train.write_pseudo_labels(stage, net, splits, samples)
+
+
+def select(stage, net, splits, samples):
+    rule = QueryRule.of(stage.config.query, KINDS["demo"])
+    index = build_query_index(splits.labeled, rule)
+    train.select(stage, net, splits._replace(unlabeled=samples), samples, index)
+
+
+def predict(stage, net, splits, samples):
+    net = Segmenter.load(net / "checkpoint.pth", device="cuda")
+    loader = whole_images(stage.config, samples)
+    opened = net.predict, loader
+    keep_predictions(stage.folder, "6_retrain", "", samples, KINDS["demo"], lambda: opened)
+
+
+@pytest.mark.skipif(REAL, reason="a real device does not count what waits for it")
+@pytest.mark.parametrize("work", [label, select, predict], ids=lambda work: work.__name__)
+def test_the_cpu_waits_for_batches_not_for_images(cuda, work, checkpoint, splits, tmp_path):
+    settings = ["inference.batch_size=8", "device=cuda", "workers=0", "panels.images=0"]
+    config = Segmenter.load(checkpoint, settings).config
+    waits = []
+    for count in (2, 4):
+        folder = tmp_path / f"stage{count}"
+        watch, device = Stopwatch(folder / "seconds"), Device("cuda", "fp32")
+        stage = Stage("stage", folder, config, device, Log(tmp_path), watch)
+        cuda.clear()
+        work(stage, checkpoint.parents[1] / "1_supervised", splits, splits.val[:count])
+        waits.append(sum(cuda.values()))
+    assert waits[0] == waits[1] > 0
 
 
 @needs_cuda
