@@ -45,7 +45,7 @@ from utils.checkpoint import load, load_weights
 from utils.config.batches import count_repeats, refuse_batch_sizes
 from utils.config.reading import METHODS, read_config
 from utils.config.schema import Config, OhemSection, TrainingSection
-from utils.device import Device
+from utils.device import Device, fixed_order
 from utils.distributed import (
     averaging,
     broadcast,
@@ -83,7 +83,7 @@ def train(
     run = Run(config, from_stage, fresh, splits.digests(), verify)
     if broadcast(lambda: run.is_new):  # else a truncated image could end a late stage
         broadcast(refuse_broken_images, splits)
-    with run:
+    with run, fixed_order(config.deterministic):
         first = final = run.stage("1_supervised", train_supervised, splits, index)
         teacher, labeled_by, pseudo_labeled = first, [], splits.unlabeled
         if 2 in config.stages:
@@ -592,9 +592,7 @@ def _keep_predictions(run: Run, val: Sequence[Sample], *stages: Path) -> None:
 
 def main() -> None:
     """Read the command line and train; with ``torchrun``, as one of several processes."""
-    # The same command gives the same bits; faster convolutions cost determinism.
-    deterministic = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
-    with joined(), deterministic:
+    with joined():
         train(*read_arguments())
 
 

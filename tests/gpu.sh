@@ -15,7 +15,7 @@ if [ "${1:-}" = tiny ]; then
     bench=(--backbone resnet18 --crop 33 --size 36 48 --batch 2 --images 2 --workers 1 --threads 1
         --precision fp32)
     stages=(--pairs 1 --only select)
-    drawn="8, 4, 4, size=(36, 48)"
+    drawn="8, 4, 4, 1, size=(36, 48)"
     train=(model.backbone=resnet18 device=cpu workers=1 augment.crop_size=33 augment.base_size=48
         supervised.iterations=2 retrain.iterations=2 supervised.batch_size=2 retrain.batch_size=2
         'pseudo_label={scales: [1.0], vote_scales: [1.0], flip: false}')
@@ -24,7 +24,7 @@ else
     tests=(-k "not compile") compiled=(-k compile)
     bench=(--backbone resnet50 --batch 16 --images 256 --workers 12)
     stages=(--pairs 2)
-    drawn="400, 64, 64, size=(375, 500)"
+    drawn="400, 64, 64, 8, size=(375, 500)"
     train=(workers=12 supervised.iterations=60 retrain.iterations=60)
 fi
 

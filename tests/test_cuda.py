@@ -41,8 +41,7 @@ needs_cuda = pytest.mark.skipif(not REAL, reason="there is no CUDA device")
 def cuda():
     """Let ``cuda`` be a device; give the simulated one's count of waits, None of a real one."""
     if REAL:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-            yield None
+        yield None
     else:
         with simulated_cuda() as waits:
             yield waits
