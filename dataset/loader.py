@@ -98,7 +98,7 @@ def _open_loader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_initialized(),  # false on the CPU of a machine with a GPU
         worker_init_fn=ignore_interrupts,  # this process ends them
     )
 

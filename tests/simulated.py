@@ -87,11 +87,10 @@ def simulated_cuda() -> Iterator[Counter[str]]:
             (torch.accelerator, "current_accelerator", always(None)),  # whose streams are asked for
             (torch.accelerator, "current_device_index", always(0)),
             (torch.accelerator, "set_device_index", always(None)),
-            (torch.cuda, "is_available", always(True)),
+            (torch.cuda, "is_initialized", always(True)),
             (torch.cuda, "current_device", always(0)),
             (torch.cuda, "set_device", always(None)),
             (torch.cuda, "is_bf16_supported", always(True)),
-            (torch.cuda, "is_current_stream_capturing", always(False)),
             (torch.cuda.amp.common, "amp_definitely_not_available", always(False)),
             (Tensor, "pin_memory", Tensor.clone),
         ):

@@ -217,10 +217,12 @@ def test_whole_images_keep_the_lists_order_and_their_own_size(splits):
 def test_bytes_become_numbers_on_the_device(splits, workers):
     """Pinned on the way there; the index, which the CPU asks for, stays."""
     here = whole_images(reading(batch_size=2), splits.val)
+    assert not here.pin_memory
     assert {(batch.image.dtype, batch.label.dtype) for batch in here} == {(torch.uint8,) * 2}
     expected = list(passes(here, Device("cpu", "fp32"), "reading"))
     with simulated_cuda():
         loader = whole_images(reading(workers, batch_size=2), splits.val)
+        assert loader.pin_memory
         found = list(passes(loader, Device("cuda", "fp32"), "reading"))
         assert {(str(b.image.device), str(b.label.device), str(b.index.device)) for b in found} == {
             ("cuda:0", "cuda:0", "cpu")

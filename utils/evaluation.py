@@ -41,8 +41,9 @@ class ConfusionMatrix:
 
     def iou(self) -> Tensor:
         """(C,) float64 in [0, 1]; NaN for a class that is in neither labels nor predictions."""
-        hits = self.counts.diagonal().double()
-        return hits / (self.counts.sum(dim=0) + self.counts.sum(dim=1) - hits)
+        counts = self.counts.cpu()  # not every device has float64
+        hits = counts.diagonal().double()
+        return hits / (counts.sum(dim=0) + counts.sum(dim=1) - hits)
 
     def mean_iou(self) -> float:
         """Mean in [0, 1] over classes that occur in label or prediction; NaN if none does."""
