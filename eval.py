@@ -26,7 +26,7 @@ from model import Segmenter
 from model.diagnosis import diagnose
 from utils import checkpoint
 from utils.config.schema import Config
-from utils.device import Device
+from utils.device import Device, fixed_order
 from utils.diagnosis import lay_out_diagnosis
 from utils.distributed import broadcast, by_first, joined, merged
 from utils.errors import Parser, UserError, exit_with_one_line
@@ -202,8 +202,7 @@ def refuse_places(arguments: argparse.Namespace, configs: Mapping[str, Config]) 
 
 def main() -> None:
     """Evaluate, segment pictures, or export."""
-    deterministic = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
-    with joined(), deterministic:
+    with joined(), fixed_order():
         run(read_arguments())
 
 

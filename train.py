@@ -6,7 +6,6 @@ python train.py --config pascal.yaml [--method NAME] [section.key=value ...]
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -46,7 +45,7 @@ from utils.checkpoint import load, load_weights
 from utils.config.batches import count_repeats, refuse_batch_sizes
 from utils.config.reading import METHODS, read_config
 from utils.config.schema import Config, OhemSection, TrainingSection
-from utils.device import Device
+from utils.device import Device, fixed_order
 from utils.distributed import (
     averaging,
     broadcast,
@@ -60,7 +59,7 @@ from utils.distributed import (
 )
 from utils.errors import Parser, UserError, exit_with_one_line
 from utils.evaluation import ConfusionMatrix, Predictor, passes, validate
-from utils.files import write_csv
+from utils.files import in_background, write_csv
 from utils.optimization import Optimization
 from utils.panels import save_mask
 from utils.progress import StageBar
@@ -84,7 +83,7 @@ def train(
     run = Run(config, from_stage, fresh, splits.digests(), verify)
     if broadcast(lambda: run.is_new):  # else a truncated image could end a late stage
         broadcast(refuse_broken_images, splits)
-    with run:
+    with run, fixed_order(config.deterministic):
         first = final = run.stage("1_supervised", train_supervised, splits, index)
         teacher, labeled_by, pseudo_labeled = first, [], splits.unlabeled
         if 2 in config.stages:
@@ -155,7 +154,7 @@ def write_pseudo_labels(
             save_mask(file, mask, palette, durable=False)  # the end of the stage waits for all
         return journal.add([sample.name for sample in samples], files, means)
 
-    with ThreadPoolExecutor(1) as writer:  # a batch is written while the next one is predicted
+    with in_background(max(1, config.workers)) as write:  # while the next batches are predicted
         kept = []
         for batch in passes(loader, stage.device, stage.name):
             size = tuple(batch.label.shape[-2:])
@@ -177,9 +176,7 @@ def write_pseudo_labels(
             probabilities, ids = probabilities.max(dim=1)
             ids = ids.where(probabilities >= config.pseudo_label.threshold, IGNORE)
             means = probabilities.mean(dim=(1, 2)).tolist()
-            kept.append(writer.submit(keep, samples, ids.byte().cpu().numpy(), means))
-            if len(kept) > 1:
-                kept[-2].result()  # a full disk ends the stage now
+            kept.append(write(keep, samples, ids.byte().cpu().numpy(), means))
     done |= merged([batch.result() for batch in kept])
     confidences = {sample.name: done[sample.name] for sample in unlabeled}
     table = ("image", "confidence"), confidences.items()
@@ -595,9 +592,7 @@ def _keep_predictions(run: Run, val: Sequence[Sample], *stages: Path) -> None:
 
 def main() -> None:
     """Read the command line and train; with ``torchrun``, as one of several processes."""
-    # The same command gives the same bits; faster convolutions cost determinism.
-    deterministic = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
-    with joined(), deterministic:
+    with joined():
         train(*read_arguments())
 
 

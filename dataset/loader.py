@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.lists import Sample, read_label
-from dataset.reading import picture_size, read_image, to_input, to_label
+from dataset.reading import normalised, picture_size, read_image, to_pixels
 from utils import IGNORE, IMAGENET, Preprocessing
 from utils.config.schema import Config
 from utils.distributed import mine
@@ -98,16 +98,20 @@ def _open_loader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_initialized(),  # false on the CPU of a machine with a GPU
         worker_init_fn=ignore_interrupts,  # this process ends them
     )
 
 
 class WholeImage(NamedTuple):
-    """An image as inference takes it. A batch adds a first dimension."""
+    """An image as its files have it. A batch adds a first dimension.
 
-    image: Tensor  # (3, H, W) float at the file's own size, normalised
-    label: Tensor  # (H, W) long, 255 everywhere if the sample has no mask
+    Bytes go from worker to worker and to the device, a fifth of what floats and longs would be;
+    ``WholeImages.to_numbers`` makes those of a batch, where it is.
+    """
+
+    image: Tensor  # (3, H, W) uint8 RGB at the file's own size; then float, normalised
+    label: Tensor  # (H, W) uint8, 255 everywhere if the sample has no mask; then long
     index: Tensor | int  # position in the list
 
 
@@ -127,7 +131,12 @@ class WholeImages(Dataset[WholeImage]):
         sample = self.samples[index]
         image = read_image(sample.image)
         label = read_label(sample) if sample.mask else Image.new("L", image.size, IGNORE)
-        return WholeImage(to_input(image, self.preprocessing), to_label(label), index)
+        return WholeImage(to_pixels(image), torch.from_numpy(np.array(label)), index)
+
+    def to_numbers(self, batch: WholeImage) -> WholeImage:
+        """Return a batch with normalised images and long labels, on its device."""
+        image = normalised(batch.image, self.preprocessing)
+        return batch._replace(image=image, label=batch.label.long())
 
 
 def whole_images(

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from dataset.catalog import Kind
 from dataset.lists import Sample, mask_file
 from dataset.reading import read_ids, read_image
 from utils.distributed import broadcast, by_first, merged
-from utils.evaluation import ConfusionMatrix, passes
-from utils.files import write_csv, write_text
+from utils.evaluation import ConfusionMatrix, confusion_counts, passes
+from utils.files import in_background, write_csv, write_text
 from utils.panels import in_colour, panel, save, save_mask
 
 _EXAMPLES = 4  # images in a run's picture
@@ -44,21 +45,25 @@ def keep_predictions(
     if broadcast(_content, place / "made_from") == made_from:
         return
     predict, loader = open_network()
-    counts, rows = ConfusionMatrix(classes, predict.device.torch_device), []  # rows of each batch
-    for batch in passes(loader, predict.device, f"predicting {stage}"):
-        ids = predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
-        rows.append({})
-        for index, mask, label in zip(batch.index.tolist(), ids, batch.label, strict=True):
-            single, sample = ConfusionMatrix(classes, predict.device.torch_device), val[index]
-            single.update(mask, label)
-            counts.counts += single.counts
-            true = mask_file(folder / "labels", sample)
-            for file, pixels in ((mask_file(place / "masks", sample), mask), (true, label)):
-                save_mask(file, pixels.byte().cpu().numpy(), palette, durable=False)
-            scores = single.mean_iou(), single.pixel_accuracy()
-            shown = ["" if score != score else score for score in scores]
-            paths = sample.image.absolute(), true.relative_to(folder).as_posix()
-            rows[-1][index] = (sample.name, *shown, *paths)
+    counts, rows = ConfusionMatrix(classes), []  # rows of each batch
+    with in_background(max(1, loader.num_workers)) as write:
+        for batch in passes(loader, predict.device, f"predicting {stage}"):
+            ids = predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
+            of_images = confusion_counts(ids, batch.label, classes).cpu()
+            masks, labels = (maps.byte().cpu().numpy() for maps in (ids, batch.label))
+            rows.append({})
+            columns = batch.index.tolist(), of_images, masks, labels
+            for index, of_image, mask, label in zip(*columns, strict=True):
+                single, sample = ConfusionMatrix(classes), val[index]
+                single.counts += of_image
+                counts.counts += of_image
+                true = mask_file(folder / "labels", sample)
+                for file, pixels in ((mask_file(place / "masks", sample), mask), (true, label)):
+                    write(partial(save_mask, durable=False), file, pixels, palette)
+                scores = single.mean_iou(), single.pixel_accuracy()
+                shown = ["" if score != score else score for score in scores]
+                paths = sample.image.absolute(), true.relative_to(folder).as_posix()
+                rows[-1][index] = (sample.name, *shown, *paths)
     table = [row for _, row in sorted(merged(rows).items())]
     columns = ("image", "miou", "pixel_accuracy", "picture", "label")
     by_first(write_csv)(place / "images.csv", columns, table)

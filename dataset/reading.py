@@ -99,8 +99,12 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 def to_input(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     """Return an RGB picture as the network takes it: (3, H, W) float32, normalised."""
-    pixels = tf.pil_to_tensor(image).contiguous()  # planes now, as bytes, not later as floats
-    return normalised(pixels, preprocessing)
+    return normalised(to_pixels(image), preprocessing)
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """Return an RGB picture as (3, H, W) uint8."""
+    return tf.pil_to_tensor(image).contiguous()  # planes now, as bytes, not later as floats
 
 
 def normalised(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:

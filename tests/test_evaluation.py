@@ -13,7 +13,7 @@ from utils import IMAGENET
 from utils.config.schema import InferenceSection, WindowSection
 from utils.device import Device
 from utils.diagnosis import WeightQuality, rank_correlation
-from utils.evaluation import ConfusionMatrix, Predictor
+from utils.evaluation import ConfusionMatrix, Predictor, confusion_counts
 
 CPU = Device("cpu", "fp32")
 
@@ -169,6 +169,21 @@ def test_matrix_is_a_plain_count_however_it_is_fed(pixels):
             expected[label, prediction] += 1
     assert torch.equal(once.counts, expected)
     assert torch.equal(piecewise.counts, expected)
+
+
+def test_images_of_a_batch_are_counted_apart_in_one_go():
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(0, 5, (3, 7, 6), generator=generator).byte()
+    label[label == 4] = 255
+    prediction = torch.randint(0, 4, (3, 7, 6), generator=generator)
+    counts = confusion_counts(prediction, label, 4)
+    for count, found, true in zip(counts, prediction, label, strict=True):
+        expected = torch.zeros(4, 4, dtype=torch.int64)
+        for pixel, truth in zip(found.flatten(), true.flatten(), strict=True):
+            if truth != 255:
+                expected[int(truth), int(pixel)] += 1
+        assert torch.equal(count, expected)
+    assert confusion_counts(prediction, torch.full_like(label, 255), 4).sum() == 0
 
 
 def test_counts_stay_exact_beyond_float32():

@@ -10,7 +10,8 @@ from PIL import Image
 
 from dataset.catalog import KINDS
 from dataset.reading import read_mask
-from utils.files import read_json, write_atomically, write_json
+from utils.errors import UserError
+from utils.files import in_background, read_json, write_atomically, write_json
 from utils.panels import panel, save_mask, save_overlay
 
 
@@ -66,6 +67,35 @@ def test_a_folder_and_a_file_that_is_not_to_be_written_to_are_refused(tmp_path, 
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everything
     assert "Permission denied" in refusal(write_json, tmp_path / "kept.json", 2)
     assert read_json(tmp_path / "kept.json") == 1
+
+
+def test_work_in_the_background_is_done_at_the_end_of_the_block(tmp_path):
+    with in_background(2) as submit:
+        results = [submit(write_json, tmp_path / f"{n}.json", n) for n in range(9)]
+    assert [result.result() for result in results] == [None] * 9
+    assert [read_json(tmp_path / f"{n}.json") for n in range(9)] == list(range(9))
+
+
+def test_an_error_in_the_background_ends_the_work_soon(tmp_path):
+    started = []
+
+    def fail(number):
+        started.append(number)
+        raise UserError("disk full")
+
+    def work():
+        with in_background(1) as submit:
+            for number in range(100):
+                submit(fail, number)
+
+    assert refusal(work) == "disk full"
+    assert len(started) <= 3  # the first one, and two that waited
+
+    def last():
+        with in_background(1) as submit:
+            submit(fail, 0)
+
+    assert refusal(last) == "disk full"
 
 
 def test_folder_is_made_and_nothing_else_is_left_there(tmp_path):

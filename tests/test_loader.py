@@ -8,6 +8,7 @@ from conftest import reading, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from simulated import simulated_cuda
 from torch.utils.data import DataLoader
 
 from dataset.cache import Memory, sample_reader
@@ -20,11 +21,14 @@ from dataset.loader import (
     whole_images,
 )
 from dataset.query import NoPartner
+from dataset.reading import read_image, read_mask, to_input, to_label
 from dataset.training import LabeledPairs, parts
 from utils import IMAGENET, Preprocessing
 from utils.config.reading import read_config
 from utils.config.schema import DatasetSection
+from utils.device import Device
 from utils.errors import UserError
+from utils.evaluation import passes
 from utils.run.stages import Run
 
 CHANCE = Chance(0, "4_retrain")
@@ -165,7 +169,8 @@ def test_every_image_is_normalised_by_the_encoders_record(splits, pairs, retrain
     def images(record):
         pair = replace(pairs, preprocessing=record)[SampleKey(0, 0)]
         sample = replace(retrain, preprocessing=record)[SampleKey(0, 0)]
-        (whole, *_) = whole_images(reading(), splits.val, record)
+        loader = whole_images(reading(), splits.val, record)
+        (whole, *_) = passes(loader, Device("cpu", "fp32"), "reading")
         trained = [pair.image, pair.partner_image, sample.image, sample.student_image[0]]
         return [*trained, sample.labeled_image, sample.partner.image, whole.image[0]]
 
@@ -206,6 +211,30 @@ def test_whole_images_keep_the_lists_order_and_their_own_size(splits):
         assert {item.label.shape for item in items} == {(1, 48, 64)}
     (item,) = whole_images(reading(), splits.unlabeled[:1])
     assert (item.label == 255).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bytes_become_numbers_on_the_device(splits, workers):
+    """Pinned on the way there; the index, which the CPU asks for, stays."""
+    here = whole_images(reading(batch_size=2), splits.val)
+    assert not here.pin_memory
+    assert {(batch.image.dtype, batch.label.dtype) for batch in here} == {(torch.uint8,) * 2}
+    expected = list(passes(here, Device("cpu", "fp32"), "reading"))
+    with simulated_cuda():
+        loader = whole_images(reading(workers, batch_size=2), splits.val)
+        assert loader.pin_memory
+        found = list(passes(loader, Device("cuda", "fp32"), "reading"))
+        assert {(str(b.image.device), str(b.label.device), str(b.index.device)) for b in found} == {
+            ("cuda:0", "cuda:0", "cpu")
+        }
+    assert {(batch.image.dtype, batch.label.dtype) for batch in found} == {
+        (torch.float32, torch.int64)
+    }
+    for ours, theirs, sample in zip(found, expected, splits.val[::2], strict=True):
+        assert same(tuple(x.cpu() for x in ours), theirs)
+        picture = to_input(read_image(sample.image), IMAGENET)
+        assert torch.equal(theirs.image[0], picture)
+        assert torch.equal(theirs.label[0], to_label(read_mask(sample.mask)))
 
 
 def test_images_of_one_size_share_batches_wherever_they_stand(demo_copy):

@@ -66,6 +66,20 @@ def train_until(monkeypatch, config, event, shall_stop):
             train.train(config)
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_convolutions_add_in_a_fixed_order_unless_the_config_frees_them(
+    demo_overrides, monkeypatch, deterministic
+):
+    def look(*_):
+        assert torch.backends.cudnn.deterministic is deterministic
+        assert not torch.backends.cudnn.benchmark
+        raise UserError("seen")
+
+    monkeypatch.setattr(train, "train_supervised", look)
+    with pytest.raises(UserError, match="seen"):
+        start(demo_overrides, "order", deterministic=deterministic)
+
+
 @pytest.mark.slow
 def test_six_stages_leave_what_the_design_names(finished, demo_root):
     run, printed = finished

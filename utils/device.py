@@ -1,6 +1,7 @@
 """Where networks run and in which precision."""
 
 import os
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import torch
@@ -60,6 +61,14 @@ class Device:
             return type(batch)._make(self.move(part) for part in batch)
         layout = torch.channels_last if batch.dim() == 4 else torch.preserve_format
         return batch.to(self.torch_device, non_blocking=True, memory_format=layout)
+
+
+def fixed_order(deterministic: bool = True) -> AbstractContextManager[None]:
+    """Let cuDNN's convolutions add in the same order every time, or in any, in a ``with`` block.
+
+    Which kernel is fastest is never found by trying: whole images have too many sizes for that.
+    """
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=deterministic)
 
 
 def _find_device(name: str) -> torch.device:

@@ -32,10 +32,7 @@ class ConfusionMatrix:
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Count the pixels of integer tensors of equal shape; predictions are in [0, C)."""
-        valid = (label >= 0) & (label < self.num_classes)
-        pairs = label[valid].long() * self.num_classes + prediction[valid].long()
-        counted = torch.bincount(pairs, minlength=self.num_classes**2)
-        self.counts += counted.view(self.num_classes, self.num_classes)
+        self.counts += confusion_counts(prediction[None], label[None], self.num_classes)[0]
 
     def reduce(self) -> "ConfusionMatrix":
         """Sum the counts over the processes; return itself. Collective."""
@@ -44,8 +41,9 @@ class ConfusionMatrix:
 
     def iou(self) -> Tensor:
         """(C,) float64 in [0, 1]; NaN for a class that is in neither labels nor predictions."""
-        hits = self.counts.diagonal().double()
-        return hits / (self.counts.sum(dim=0) + self.counts.sum(dim=1) - hits)
+        counts = self.counts.cpu()  # not every device has float64
+        hits = counts.diagonal().double()
+        return hits / (counts.sum(dim=0) + counts.sum(dim=1) - hits)
 
     def mean_iou(self) -> float:
         """Mean in [0, 1] over classes that occur in label or prediction; NaN if none does."""
@@ -65,18 +63,39 @@ class ConfusionMatrix:
         }
 
 
-def passes(loader: DataLoader, device: Device, title: str) -> Iterator[Any]:
-    """Iterate over batches of whole images, moved to the device, with a progress bar. Collective.
+def confusion_counts(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
+    """Count the pixels of every pair of classes in each image, all images at once.
 
     Args:
-        loader: gives records with ``index``, the positions in the list.
+        prediction: (B, ...) integer, in [0, C).
+        label: (B, ...) integer; pixels that are not in [0, C), 255 among them, are excluded.
+        num_classes: C.
+
+    Returns:
+        (B, C, C) int64 by true class and predicted class, on the device.
+    """
+    count, cells = len(label), num_classes**2
+    valid = (label >= 0) & (label < num_classes)
+    # What is excluded has a cell of its own: cutting it out would wait for the device.
+    cell = torch.where(valid, label.long() * num_classes + prediction.long(), cells)
+    cell = cell.flatten(1) + (cells + 1) * torch.arange(count, device=label.device).unsqueeze(1)
+    counts = torch.bincount(cell.flatten(), minlength=count * (cells + 1)).view(count, cells + 1)
+    return counts[:, :cells].reshape(count, num_classes, num_classes)
+
+
+def passes(loader: DataLoader, device: Device, title: str) -> Iterator[Any]:
+    """Iterate over batches of whole images, on the device, with a progress bar. Collective.
+
+    Args:
+        loader: of ``dataset.loader.whole_images``; the bytes that it reads become numbers on the
+            device. ``index``, the positions in the list, stays on the CPU, which asks for it.
         device: where the batches go.
         title: of the bar.
     """
     count = sum(map(len, loader.batch_sampler))
     with tqdm(desc=title, total=count, disable=no_bar(), leave=False, unit="image") as bar:
         for batch in loader:
-            yield device.move(batch)
+            yield loader.dataset.to_numbers(device.move(batch))._replace(index=batch.index)
             bar.update(len(batch.index))
             if world() == 1:  # several processes can have unequal numbers of batches
                 stop_here()
@@ -174,7 +193,8 @@ def validate(
         predict: the network and its views.
         loader: whole images with labels.
         num_classes: C.
-        keep: takes the index and the predicted ids, (H, W) long, of every image of this process.
+        keep: takes the index and the predicted ids, (H, W) uint8 on the CPU, of every image of
+            this process.
 
     Returns:
         The matrix over the images of all processes.
@@ -184,7 +204,7 @@ def validate(
         ids = predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
         matrix.update(ids, batch.label)
         if keep is not None:
-            for index, mask in zip(batch.index.tolist(), ids, strict=True):
+            for index, mask in zip(batch.index.tolist(), ids.byte().cpu(), strict=True):
                 keep(index, mask)
     return matrix.reduce()
 

@@ -8,7 +8,9 @@ import json
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -85,6 +87,28 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def in_background(threads: int) -> Iterator[Callable[..., Future]]:
+    """Yield a function that calls others in threads, as ``submit`` of an executor, and ends them.
+
+    For encoding and writing while the device goes on: both let other threads run. Where two calls
+    a thread wait, the next one waits for the oldest of them, and raises what that raised, as a full
+    disk; so does the end of the block.
+    """
+    waiting: deque[Future] = deque()
+
+    def submit(work: Callable[..., Any], *args: Any) -> Future:
+        if len(waiting) >= 2 * threads:
+            waiting.popleft().result()
+        waiting.append(pool.submit(work, *args))
+        return waiting[-1]
+
+    with ThreadPoolExecutor(threads) as pool:
+        yield submit
+        for work in waiting:
+            work.result()
 
 
 def write_text(path: Path, text: str) -> None:

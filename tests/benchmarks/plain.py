@@ -1,10 +1,11 @@
 """The plain forms that ``stages.py`` compares with: the formulas of docs/method.md as written.
 
-fp32 (torch's: a GPU's convolutions round to TF32), contiguous, whole images one at a time, features
-resized to the images' size, a pass for every class, a loss read off the device at every step.
+fp32 (torch's: a GPU's convolutions round to TF32), contiguous, whole images one at a time (which
+workers may read), features resized to the images' size, a pass for every class, a loss read off the
+device at every step.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from dataset.lists import Sample
 from dataset.reading import read_image, read_mask, to_input, to_label
@@ -94,9 +96,28 @@ def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
     return loss.item()
 
 
-def image_and_label(sample: Sample, device: torch.device) -> tuple[Tensor, Tensor]:
-    image = to_input(read_image(sample.image), IMAGENET).unsqueeze(0).to(device)
-    return image, to_label(read_mask(sample.mask)).unsqueeze(0).to(device)
+class Pictures(Dataset):
+    """Normalised images, with their labels if they have masks."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        sample = self.samples[index]
+        image = to_input(read_image(sample.image), IMAGENET)
+        return image, to_label(read_mask(sample.mask)) if sample.mask else torch.zeros(0)
+
+
+def loaded(
+    samples: Sequence[Sample], device: torch.device, workers: int
+) -> Iterator[tuple[Sample, Tensor, Tensor]]:
+    """Yield images, (1, 3, H, W), and labels on the device, one by one."""
+    loader = DataLoader(Pictures(samples), num_workers=workers)
+    for sample, (image, label) in zip(samples, loader, strict=True):
+        yield sample, image.to(device), label.to(device)
 
 
 @torch.no_grad()
@@ -106,12 +127,12 @@ def pseudo_label(
     scales: Sequence[float],
     device: torch.device,
     folder: Path,
+    workers: int = 0,
 ) -> None:
     def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
         return F.interpolate(maps, size, mode="bilinear", align_corners=True)
 
-    for sample in samples:
-        image = to_input(read_image(sample.image), IMAGENET).unsqueeze(0).to(device)
+    for sample, image, _ in loaded(samples, device, workers):
         total, size = 0.0, image.shape[-2:]
         for scale in scales:
             view = resized(image, [round(side * scale) for side in size])
@@ -124,11 +145,14 @@ def pseudo_label(
 
 @torch.no_grad()
 def evaluate(
-    net: nn.Module, samples: Sequence[Sample], classes: int, device: torch.device
+    net: nn.Module,
+    samples: Sequence[Sample],
+    classes: int,
+    device: torch.device,
+    workers: int = 0,
 ) -> ConfusionMatrix:
     matrix = ConfusionMatrix(classes)
-    for sample in samples:
-        image, label = image_and_label(sample, device)
+    for _, image, label in loaded(samples, device, workers):
         matrix.update(net(image).logits.argmax(dim=1).cpu(), label.cpu())
     return matrix
 
@@ -139,29 +163,29 @@ def select(
     labeled: Sequence[Sample],
     pseudo_labeled: Sequence[Sample],
     device: torch.device,
+    workers: int = 0,
 ) -> tuple[dict[tuple[int, str], float], dict[str, float]]:
     """Anchors, guides and scores: a pass for each class of an image, of a labeled one two."""
+
+    def class_by_class(samples: Sequence[Sample]) -> Iterator[tuple[str, Tensor, Tensor, int]]:
+        for sample, image, label in loaded(samples, device, workers):
+            for class_id in np.unique(label[label != IGNORE].cpu().numpy()):
+                yield sample.name, image, label, int(class_id)
+
     seen: dict[int, list[Tensor]] = {}
-    for image, label, class_id in _class_by_class(labeled, device):
+    for _, image, label, class_id in class_by_class(labeled):
         seen.setdefault(class_id, []).append(pool(net(image).features, label == class_id))
     anchors = {class_id: torch.cat(rows).mean(dim=0) for class_id, rows in seen.items()}
 
-    def score(sample: Sample) -> Iterable[tuple[int, float]]:
-        for image, label, class_id in _class_by_class([sample], device):
+    def scores(samples: Sequence[Sample]) -> Iterator[tuple[int, str, float]]:
+        for name, image, label, class_id in class_by_class(samples):
             if class_id in anchors:
                 features, anchor = net(image).features, anchors[class_id][None]
                 similar = similarity(features, anchor, label.shape[-2:])
-                yield class_id, -entropy(similar, label == class_id, label).item()
+                yield class_id, name, -entropy(similar, label == class_id, label).item()
 
-    guides = {(label, sample.name): value for sample in labeled for label, value in score(sample)}
-    images = {sample.name: sum(value for _, value in score(sample)) for sample in pseudo_labeled}
+    guides = {(class_id, name): value for class_id, name, value in scores(labeled)}
+    images = dict.fromkeys((sample.name for sample in pseudo_labeled), 0.0)
+    for _, name, value in scores(pseudo_labeled):
+        images[name] += value
     return guides, images
-
-
-def _class_by_class(
-    samples: Sequence[Sample], device: torch.device
-) -> Iterable[tuple[Tensor, Tensor, int]]:
-    for sample in samples:
-        image, label = image_and_label(sample, device)
-        for class_id in np.unique(label[label != IGNORE].cpu().numpy()):
-            yield image, label, int(class_id)

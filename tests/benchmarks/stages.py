@@ -1,12 +1,15 @@
 """Time every stage against its plain form, in turn, and measure what memory both take.
 
 python tests/benchmarks/stages.py [--backbone resnet50] [--crop 321] [--threads 2]
+    [--batch 16 --images 256 --workers 12]
 
 plain: plain.py, fp32. ours: the code that train.py runs, in the best precision here. Ratios are
 medians of pairs A B, A B, ... in one process; memory is the peak of a child process that does
 nothing else, less what it has after importing. Images: labeled ones (supervised), unlabeled ones
-(retrain), whole ones of 480 x 360 (the rest). The floor is the time that the network's
-convolutions would take at the best rate that a large one reaches here in our precision.
+(retrain), whole ones (the rest). Steps are given a batch that is in memory; whole
+images are read each time, in both forms by so many workers, whose start counts: give them many
+images. The floor is the time that the network's convolutions would take at the best rate that a
+large one reaches here in our precision.
 """
 
 import argparse
@@ -46,7 +49,7 @@ from utils.optimization import Optimization
 from utils.run.log import Log
 from utils.run.stages import Stage, Stopwatch, checkpoint_of
 
-SIZE, SCALES, IMAGES = (360, 480), [0.5, 0.75, 1.0, 1.5, 2.0], 4
+SCALES, IMAGES = [0.5, 0.75, 1.0, 1.5, 2.0], 4
 CHANCE = Chance(0, "benchmark")
 
 
@@ -64,6 +67,9 @@ def bench_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--crop", type=int, default=321)
     parser.add_argument("--batch", type=int, default=2, help="samples; a pair has two images")
+    parser.add_argument("--images", type=int, help="whole ones a call; a batch, 4 at least")
+    parser.add_argument("--size", type=int, nargs=2, default=(360, 480), help="height and width")
+    parser.add_argument("--workers", type=int, default=0, help="read whole images, in both forms")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -75,20 +81,22 @@ class Bench:
 
     def __init__(self, typed: argparse.Namespace, folder: Path) -> None:
         self.folder, root = folder, folder / "data"
-        self.batch, images = typed.batch, max(IMAGES, typed.batch)
+        self.batch, self.images = typed.batch, typed.images or max(IMAGES, typed.batch)
+        self.size = tuple(typed.size)
         self.crop = (typed.crop, typed.crop)
         words = [
             f"dataset.root={root}",
             f"model={{backbone: {typed.backbone}, output_stride: 8, channels: null}}",
             f"augment={{base_size: 480, crop_size: {typed.crop}}}",
             f"pseudo_label={{scales: {SCALES}, votes: false}}",
-            f"inference.batch_size={images}",
+            f"inference.batch_size={max(IMAGES, typed.batch)}",
             "query.exclude=[]",
-            "workers=0",
+            f"workers={typed.workers}",
         ]
         self.config = read_config("demo.yaml", words)
         kind = describe(self.config.dataset)
-        write_demo(root, kind.palette(), 2 * images, images, images, 1, size=SIZE)
+        count = max(self.images, typed.batch)
+        write_demo(root, kind.palette(), 2 * count, count, count, 1, size=self.size)
         self.device = Device(typed.device, typed.precision)
         self.splits, self.classes = read_splits(self.config.dataset), len(kind.classes)
         rule = QueryRule.of(self.config.query, kind)
@@ -100,8 +108,8 @@ class Bench:
 
     def __str__(self) -> str:
         sizes = f"crop {self.config.augment.crop_size}, batch {self.batch}"
-        threads = torch.get_num_threads()
-        return f"{self.config.model.backbone}, {sizes}, {self.device}, {threads} threads"
+        processes = f"{torch.get_num_threads()} threads, {self.config.workers} workers"
+        return f"{self.config.model.backbone}, {sizes}, {self.device}, {processes}"
 
     def network(self) -> nn.Module:
         return network_of(self.config.model, self.classes, pretrained=None)
@@ -168,7 +176,7 @@ class Bench:
         return Row(forms, self.batch, (2 * 3 + 2) * flop(self.network, self.crop))
 
     def pseudo_label(self) -> Row:
-        samples, device = self.splits.unlabeled[: self.batch], self.device.torch_device
+        samples, device = self.splits.unlabeled[: self.images], self.device.torch_device
 
         def ours() -> None:  # a new stage each time: one that is there goes on where it stopped
             given = self.teacher, self.splits, samples
@@ -177,37 +185,39 @@ class Bench:
         def naive() -> Callable:
             folder, net = self.folder / "plain", self.plain().eval()
             folder.mkdir(exist_ok=True)
-            return partial(plain.pseudo_label, net, samples, SCALES, device, folder)
+            given = samples, SCALES, device, folder, self.config.workers
+            return partial(plain.pseudo_label, net, *given)
 
-        sizes = [[round(side * scale) for side in SIZE] for scale in SCALES]
+        sizes = [[round(side * scale) for side in self.size] for scale in SCALES]
         passes = 2 * sum(flop(self.network, size) for size in sizes)
         return Row({"plain": naive, "ours": lambda: ours}, len(samples), passes)
 
     def select(self) -> Row:
-        labeled, unlabeled = self.splits.labeled[: self.batch], self.splits.val[: self.batch]
+        labeled, unlabeled = self.splits.labeled[: self.images], self.splits.val[: self.images]
         splits = self.splits._replace(labeled=labeled, unlabeled=unlabeled)
         given = self.stage("select"), self.teacher, splits, unlabeled, self.index
 
         def naive() -> Callable:
             net = self.plain().eval()
-            return partial(plain.select, net, labeled, unlabeled, self.device.torch_device)
+            device, workers = self.device.torch_device, self.config.workers
+            return partial(plain.select, net, labeled, unlabeled, device, workers)
 
         forms = {"plain": naive, "ours": lambda: partial(train.select, *given)}
-        return Row(forms, 2 * self.batch, flop(self.network, SIZE))
+        return Row(forms, len(labeled) + len(unlabeled), flop(self.network, self.size))
 
     def evaluate(self) -> Row:
         val = self.splits.val
 
         def naive() -> Callable:
             net, device = self.plain().eval(), self.device.torch_device
-            return partial(plain.evaluate, net, val, self.classes, device)
+            return partial(plain.evaluate, net, val, self.classes, device, self.config.workers)
 
         def ours() -> Callable:
             net = self.network()
             return lambda: evaluate(Segmenter(net, self.config))
 
         forms = {"plain": naive, "ours": ours}
-        return Row(forms, len(val), flop(self.network, SIZE))
+        return Row(forms, len(val), flop(self.network, self.size))
 
 
 FORMS = ("plain", "ours")

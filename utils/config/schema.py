@@ -298,6 +298,9 @@ class Config(Section):
     device: str = "auto"  # auto (the first accelerator, else the CPU), cpu, cuda, cuda:1, mps
     # Arithmetic of convolutions and matrix products; auto: see docs/devices.md.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    # On CUDA the same command gives the same bits. false: cuDNN may take faster convolutions whose
+    # sums come in any order.
+    deterministic: bool = True
     workers: int = Field(4, ge=0, le=128)  # processes that read images; each holds 0.3 GB
     # 'ram': a training stage decodes its images once and keeps them in memory, 4 bytes a pixel.
     cache: Literal["ram"] | None = None

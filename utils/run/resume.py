@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from torch import nn
@@ -120,6 +121,7 @@ class Journal:
 
     def __init__(self, stage: Stage) -> None:
         self._stage, self._path = stage, stage.unfinished / f"masks.{rank()}.jsonl"
+        self._one_at_a_time = Lock()
 
     def read(self) -> dict[str, float]:
         """Return the confidence of every image whose mask is there, whichever process wrote it."""
@@ -130,14 +132,15 @@ class Journal:
     def add(
         self, images: Sequence[str], masks: Sequence[Path], confidences: Sequence[float]
     ) -> dict[str, float]:
-        """Keep a batch whose masks are written; return confidence by image."""
+        """Keep a batch whose masks are written; return confidence by image. Threads may call it."""
         names = [mask.relative_to(self._stage.folder).as_posix() for mask in masks]
         sizes = [mask.stat().st_size for mask in masks]
         rows = zip(images, confidences, names, sizes, strict=True)
         lines = [json.dumps(dict(zip(_KEYS, row, strict=True))) for row in rows]
-        # A kill may have cut the last line short: the next one begins anew.
-        append_text(self._path, "".join(f"\n{line}" for line in lines))
-        self._stage.watch.note()
+        with self._one_at_a_time:
+            # A kill may have cut the last line short: the next one begins anew.
+            append_text(self._path, "".join(f"\n{line}" for line in lines))
+            self._stage.watch.note()
         return dict(zip(images, confidences, strict=True))
 
     def _is_there(self, record: dict[str, Any]) -> bool:
