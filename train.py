@@ -72,7 +72,8 @@ LabeledLoss = Callable[..., Tensor]  # of logits, labels and the valid pixels of
 
 def train(config: Config, from_stage: int | None = None, fresh: bool = False) -> None:
     """Run the six stages, or those that are left of them."""
-    info, splits = describe(config.dataset), read_splits(config.dataset)
+    info, notes = describe(config.dataset), list[str]()
+    splits = read_splits(config.dataset, note=notes.append)
     truth = read_truth(config.dataset, config.panels.truth)  # is drawn, nothing else
     refuse_batch_sizes(config, len(splits.labeled), len(splits.unlabeled))
     refuse_crop(config.model.backbone, config.augment.crop_size)
@@ -83,6 +84,8 @@ def train(config: Config, from_stage: int | None = None, fresh: bool = False) ->
     if broadcast(lambda: run.is_new):  # else a truncated image could end a late stage
         broadcast(refuse_broken_images, splits)
     with run:
+        for note in notes:
+            run.log.say(note)
         first = final = run.stage("1_supervised", train_supervised, splits, index)
         teacher, labeled_by, pseudo_labeled = first, [], splits.unlabeled
         if 2 in config.stages:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dataset.catalog import UNKNOWN, Kind, describe, id_table
+from dataset.catalog import ID_COUNT, UNKNOWN, Kind, describe
 from dataset.published import published_list
 from dataset.reading import picture_size, read_ids, read_image, read_mask
 from utils import IGNORE
@@ -81,6 +81,7 @@ def with_pseudo_masks(samples: Iterable[Sample], folder: Path) -> list[Sample]:
     return [sample._replace(mask=mask_file(folder, sample), ids=None) for sample in samples]
 
 
+_NAMED = 8  # classes at most that a line of advice names
 _WORD = re.compile(r'"([^"]*)"|([^\s"]+)')
 
 
@@ -200,6 +201,13 @@ class Splits(NamedTuple):
         return digests
 
 
+Note = Callable[[str], None]  # is told what training accepts and a user should know
+
+
+def _ignore(_: str) -> None:
+    pass
+
+
 class Fault(NamedTuple):
     """Something in the lists or their files that training refuses."""
 
@@ -208,14 +216,21 @@ class Fault(NamedTuple):
     line: str  # what is wrong, and what to do
 
 
-def read_splits(section: DatasetSection, fields: Sequence[str] = Splits._fields) -> Splits:
+def read_splits(
+    section: DatasetSection, fields: Sequence[str] = Splits._fields, note: Note = _ignore
+) -> Splits:
     """Read the lists of a config, as ``read_lists``, and check them before anything trains.
+
+    Args:
+        section: of the data.
+        fields: the lists; others are empty.
+        note: as ``find_faults`` calls it.
 
     Raises:
         UserError: as ``read_lists``, or the first fault of ``find_faults``.
     """
     splits = read_lists(section, fields)
-    for fault in find_faults(splits, describe(section)):
+    for fault in find_faults(splits, describe(section), note=note):
         raise UserError(fault.line)
     return splits
 
@@ -284,6 +299,7 @@ def find_faults(
     kind: Kind,
     decode: bool = False,
     visit: Callable[[str, np.ndarray], None] | None = None,
+    note: Note = _ignore,
 ) -> Iterator[Fault]:
     """Find what training must not start with: images in two lists, bad images, bad masks.
 
@@ -293,12 +309,21 @@ def find_faults(
         decode: decode the images, which finds truncated ones too; else only headers are read.
         visit: called with the list's name and the label, (H, W) uint8 class ids and 255, of every
             sample whose mask has no fault.
+        note: called with a line for each thing that is no fault but changes a result: shares of
+            ignored pixels, classes that a list does not show.
     """
     yield from _overlaps(splits)
-    yield from _label_faults("labeled", splits.labeled, kind, decode, visit)
-    yield from _image_faults("unlabeled", splits.unlabeled, decode)
-    for field in ("val", "test"):
-        yield from _label_faults(field, getattr(splits, field), kind, decode, visit)
+    for where in Splits._fields:
+        samples = getattr(splits, where)
+        if where == "unlabeled":
+            yield from _image_faults(where, samples, decode)
+            continue
+        pixels, sound = np.zeros(ID_COUNT, np.int64), True  # of each id in the files
+        for fault in _label_faults(where, samples, kind, decode, visit, pixels):
+            sound = False
+            yield fault
+        if sound:  # else a class may be missing where a mask is
+            yield from _class_faults(where, pixels, kind, note)
 
 
 def _size_of(sample: Sample, decode: bool) -> tuple[int, int]:
@@ -346,10 +371,11 @@ def _label_faults(
     kind: Kind,
     decode: bool,
     visit: Callable[[str, np.ndarray], None] | None,
+    pixels: np.ndarray,
 ) -> Iterator[Fault]:
-    table = id_table(kind.classes) if kind.ids is None else np.frombuffer(kind.ids, np.int16)
+    """Check images and masks one by one, and add up the pixels of each id in mask files."""
+    table = kind.table()
     unknown: dict[int, Path] = {}  # id without meaning to a mask that shows it
-    ignored = 0  # masks without a pixel that counts
     for sample in _bar(samples, where, len(samples)):
         if sample.mask is None:
             line = f"dataset.{where}: {sample.name} has no mask; name it beside it"
@@ -360,10 +386,11 @@ def _label_faults(
         except UserError as error:
             yield Fault(where, "files that cannot be read", str(error))
             continue
-        shown = np.flatnonzero(np.bincount(ids.ravel()))
+        counts = np.bincount(ids.ravel())
+        pixels[: len(counts)] += counts
+        shown = np.flatnonzero(counts)
         strange = shown[table[shown] == UNKNOWN].tolist()
         unknown = dict.fromkeys(strange, sample.mask) | unknown
-        ignored += bool((table[shown] == IGNORE).all())
         if ids.shape != size:
             yield Fault(
                 where,
@@ -375,9 +402,65 @@ def _label_faults(
             visit(where, table[ids].astype(np.uint8))
     for _ in unknown:
         yield Fault(where, "ids without a meaning", _complaint(unknown, kind))
-    if samples and ignored == len(samples):
+
+
+def _class_faults(where: str, pixels: np.ndarray, kind: Kind, note: Note) -> Iterator[Fault]:
+    """Judge the classes that a list shows, by the pixels of each id in its mask files."""
+    table, shown = kind.table(), np.flatnonzero(pixels)
+    counting = [int(id_) for id_ in shown if table[id_] not in (UNKNOWN, IGNORE)]
+    left_out = [int(id_) for id_ in shown if table[id_] == IGNORE]
+    if not counting and not left_out:
+        return  # no masks, or none with an id that means something
+    if not counting:
         line = f"dataset.{where}: every pixel of its masks is ignored; name other masks"
         yield Fault(where, "list without a pixel that counts", line)
+        return
+    share = pixels[left_out].sum() / pixels.sum()
+    ids = ", ".join(map(str, left_out))
+    if left_out and len(counting) == 1:
+        most = max(left_out, key=lambda id_: pixels[id_])
+        line = (
+            f"dataset.{where}: its masks show id {counting[0]} and, ignored, {ids} ({share:.1%} of "
+            f"the pixels); if {most} is a class, set {_two_classes(counting[0], most, kind)}; else "
+            "name masks of more than one class"
+        )
+        yield Fault(where, "one class and ignored pixels", line)
+        return
+    if left_out:
+        note(f"dataset.{where}: {share:.1%} of the pixels are ignored, id {ids}")
+    absent = [name for id_, name in enumerate(kind.classes) if id_ not in table[counting]]
+    if not absent:
+        return
+    names = " or ".join(f"'{name}'" for name in absent)
+    if where != "labeled":
+        note(f"dataset.{where}: no image shows {names}; mIoU counts it only where it is predicted")
+    elif kind.own:
+        line = f"dataset.labeled: no labeled image shows {names}; label one that does, or "
+        yield Fault(where, "classes that no image shows", line + _without(absent, kind))
+    else:  # a published list is as it is
+        note(f"dataset.labeled: no labeled image shows {names}, which will not be learnt")
+
+
+def _two_classes(first: int, second: int, kind: Kind) -> str:
+    """Return the settings that make classes of two ids in mask files."""
+    one, two = kind.classes if len(kind.classes) == 2 else ("background", "object")
+    words = [f'"dataset.class_map={{{first}: {one}, {second}: {two}}}"', '"dataset.ignore=[]"']
+    if len(kind.classes) != 2:
+        words.insert(0, f'dataset.kind=custom "dataset.classes=[{one}, {two}]"')
+    return " ".join(words)
+
+
+def _without(absent: Sequence[str], kind: Kind) -> str:
+    """Return the way to train without some classes."""
+    kept = [name for name in kind.classes if name not in absent]
+    if kind.ids is not None or len(kind.classes) > _NAMED or len(kept) < 2:
+        return "take it out of dataset.classes and make its ids null in dataset.class_map"
+    meanings = (name if name in kept else "null" for name in kind.classes)
+    class_map = ", ".join(f"{id_}: {meaning}" for id_, meaning in enumerate(meanings))
+    return (
+        f'train without it: "dataset.classes=[{", ".join(kept)}]" '
+        f'"dataset.class_map={{{class_map}}}"'
+    )
 
 
 def _bar(items: Iterable, where: str, total: int) -> tqdm:

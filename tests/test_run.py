@@ -14,6 +14,7 @@ from conftest import refusal
 from utils import IMAGENET
 from utils.config.reading import read_config
 from utils.errors import UserError
+from utils.evaluation import describe_mean
 from utils.run.results import stage_table
 from utils.run.stages import Run, Stage, locked
 
@@ -336,3 +337,14 @@ def test_table():
     assert head.split()[:3] == ["stage", "mIoU", "(last)"]
     assert " ".join(lines[0].split()) == "1_supervised 41.23 % 5 80 + 0 - - - - 1:01"
     assert lines[1].split() == ["2_pseudo_label", *"----", "108", "90.00", "%", "-", "0:03"]
+
+
+def test_a_mean_over_some_of_the_classes_says_so():
+    ious = {"ground": 0.9, "ball": None, "box": None}
+    stages = {"1_supervised": {"miou": 0.9, "seconds": 1, "per_class_iou": ious}}
+    said = (
+        "1_supervised: mIoU over 1 of 3 classes ('ground'); others are neither labeled nor "
+        "predicted"
+    )
+    assert stage_table(stages, "last").splitlines()[2:] == [said]
+    assert describe_mean({"ground": 0.9, "ball": 0.0}) is None
