@@ -82,7 +82,7 @@ def train(config: Config, from_stage: int | None = None, fresh: bool = False) ->
     index = build_query_index(splits.labeled, rule) if queries else None
     run = Run(config, from_stage, fresh, splits.digests())
     if broadcast(lambda: run.is_new):  # else a truncated image could end a late stage
-        broadcast(refuse_broken_images, splits)
+        notes += broadcast(refuse_broken_images, splits)
     with run:
         for note in notes:
             run.log.say(note)

@@ -10,6 +10,7 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 
 from dataset.demo.objects import CLASSES as DEMO
+from dataset.reading import AS_STORED, Pixels
 from utils import IGNORE
 from utils.config.schema import DatasetSection
 from utils.errors import UserError
@@ -72,6 +73,7 @@ class Kind(NamedTuple):
     mask_pattern: str = "SegmentationClass/{}.png"
     ids: bytes | None = None  # meaning of the ids in masks, as ``id_table``; None: class ids, 255
     own: bool = False  # whether the config names the classes
+    pixels: Pixels = AS_STORED  # how picture files are read
 
     def files_of(self, name: str) -> tuple[str, str]:
         """Return where the image and the mask of a bare id are, relative to the root."""
@@ -149,6 +151,7 @@ def describe(section: DatasetSection) -> Kind:
             f"dataset.classes: kind '{name}' has its own; remove it, or set kind: custom"
         )
     kind = _by_voc_colours(tuple(section.classes), own=True) if custom else KINDS[name]
+    kind = kind._replace(pixels=Pixels(section.bands, section.range))
     if section.class_map is None and section.ignore == [IGNORE]:
         return kind
     return kind._replace(ids=id_table(kind.classes, section.ignore, section.class_map).tobytes())

@@ -14,7 +14,17 @@ from tqdm import tqdm
 
 from dataset.catalog import ID_COUNT, UNKNOWN, Kind, describe
 from dataset.published import published_list
-from dataset.reading import picture_size, read_ids, read_image, read_mask
+from dataset.reading import (
+    AS_STORED,
+    Pixels,
+    Traits,
+    examine,
+    orientation_of,
+    picture_size,
+    read_ids,
+    read_image,
+    read_mask,
+)
 from utils import IGNORE
 from utils.config.schema import DatasetSection
 from utils.errors import UserError
@@ -29,6 +39,12 @@ class Sample(NamedTuple):
     image: Path
     mask: Path | None  # of the label or pseudo label, if there is one
     ids: bytes | None = None  # meaning of the ids in the mask, as in ``Kind``
+    pixels: Pixels = AS_STORED  # how the image is read
+
+
+def read_picture(sample: Sample) -> Image.Image:
+    """Read a sample's image: RGB, upright."""
+    return read_image(sample.image, sample.pixels)
 
 
 def read_label(sample: Sample) -> Image.Image:
@@ -38,14 +54,14 @@ def read_label(sample: Sample) -> Image.Image:
 
 def read_sample(sample: Sample) -> tuple[Image.Image, Image.Image]:
     """Read a sample's image, RGB, and its label, mode L; 0 everywhere if it has no mask."""
-    image = read_image(sample.image)
+    image = read_picture(sample)
     return image, Image.new("L", image.size) if sample.mask is None else read_label(sample)
 
 
 SampleReader = Callable[[Sample], tuple[Image.Image, Image.Image]]  # ``read_sample``, or its like
 
 
-def find_pictures(folder: Path) -> list[Sample]:
+def find_pictures(folder: Path, pixels: Pixels = AS_STORED) -> list[Sample]:
     """List the pictures below a folder, by name; other files, and hidden ones, do not count.
 
     Raises:
@@ -60,15 +76,16 @@ def find_pictures(folder: Path) -> list[Sample]:
     for one, other in pairwise(sorted(found, key=lambda path: path.with_suffix(""))):
         if one.with_suffix("") == other.with_suffix(""):
             raise UserError(f"{other}: {one.name} has this name too and would share its mask")
-    return [Sample(path.relative_to(folder).as_posix(), path, None) for path in found]
+    names = (path.relative_to(folder).as_posix() for path in found)
+    return [Sample(*pair, None, pixels=pixels) for pair in zip(names, found, strict=True)]
 
 
 def readable(samples: Sequence[Sample]) -> tuple[list[Sample], list[str]]:
     """Return the samples whose images can be decoded, and what is wrong with the others."""
     with ThreadPool() as pool:
-        faults = list(pool.imap(lambda sample: _fault_of("pictures", sample, True), samples))
-    whole = [sample for sample, fault in zip(samples, faults, strict=True) if fault is None]
-    return whole, [fault.line for fault in faults if fault is not None]
+        found = list(pool.imap(lambda sample: _look("pictures", sample, True), samples))
+    whole = [sample for sample, seen in zip(samples, found, strict=True) if type(seen) is Traits]
+    return whole, [seen.line for seen in found if isinstance(seen, Fault)]
 
 
 def mask_file(folder: Path, sample: Sample) -> Path:
@@ -81,6 +98,7 @@ def with_pseudo_masks(samples: Iterable[Sample], folder: Path) -> list[Sample]:
     return [sample._replace(mask=mask_file(folder, sample), ids=None) for sample in samples]
 
 
+_HALF_OF_16_BITS = 2**15
 _NAMED = 8  # classes at most that a line of advice names
 _WORD = re.compile(r'"([^"]*)"|([^\s"]+)')
 
@@ -139,7 +157,8 @@ def _read_line(line: str, place: str, root: Path, kind: Kind | None) -> Sample:
             )
         words = kind.files_of(words[0])
     image, *mask = (_inside(word, place, root) for word in words)
-    return Sample(image, root / image, root / mask[0] if mask else None, kind and kind.ids)
+    ids, pixels = (None, AS_STORED) if kind is None else (kind.ids, kind.pixels)
+    return Sample(image, root / image, root / mask[0] if mask else None, ids, pixels)
 
 
 def _inside(word: str, place: str, root: Path) -> str:
@@ -235,11 +254,17 @@ def read_splits(
     return splits
 
 
-def refuse_broken_images(splits: Splits) -> None:
-    """Decode every image; a ``UserError`` names the first one that cannot be read completely."""
+def refuse_broken_images(splits: Splits) -> list[str]:
+    """Decode every image, and return lines on what reading them turns and leaves out.
+
+    Raises:
+        UserError: an image cannot be read completely.
+    """
+    seen = {where: _Seen() for where in Splits._fields}
     for where, samples in zip(Splits._fields, splits, strict=True):
-        for fault in _image_faults(where, samples, decode=True):
+        for fault in _image_faults(where, samples, True, seen[where]):
             raise UserError(fault.line)
+    return list(_notes_on(seen))
 
 
 def read_val(section: DatasetSection) -> list[Sample]:
@@ -313,21 +338,56 @@ def find_faults(
             ignored pixels, classes that a list does not show.
     """
     yield from _overlaps(splits)
-    for where in Splits._fields:
-        samples = getattr(splits, where)
+    seen = {where: _Seen() for where in Splits._fields}
+    for where, samples in zip(Splits._fields, splits, strict=True):
         if where == "unlabeled":
-            yield from _image_faults(where, samples, decode)
+            yield from _image_faults(where, samples, decode, seen[where])
             continue
-        pixels, sound = np.zeros(ID_COUNT, np.int64), True  # of each id in the files
-        for fault in _label_faults(where, samples, kind, decode, visit, pixels):
+        sound = True
+        for fault in _label_faults(where, samples, kind, decode, seen[where], visit):
             sound = False
             yield fault
         if sound:  # else a class may be missing where a mask is
-            yield from _class_faults(where, pixels, kind, note)
+            yield from _class_faults(where, seen[where].pixels, kind, note)
+    for line in _notes_on(seen):
+        note(line)
 
 
-def _size_of(sample: Sample, decode: bool) -> tuple[int, int]:
-    return read_image(sample.image).size[::-1] if decode else picture_size(sample.image)
+class _Seen:
+    """What the files of a list show."""
+
+    def __init__(self) -> None:
+        self.pixels = np.zeros(ID_COUNT, np.int64)  # of each id in mask files
+        self.traits: list[tuple[Sample, Traits]] = []  # of the images that were decoded
+
+
+def _notes_on(seen: Mapping[str, _Seen]) -> Iterator[str]:
+    """Say what reading the images turns and leaves out."""
+    for where, found in seen.items():
+        turned = [sample.name for sample, traits in found.traits if traits.orientation != 1]
+        if turned:
+            masks = "" if where == "unlabeled" else "; masks must show the upright image"
+            yield (
+                f"dataset.{where}: {len(turned)} of {len(found.traits)} images are turned upright "
+                f"by their EXIF orientation, {turned[0]} among them{masks}"
+            )
+    pairs = [pair for found in seen.values() for pair in found.traits]
+    cut = [(s, traits) for s, traits in pairs if traits.bands_read < traits.bands]
+    if cut:
+        sample, traits = cut[0]
+        kept = "red, green and blue are" if traits.bands_read == len("RGB") else "one is"
+        yield (
+            f"dataset.bands: {kept} read of the {traits.bands} bands of {sample.name} "
+            f"({len(cut)} of {len(pairs)} images have more than are read); "
+            "dataset.bands=[3,2,1], say, picks others, counted from 1"
+        )
+    highest = [traits.highest for _, traits in pairs if traits.highest is not None]
+    if highest and (top := max(highest)) < _HALF_OF_16_BITS:
+        yield (
+            f"dataset.range: the values of {len(highest)} images of 16 bits end at {top} of 65535: "
+            f"{top // 256 + 1} of {top + 1} levels are left; set dataset.range=[0,{top}], or "
+            "dataset.range=percentile"
+        )
 
 
 def _overlaps(splits: Splits) -> Iterator[Fault]:
@@ -351,15 +411,24 @@ def _file_of(sample: Sample) -> Path:
         return sample.image
 
 
-def _image_faults(where: str, samples: Sequence[Sample], decode: bool) -> Iterator[Fault]:
+def _image_faults(
+    where: str, samples: Sequence[Sample], decode: bool, seen: _Seen
+) -> Iterator[Fault]:
     with ThreadPool() as pool:
-        faults = pool.imap(lambda sample: _fault_of(where, sample, decode), samples)
-        yield from filter(None, _bar(faults, where, len(samples)))
+        found = pool.imap(lambda sample: _look(where, sample, decode), samples)
+        for sample, each in zip(samples, _bar(found, where, len(samples)), strict=True):
+            if isinstance(each, Fault):
+                yield each
+            elif each is not None:
+                seen.traits.append((sample, each))
 
 
-def _fault_of(where: str, sample: Sample, decode: bool) -> Fault | None:
+def _look(where: str, sample: Sample, decode: bool) -> Fault | Traits | None:
+    """Read a sample's image, or its header alone, of which nothing is told."""
     try:
-        _size_of(sample, decode)
+        if decode:
+            return examine(sample.image, sample.pixels)
+        picture_size(sample.image)
     except UserError as error:
         return Fault(where, "files that cannot be read", str(error))
     return None
@@ -370,10 +439,10 @@ def _label_faults(
     samples: Sequence[Sample],
     kind: Kind,
     decode: bool,
+    seen: _Seen,
     visit: Callable[[str, np.ndarray], None] | None,
-    pixels: np.ndarray,
 ) -> Iterator[Fault]:
-    """Check images and masks one by one, and add up the pixels of each id in mask files."""
+    """Check images and masks one by one."""
     table = kind.table()
     unknown: dict[int, Path] = {}  # id without meaning to a mask that shows it
     for sample in _bar(samples, where, len(samples)):
@@ -382,26 +451,38 @@ def _label_faults(
             yield Fault(where, "lines without a mask", line)
             continue
         try:
-            size, ids = _size_of(sample, decode), read_ids(sample.mask)
+            if decode:
+                seen.traits.append((sample, examine(sample.image, sample.pixels)))
+            size, ids = picture_size(sample.image), read_ids(sample.mask)
         except UserError as error:
             yield Fault(where, "files that cannot be read", str(error))
             continue
         counts = np.bincount(ids.ravel())
-        pixels[: len(counts)] += counts
+        seen.pixels[: len(counts)] += counts
         shown = np.flatnonzero(counts)
         strange = shown[table[shown] == UNKNOWN].tolist()
         unknown = dict.fromkeys(strange, sample.mask) | unknown
         if ids.shape != size:
-            yield Fault(
-                where,
-                "sizes that differ",
-                f"{sample.mask}: this mask is {ids.shape[0]} x {ids.shape[1]} and its image "
-                f"{sample.image} is {size[0]} x {size[1]} (height x width); they must agree",
-            )
+            yield Fault(where, "sizes that differ", _size_complaint(sample, size, ids.shape))
         elif not strange and visit is not None:
             visit(where, table[ids].astype(np.uint8))
     for _ in unknown:
         yield Fault(where, "ids without a meaning", _complaint(unknown, kind))
+
+
+def _size_complaint(sample: Sample, size: tuple[int, int], of_mask: tuple[int, int]) -> str:
+    orientation = orientation_of(sample.image)
+    line = (
+        f"{sample.mask}: this mask is {of_mask[0]} x {of_mask[1]} and its image {sample.image} is "
+        f"{size[0]} x {size[1]} (height x width)"
+    )
+    if orientation == 1:
+        return f"{line}; they must agree"
+    return (
+        f"{line}, turned upright by its EXIF orientation ({orientation}); turn the mask too, or "
+        "where it was drawn on the image as stored remove the orientation "
+        f"(exiftool -Orientation= {sample.image})"
+    )
 
 
 def _class_faults(where: str, pixels: np.ndarray, kind: Kind, note: Note) -> Iterator[Fault]:

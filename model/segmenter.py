@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dataset.catalog import describe
-from dataset.reading import normalised, read_image, to_input, upright
+from dataset.reading import Pixels, normalised, read_image, to_input, upright
 from model.networks import network_of
 from model.ops.frozen import frozen
 from utils import checkpoint
@@ -49,6 +49,7 @@ class Segmenter:
         config, origin: the same.
         classes: names by class id.
         colours: by class id.
+        pixels: how the values of pictures become red, green and blue.
         palette: 768 bytes, the colours for PNGs of mode P; 255 is white.
         device: where the network runs, and in which precision.
         preprocessing: how the network wants its images.
@@ -72,6 +73,7 @@ class Segmenter:
                 f"colours: {len(colours)} for {len(kind.classes)} classes; give each one"
             )
         kind = kind._replace(colours=tuple(map(tuple, colours or kind.colours)))
+        self.pixels = kind.pixels
         self.classes, self.colours, self.palette = kind.classes, kind.colours, kind.palette()
         self.device = Device(config.device, config.precision)
         self.net, self.preprocessing = self.device.place(net), net.preprocessing
@@ -158,7 +160,7 @@ class Segmenter:
             images = normalised(_pixels(image), self.preprocessing)
             ids, confidence = self.segment(images if image.dim() == 4 else images.unsqueeze(0))
             return (ids, confidence) if image.dim() == 4 else (ids[0], confidence[0])
-        picture = to_input(_picture(image), self.preprocessing)
+        picture = to_input(_picture(image, self.pixels), self.preprocessing)
         ids, confidence = self.segment(picture.unsqueeze(0))
         return ids[0].cpu().numpy(), confidence[0].cpu().numpy()
 
@@ -176,7 +178,7 @@ class Segmenter:
         self, image: str | Path | Image.Image | np.ndarray, mask: np.ndarray | Tensor
     ) -> Image.Image:
         """Return a picture, given as to the network, under its half-transparent classes."""
-        return overlay(_picture(image), _ids(mask), self.palette)
+        return overlay(_picture(image, self.pixels), _ids(mask), self.palette)
 
     def save(self, path: str | Path) -> None:
         """Write weights and config where ``load`` finds them.
@@ -248,14 +250,16 @@ def _of_run_folder(settings: dict[str, Any], path: Path) -> dict[str, Any]:
     return {**added, **settings, "dataset": dataset}
 
 
-def _picture(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
+def _picture(image: str | Path | Image.Image | np.ndarray, pixels: Pixels) -> Image.Image:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)) or image.ndim < 2:
             raise UserError(
                 f"image: an array of {image.dtype}, {image.shape}; give uint8, (height, width, 3)"
             )
-        image = Image.fromarray(image)
-    return upright(image, "image") if isinstance(image, Image.Image) else read_image(Path(image))
+        return Image.fromarray(image).convert("RGB")
+    if isinstance(image, Image.Image):
+        return upright(image, "image", pixels)
+    return read_image(Path(image), pixels)
 
 
 def _pixels(images: Tensor) -> Tensor:

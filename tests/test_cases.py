@@ -1,12 +1,14 @@
 """Small inputs that users bring: each trains, or ends in the one line that helps."""
 
+import re
 import shlex
 
+import numpy as np
 import pytest
 import yaml
 from conftest import SHARED, refusal
 
-from dataset.lists import read_splits
+from dataset.lists import read_picture, read_splits, refuse_broken_images
 from dataset.splits.check import audit
 from utils.config.reading import config_from
 
@@ -65,3 +67,42 @@ def test_a_class_that_no_labeled_image_shows_is_named():
     settings = config("absent_lab", *advised(line, '"dataset.classes'))
     assert len(read_splits(settings.dataset, note=notes.append).labeled) == 4
     assert notes == ["dataset.val: 6.2% of the pixels are ignored, id 2"]
+
+
+def test_pictures_of_twelve_bits_keep_their_levels():
+    (note,) = refuse_broken_images(read("img_i16_12bit"))
+    assert note == (
+        "dataset.range: the values of 13 images of 16 bits end at 856 of 65535: 4 of 857 levels "
+        "are left; set dataset.range=[0,856], or dataset.range=percentile"
+    )
+    assert audit(config("img_i16_12bit"))["notes"] == [note]
+
+    def levels(*words):
+        splits = read("img_i16_12bit", *words)
+        assert refuse_broken_images(splits) == ([] if words else [note])
+        return np.unique(np.asarray(read_picture(splits.labeled[0])))
+
+    assert levels().max() == 856 // 256
+    told = levels(re.search(r"dataset.range=\[.*?]", note)[0])
+    assert (told.min(), told.max()) == (round(140 / 856 * 255), 255)
+    assert len(told) > 80
+    assert len(levels("dataset.range=percentile")) > 80
+
+
+def test_a_picture_of_five_bands_asks_which_are_read():
+    pytest.importorskip("tifffile")
+    line = refusal(refuse_broken_images, read("img_5band", "dataset.bands=[3,2,6]"))
+    assert "000.tif: has 5 bands, and dataset.bands=[3, 2, 6] reads band 6" in line
+    line = refusal(refuse_broken_images, read("img_5band"))
+    assert "000.tif: has 5 bands; say which three are red, green and blue" in line
+    assert problems("img_5band")[0] == line
+    assert problems("img_5band", re.search(r"dataset.bands=\[.*]", line)[0]) == []
+
+
+def test_a_turn_by_exif_is_named():
+    line = refusal(read, "exif")
+    assert "000.png: this mask is 48 x 64 and its image" in line
+    assert "is 64 x 48 (height x width), turned upright by its EXIF orientation (6); turn" in line
+    assert problems("exif")[0] == line
+    (note,) = (note for note in audit(config("exif"))["notes"] if "labeled: 4 of 4" in note)
+    assert "are turned upright by their EXIF orientation, photos/000.jpg among them" in note

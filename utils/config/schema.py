@@ -45,6 +45,15 @@ def _class(value: Any) -> int | str | None:
     raise ValueError("a class is its name or its id; null is ignored")
 
 
+def _value_range(value: Any) -> tuple[float, float] | str | None:
+    if value is None or value == "percentile":
+        return value
+    numbers = isinstance(value, list | tuple) and [type(x) in (int, float) for x in value]
+    if numbers == [True, True] and value[0] < value[1]:
+        return tuple(value)
+    raise ValueError("two numbers, the lower one first, or percentile, or null")
+
+
 def _runnable(stages: list[int]) -> list[int]:
     if stages not in ([1], [1, 6], [1, 2, 6], [1, 2, 3, 4, 5, 6]):
         raise ValueError("stages are [1], [1, 6], [1, 2, 6] or [1, 2, 3, 4, 5, 6]")
@@ -58,6 +67,8 @@ Range = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
 ClassNames = Annotated[list[str], Field(min_length=2, max_length=255), AfterValidator(_distinct)]
 FileId = Annotated[int, Field(ge=0, le=65535)]
 FileIds = Annotated[list[FileId], BeforeValidator(lambda x: x if isinstance(x, list) else [x])]
+Band = Annotated[int, Field(ge=1)]
+ValueRange = Annotated[tuple[float, float] | str | None, PlainValidator(_value_range)]
 SplitName = Annotated[str, BeforeValidator(lambda x: str(x) if type(x) is int else x)]  # 92
 ClassMap = dict[
     Annotated[int | str, PlainValidator(_file_id)],
@@ -88,6 +99,12 @@ class DatasetSection(Section):
     # neither class_map nor ignore names. null: ids in files are class ids.
     class_map: ClassMap | None = None
     ignore: FileIds = [255]  # ids in mask files that count as ignored
+    # Bands of a picture that are its red, green and blue, counted from 1, as [4, 3, 2] of a
+    # satellite's TIFF. null: the picture's own colours, or grey.
+    bands: tuple[Band, Band, Band] | None = None
+    # Values of a picture that become black and white; or 'percentile', 0.5 and 99.5 of each
+    # picture's. null: all that its bits can hold.
+    range: ValueRange = None
 
 
 class StrongSection(Section):
