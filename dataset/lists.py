@@ -99,15 +99,18 @@ def with_pseudo_masks(samples: Iterable[Sample], folder: Path) -> list[Sample]:
 
 
 _HALF_OF_16_BITS = 2**15
+ABSENT = "classes that no image shows"  # ``what`` of a ``Fault``
 _NAMED = 8  # classes at most that a line of advice names
+_BY_COMMA = re.compile(r"([^,;\s]+\.\w+)\s*[,;]\s*([^,;\s]+\.\w+)")
 _WORD = re.compile(r'"([^"]*)"|([^\s"]+)')
 
 
 def read_list(path: Path, root: Path, kind: Kind | None) -> list[Sample]:
     """Read ``image [mask]`` lines, or bare ids as U2PL has them; blank lines do not count.
 
-    Paths are relative to the root, with or without a leading slash; one that holds spaces stands
-    in double quotes. ``kind`` tells where the files of bare ids are; without it these are refused.
+    Paths are relative to the root, with or without a leading slash, or whole paths in it; slashes
+    may lean either way; one that holds spaces stands in double quotes. ``kind`` tells where the
+    files of bare ids are; without it these are refused.
 
     Raises:
         UserError: no list, no lines, a malformed or repeated line, a path that leaves the root.
@@ -143,7 +146,13 @@ def _samples_of(lines: Iterable[str], path: Path, root: Path, kind: Kind | None)
 def _read_line(line: str, place: str, root: Path, kind: Kind | None) -> Sample:
     if line.count('"') % 2:
         raise UserError(f"{place}: a double quote is not closed in {line!r}")
-    words = [quoted or plain for quoted, plain in _WORD.findall(line)]
+    words = [quoted or plain for quoted, plain in _WORD.findall(line.replace("\\", "/"))]
+    pair = _BY_COMMA.fullmatch(line.strip())
+    if pair:
+        raise UserError(
+            f"{place}: separate image and mask by a space, as in '{pair[1]} {pair[2]}', not by "
+            f"'{pair[0][len(pair[1])]}'"
+        )
     suffixes = ["." in word.rsplit("/", 1)[-1] for word in words]
     if len(words) > 2 or suffixes == [False, True]:
         raise UserError(
@@ -162,12 +171,19 @@ def _read_line(line: str, place: str, root: Path, kind: Kind | None) -> Sample:
 
 
 def _inside(word: str, place: str, root: Path) -> str:
-    """Spell a path relative to the root in one way: a//b, a/./b and /a/b are a/b."""
-    parts = [part for part in word.split("/") if part not in ("", ".")]
+    """Spell a path relative to the root in one way: a//b, a/./b, /a/b, <root>/a/b are a/b."""
+    below = root.absolute().as_posix().rstrip("/") + "/"
+    parts = [part for part in word.removeprefix(below).split("/") if part not in ("", ".")]
     if ".." in parts:
         raise UserError(f"{place}: {word} leaves the data root {root}; paths are relative to it")
     if not parts:
         raise UserError(f"{place}: {word!r} names no file; correct the line")
+    whole = word.startswith("/") or re.match(r"[A-Za-z]:/", word)
+    if whole and root.is_dir() and not (root / parts[0]).exists():
+        raise UserError(
+            f"{place}: {word} is not in dataset.root, {root.absolute()}; set dataset.root to the "
+            "folder that it is in, or write paths relative to dataset.root"
+        )
     return "/".join(parts)
 
 
@@ -517,7 +533,7 @@ def _class_faults(where: str, pixels: np.ndarray, kind: Kind, note: Note) -> Ite
         note(f"dataset.{where}: no image shows {names}; mIoU counts it only where it is predicted")
     elif kind.own:
         line = f"dataset.labeled: no labeled image shows {names}; label one that does, or "
-        yield Fault(where, "classes that no image shows", line + _without(absent, kind))
+        yield Fault(where, ABSENT, line + _without(absent, kind))
     else:  # a published list is as it is
         note(f"dataset.labeled: no labeled image shows {names}, which will not be learnt")
 

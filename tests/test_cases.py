@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -106,3 +107,20 @@ def test_a_turn_by_exif_is_named():
     assert problems("exif")[0] == line
     (note,) = (note for note in audit(config("exif"))["notes"] if "labeled: 4 of 4" in note)
     assert "are turned upright by their EXIF orientation, photos/000.jpg among them" in note
+
+
+def test_whole_paths_in_the_root_are_read(tmp_path):
+    line = refusal(read, "abs")
+    assert "labeled.txt:1: /data/abs/photos/000.png is not in dataset.root, " in line
+    moved = shutil.copytree(CASES / "abs", tmp_path / "abs")
+    for path in moved.glob("*.txt"):
+        path.write_text(path.read_text().replace("/data/abs/", f"{moved}/"))
+    splits = read_splits(config("abs", f"dataset.root={moved}").dataset)
+    assert list(map(len, splits)) == [4, 6, 3]
+    assert splits.labeled[0].name == "photos/000.png"
+
+
+def test_commas_in_a_list_are_named():
+    line = refusal(read, "comma")
+    assert "labeled.txt:1: separate image and mask by a space, as in 'photos/000.png masks/" in line
+    assert problems("comma")[0] == line
