@@ -23,6 +23,7 @@ from dataset.lists import (
     Sample,
     SampleReader,
     Splits,
+    lists_of,
     mask_file,
     read_splits,
     read_truth,
@@ -73,7 +74,7 @@ LabeledLoss = Callable[..., Tensor]  # of logits, labels and the valid pixels of
 def train(config: Config, from_stage: int | None = None, fresh: bool = False) -> None:
     """Run the six stages, or those that are left of them."""
     info, notes = describe(config.dataset), list[str]()
-    splits = read_splits(config.dataset, note=notes.append)
+    splits = read_splits(config.dataset, lists_of(config.stages), notes.append)
     truth = read_truth(config.dataset, config.panels.truth)  # is drawn, nothing else
     refuse_batch_sizes(config, len(splits.labeled), len(splits.unlabeled))
     refuse_crop(config.model.backbone, config.augment.crop_size)

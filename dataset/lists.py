@@ -220,13 +220,15 @@ class Splits(NamedTuple):
     test: Sequence[Sample] = ()  # scored once, when a run ends; may be empty
 
     def digests(self) -> dict[str, str]:
-        """Return a sha256 of each list, by its name: of the files it names, in their order.
+        """Return a sha256 of each list that was read, by its name: of its files, in their order.
 
         And, by ``<name> files``, of the sizes and times of these files. A data set that is moved
         keeps the first; copied, it may get other times.
         """
         digests = {}
         for name, samples in zip(self._fields, self, strict=True):
+            if not samples:
+                continue
             masks = [x.mask and os.path.relpath(x.mask, x.image.parent) for x in samples]
             lines = (f"{x.name} {mask}" for x, mask in zip(samples, masks, strict=True))
             digests[name] = text_digest("\n".join(lines))
@@ -241,6 +243,11 @@ Note = Callable[[str], None]  # is told what training accepts and a user should 
 
 def _ignore(_: str) -> None:
     pass
+
+
+def lists_of(stages: Sequence[int]) -> tuple[str, ...]:
+    """Return the names of the lists that stages read: stage 1 alone reads no unlabeled images."""
+    return tuple(x for x in Splits._fields if x != "unlabeled" or list(stages) != [1])
 
 
 class Fault(NamedTuple):
@@ -591,8 +598,9 @@ def _find_list(section: DatasetSection, field: str, root: Path) -> Path:
     path = root / name  # or the name alone, if it is a whole path
     if not path.is_file():
         elsewhere = Path(name).absolute() if Path(name).is_file() else "PATH, a whole path"
+        without = ", or train on labels alone by --method supervised"
         raise UserError(
             f"dataset.{field}: {name} is not in {root}; set dataset.root=DIR or "
-            f"dataset.{field}={elsewhere}"
+            f"dataset.{field}={elsewhere}{without if field == 'unlabeled' else ''}"
         )
     return path

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from conftest import SHARED, refusal
 
+import train as train_program
 from dataset.lists import read_picture, read_splits, refuse_broken_images
 from dataset.splits.check import audit
 from utils.config.reading import config_from
@@ -18,10 +19,14 @@ pytestmark = pytest.mark.skipif(not CASES.is_dir(), reason="needs ../shared/case
 TWO = '"dataset.class_map={0: background, 255: object}" "dataset.ignore=[]"'
 
 
-def config(case, *words):
+def tiny():
     values = yaml.safe_load((CASES / "tiny.yaml").read_text())
-    del values["pseudo_label"]["neighbour_scales"]  # as it was called
-    return config_from(values, "tiny.yaml", [f"dataset.root={CASES / case}", *words])
+    values["pseudo_label"].pop("neighbour_scales", None)  # as it was called
+    return values
+
+
+def config(case, *words):
+    return config_from(tiny(), "tiny.yaml", [f"dataset.root={CASES / case}", *words])
 
 
 def read(case, *words):
@@ -124,3 +129,15 @@ def test_commas_in_a_list_are_named():
     line = refusal(read, "comma")
     assert "labeled.txt:1: separate image and mask by a space, as in 'photos/000.png masks/" in line
     assert problems("comma")[0] == line
+
+
+def test_labels_alone_train_without_a_list_of_unlabeled_images(complaint, answer, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny()))
+    words = "--config", tmp_path / "tiny.yaml", f"dataset.root={CASES / 'nounl'}"
+    words = *words, f"outdir={tmp_path}"
+    line = complaint(train_program, *words)
+    assert "dataset.unlabeled: unlabeled.txt is not in" in line
+    assert line.endswith("or train on labels alone by --method supervised")
+    lines = answer(train_program, *words, "--method", "supervised", "name=nounl")
+    assert lines[-1].startswith("1_supervised ")
+    assert problems("nounl", "stages=[1]") == []

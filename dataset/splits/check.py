@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dataset.catalog import describe
-from dataset.lists import Splits, find_faults, find_root, read_lists
+from dataset.lists import Splits, find_faults, find_root, lists_of, read_lists
 from dataset.query import QueryRule
 from utils import IGNORE
 from utils.config.schema import Config
@@ -33,7 +33,7 @@ def audit(config: Config) -> dict[str, Any]:
     rule = QueryRule.of(config.query, kind)
     find_root(config.dataset)
     splits, lines = Splits([], [], []), defaultdict(list)
-    for field in Splits._fields:
+    for field in lists_of(config.stages):
         try:
             read = read_lists(config.dataset, (field,))
             splits = splits._replace(**{field: getattr(read, field)})
