@@ -34,7 +34,7 @@ from dataset.loader import Chance, batch_keys, training_batches, whole_images
 from dataset.predictions import draw_examples, keep_predictions
 from dataset.query import Querier, QueryIndex, QueryRule, build_query_index
 from dataset.training import LabeledPair, LabeledPairs, RetrainSample, RetrainSamples, parts
-from model import refuse_crop
+from model import refuse_crop, start_from
 from model.cisc.anchors import EARLIER, read_selection, select
 from model.cisc.maps import consistency_loss
 from model.cisc.panels import SHOWN_VOTERS, Evidence, Panels, keep_votes, shown_samples
@@ -540,8 +540,11 @@ def _new_network(stage: Stage, streams: Chance) -> nn.Module:
     """Build a network from the backbone's weights; the head is initialised at random."""
     torch.manual_seed(streams.torch_seed())
     settings, info = stage.config.model, describe(stage.config.dataset)
-    net = stage.device.place(network_of(settings, len(info.classes), settings.pretrained))
+    encoder = settings.pretrained if settings.init is None else None
+    net = stage.device.place(network_of(settings, len(info.classes), encoder))
     weights, images = net.pretrained_from or "initialised at random", net.preprocessing
+    if settings.init is not None:
+        weights = start_from(net, Path(settings.init), info.classes)
     stage.log.say(f"{stage.name}: {settings.backbone}, {weights}, images {tuple(images)}")
     if settings.compile:
         net.compile(dynamic=False)

@@ -143,6 +143,9 @@ class ModelSection(Section):
     compile: bool = False  # torch.compile the training step: minutes at first, faster on some GPUs
     # Weights of the backbone: 'auto' (pretrained/README.md), a file, or null for random ones.
     pretrained: str | None = "auto"
+    # Checkpoint of a whole network from which training stages start, instead of an encoder alone;
+    # its classifier too if it has the same classes. null: none.
+    init: str | None = None
 
 
 class OptimizerSection(Section):
