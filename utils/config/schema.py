@@ -24,6 +24,10 @@ def _ordered(numbers: tuple[float, float]) -> tuple[float, float]:
 
 
 def _distinct(names: list[str]) -> list[str]:
+    if not 2 <= len(names) <= 255:
+        raise ValueError(
+            "two to 255 classes; pixels without an object are one too, as in [background, object]"
+        )
     if len(set(names)) < len(names):
         raise ValueError("two classes have one name")
     if any("\ud800" <= letter <= "\udfff" for name in names for letter in name):
@@ -54,6 +58,12 @@ def _value_range(value: Any) -> tuple[float, float] | str | None:
     raise ValueError("two numbers, the lower one first, or percentile, or null")
 
 
+def _device(name: Any) -> str:
+    if isinstance(name, str):
+        return name
+    raise ValueError("auto, cpu, cuda, cuda:0 (the first of several) or mps")
+
+
 def _runnable(stages: list[int]) -> list[int]:
     if stages not in ([1], [1, 6], [1, 2, 6], [1, 2, 3, 4, 5, 6]):
         raise ValueError("stages are [1], [1, 6], [1, 2, 6] or [1, 2, 3, 4, 5, 6]")
@@ -64,7 +74,7 @@ Folder = Annotated[str, AfterValidator(expanduser)]
 Stages = Annotated[list[int], AfterValidator(_runnable)]
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
 
-ClassNames = Annotated[list[str], Field(min_length=2, max_length=255), AfterValidator(_distinct)]
+ClassNames = Annotated[list[str], AfterValidator(_distinct)]
 FileId = Annotated[int, Field(ge=0, le=65535)]
 FileIds = Annotated[list[FileId], BeforeValidator(lambda x: x if isinstance(x, list) else [x])]
 Band = Annotated[int, Field(ge=1)]
@@ -302,7 +312,9 @@ class Config(Section):
     name: str = Field(pattern=r"^\w[\w.+-]*$")  # run folder: <outdir>/<name>
     outdir: Folder = "outdir"
     seed: int = Field(0, ge=0)  # of all random numbers: weights, order, augmentation, dropout
-    device: str = "auto"  # auto (the first accelerator, else the CPU), cpu, cuda, cuda:1, mps
+    device: Annotated[str, PlainValidator(_device)] = (
+        "auto"  # auto (the first accelerator, else the CPU), cpu, cuda, cuda:1, mps
+    )
     # Arithmetic of convolutions and matrix products; auto: see docs/devices.md.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     workers: int = Field(4, ge=0)  # processes that read images
