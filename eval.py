@@ -19,9 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.lists import Sample, find_pictures, is_same_list, mask_file, read_val, readable
+from dataset.lists import (
+    Sample,
+    find_pictures,
+    is_same_list,
+    mask_file,
+    read_picture,
+    read_val,
+    readable,
+)
 from dataset.loader import whole_images
-from dataset.reading import read_image
 from model import Segmenter
 from model.diagnosis import diagnose
 from utils import checkpoint
@@ -111,7 +118,7 @@ def segment(net: Segmenter, pictures: Path, out: Path) -> tuple[int, list[str]]:
     Returns:
         How many; and what is wrong with those that cannot be read.
     """
-    samples, broken = readable(find_pictures(pictures))
+    samples, broken = readable(find_pictures(pictures, net.pixels))
     one_by_one = net.config.inference.model_copy(update={"batch_size": 1})
     config = net.config.model_copy(update={"inference": one_by_one})
     loader = whole_images(config, samples, net.preprocessing)
@@ -120,7 +127,7 @@ def segment(net: Segmenter, pictures: Path, out: Path) -> tuple[int, list[str]]:
         ids, sample = ids.cpu().numpy(), samples[int(batch.index)]
         save_mask(mask_file(out / "masks", sample), ids, net.palette)
         overlay = mask_file(out / "overlays", sample).with_suffix(".jpg")
-        save_overlay(overlay, read_image(sample.image), ids, net.palette)
+        save_overlay(overlay, read_picture(sample), ids, net.palette)
     legend = list(zip(net.classes, net.colours, strict=True))
     by_first(save_legend)(out / "legend.png", legend)
     return len(samples), broken

@@ -22,6 +22,7 @@ from dataset.lists import (
     Sample,
     SampleReader,
     Splits,
+    lists_of,
     mask_file,
     read_splits,
     read_truth,
@@ -32,7 +33,7 @@ from dataset.loader import Chance, batch_keys, training_batches, whole_images
 from dataset.predictions import draw_examples, keep_predictions
 from dataset.query import Querier, QueryIndex, QueryRule, build_query_index
 from dataset.training import LabeledPair, LabeledPairs, RetrainSample, RetrainSamples, parts
-from model import refuse_crop
+from model import refuse_crop, start_from
 from model.cisc.anchors import EARLIER, read_selection, select
 from model.cisc.maps import consistency_loss
 from model.cisc.panels import SHOWN_VOTERS, Evidence, Panels, keep_votes, shown_samples
@@ -73,7 +74,8 @@ def train(
     config: Config, from_stage: int | None = None, fresh: bool = False, verify: bool = False
 ) -> None:
     """Run the six stages, or those that are left of them."""
-    info, splits = describe(config.dataset), read_splits(config.dataset)
+    info, notes = describe(config.dataset), list[str]()
+    splits = read_splits(config.dataset, lists_of(config.stages), notes.append)
     truth = read_truth(config.dataset, config.panels.truth)  # is drawn, nothing else
     refuse_batch_sizes(config, len(splits.labeled), len(splits.unlabeled))
     refuse_crop(config.model.backbone, config.augment.crop_size)
@@ -82,8 +84,10 @@ def train(
     index = build_query_index(splits.labeled, rule) if queries else None
     run = Run(config, from_stage, fresh, splits.digests(), verify)
     if broadcast(lambda: run.is_new):  # else a truncated image could end a late stage
-        broadcast(refuse_broken_images, splits)
+        notes += broadcast(refuse_broken_images, splits)
     with run, fixed_order(config.deterministic):
+        for note in notes:
+            run.log.say(note)
         first = final = run.stage("1_supervised", train_supervised, splits, index)
         teacher, labeled_by, pseudo_labeled = first, [], splits.unlabeled
         if 2 in config.stages:
@@ -536,8 +540,11 @@ def _new_network(stage: Stage, streams: Chance) -> nn.Module:
     """Build a network from the backbone's weights; the head is initialised at random."""
     torch.manual_seed(streams.torch_seed())
     settings, info = stage.config.model, describe(stage.config.dataset)
-    net = stage.device.place(network_of(settings, len(info.classes), settings.pretrained))
+    encoder = settings.pretrained if settings.init is None else None
+    net = stage.device.place(network_of(settings, len(info.classes), encoder))
     weights, images = net.pretrained_from or "initialised at random", net.preprocessing
+    if settings.init is not None:
+        weights = start_from(net, Path(settings.init), info.classes)
     stage.log.say(f"{stage.name}: {settings.backbone}, {weights}, images {tuple(images)}")
     if settings.compile:
         net.compile(dynamic=False)

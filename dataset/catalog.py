@@ -10,11 +10,13 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 
 from dataset.demo.objects import CLASSES as DEMO
+from dataset.reading import AS_STORED, Pixels
 from utils import IGNORE
 from utils.config.schema import DatasetSection
 from utils.errors import UserError
 
 UNKNOWN = -1
+ID_COUNT = 65536  # ids that a mask file can hold
 
 
 def id_table(
@@ -39,7 +41,7 @@ def id_table(
     meaning = {id_: id_ for id_ in range(len(classes))}
     if class_map is not None:
         meaning = {id_: _class_id(value, classes) for id_, value in class_map.items()}
-    table = np.full(65536, meaning.pop("other", UNKNOWN), np.int16)
+    table = np.full(ID_COUNT, meaning.pop("other", UNKNOWN), np.int16)
     for id_ in ignore:
         if meaning.get(id_, IGNORE) != IGNORE:
             raise UserError(
@@ -70,10 +72,16 @@ class Kind(NamedTuple):
     image_pattern: str = "JPEGImages/{}.jpg"  # where the files of bare ids are below the root
     mask_pattern: str = "SegmentationClass/{}.png"
     ids: bytes | None = None  # meaning of the ids in masks, as ``id_table``; None: class ids, 255
+    own: bool = False  # whether the config names the classes
+    pixels: Pixels = AS_STORED  # how picture files are read
 
     def files_of(self, name: str) -> tuple[str, str]:
         """Return where the image and the mask of a bare id are, relative to the root."""
         return self.image_pattern.format(name), self.mask_pattern.format(name)
+
+    def table(self) -> np.ndarray:
+        """Return the meaning of the ids in masks, as ``id_table``."""
+        return id_table(self.classes) if self.ids is None else np.frombuffer(self.ids, np.int16)
 
     def palette(self) -> bytes:
         """768 bytes for PNGs of mode P; unused ids and 255 keep Pascal's colours, 255 is white."""
@@ -100,8 +108,8 @@ _CAMVID = (
 )  # each with its colour
 
 
-def _by_voc_colours(classes: tuple[str, ...]) -> Kind:
-    return Kind(classes, voc_colours(len(classes)))
+def _by_voc_colours(classes: tuple[str, ...], own: bool = False) -> Kind:
+    return Kind(classes, voc_colours(len(classes)), own=own)
 
 
 KINDS = {
@@ -142,7 +150,8 @@ def describe(section: DatasetSection) -> Kind:
         raise UserError(
             f"dataset.classes: kind '{name}' has its own; remove it, or set kind: custom"
         )
-    kind = _by_voc_colours(tuple(section.classes)) if custom else KINDS[name]
+    kind = _by_voc_colours(tuple(section.classes), own=True) if custom else KINDS[name]
+    kind = kind._replace(pixels=Pixels(section.bands, section.range))
     if section.class_map is None and section.ignore == [IGNORE]:
         return kind
     return kind._replace(ids=id_table(kind.classes, section.ignore, section.class_map).tobytes())

@@ -12,9 +12,19 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dataset.catalog import UNKNOWN, Kind, describe, id_table
+from dataset.catalog import ID_COUNT, UNKNOWN, Kind, describe
 from dataset.published import published_list
-from dataset.reading import picture_size, read_ids, read_image, read_mask
+from dataset.reading import (
+    AS_STORED,
+    Pixels,
+    Traits,
+    examine,
+    orientation_of,
+    picture_size,
+    read_ids,
+    read_image,
+    read_mask,
+)
 from utils import IGNORE
 from utils.config.schema import DatasetSection
 from utils.errors import UserError
@@ -29,6 +39,12 @@ class Sample(NamedTuple):
     image: Path
     mask: Path | None  # of the label or pseudo label, if there is one
     ids: bytes | None = None  # meaning of the ids in the mask, as in ``Kind``
+    pixels: Pixels = AS_STORED  # how the image is read
+
+
+def read_picture(sample: Sample) -> Image.Image:
+    """Read a sample's image: RGB, upright."""
+    return read_image(sample.image, sample.pixels)
 
 
 def read_label(sample: Sample) -> Image.Image:
@@ -38,14 +54,14 @@ def read_label(sample: Sample) -> Image.Image:
 
 def read_sample(sample: Sample) -> tuple[Image.Image, Image.Image]:
     """Read a sample's image, RGB, and its label, mode L; 0 everywhere if it has no mask."""
-    image = read_image(sample.image)
+    image = read_picture(sample)
     return image, Image.new("L", image.size) if sample.mask is None else read_label(sample)
 
 
 SampleReader = Callable[[Sample], tuple[Image.Image, Image.Image]]  # ``read_sample``, or its like
 
 
-def find_pictures(folder: Path) -> list[Sample]:
+def find_pictures(folder: Path, pixels: Pixels = AS_STORED) -> list[Sample]:
     """List the pictures below a folder, by name; other files, and hidden ones, do not count.
 
     Raises:
@@ -60,15 +76,16 @@ def find_pictures(folder: Path) -> list[Sample]:
     for one, other in pairwise(sorted(found, key=lambda path: path.with_suffix(""))):
         if one.with_suffix("") == other.with_suffix(""):
             raise UserError(f"{other}: {one.name} has this name too and would share its mask")
-    return [Sample(path.relative_to(folder).as_posix(), path, None) for path in found]
+    names = (path.relative_to(folder).as_posix() for path in found)
+    return [Sample(*pair, None, pixels=pixels) for pair in zip(names, found, strict=True)]
 
 
 def readable(samples: Sequence[Sample]) -> tuple[list[Sample], list[str]]:
     """Return the samples whose images can be decoded, and what is wrong with the others."""
     with ThreadPool() as pool:
-        faults = list(pool.imap(lambda sample: _fault_of("pictures", sample, True), samples))
-    whole = [sample for sample, fault in zip(samples, faults, strict=True) if fault is None]
-    return whole, [fault.line for fault in faults if fault is not None]
+        found = list(pool.imap(lambda sample: _look("pictures", sample, True), samples))
+    whole = [sample for sample, seen in zip(samples, found, strict=True) if type(seen) is Traits]
+    return whole, [seen.line for seen in found if isinstance(seen, Fault)]
 
 
 def mask_file(folder: Path, sample: Sample) -> Path:
@@ -104,14 +121,19 @@ def _is_same_file(one: Path | None, other: Path | None) -> bool:
     return one.samefile(other) or sha256(one) == sha256(other)
 
 
+_HALF_OF_16_BITS = 2**15
+ABSENT = "classes that no image shows"  # ``what`` of a ``Fault``
+_NAMED = 8  # classes at most that a line of advice names
+_BY_COMMA = re.compile(r"([^,;\s]+\.\w+)\s*[,;]\s*([^,;\s]+\.\w+)")
 _WORD = re.compile(r'"([^"]*)"|([^\s"]+)')
 
 
 def read_list(path: Path, root: Path, kind: Kind | None) -> list[Sample]:
     """Read ``image [mask]`` lines, or bare ids as U2PL has them; blank lines do not count.
 
-    Paths are relative to the root, with or without a leading slash; one that holds spaces stands
-    in double quotes. ``kind`` tells where the files of bare ids are; without it these are refused.
+    Paths are relative to the root, with or without a leading slash, or whole paths in it; slashes
+    may lean either way; one that holds spaces stands in double quotes. ``kind`` tells where the
+    files of bare ids are; without it these are refused.
 
     Raises:
         UserError: no list, no lines, a malformed or repeated line, a path that leaves the root.
@@ -147,7 +169,13 @@ def _samples_of(lines: Iterable[str], path: Path, root: Path, kind: Kind | None)
 def _read_line(line: str, place: str, root: Path, kind: Kind | None) -> Sample:
     if line.count('"') % 2:
         raise UserError(f"{place}: a double quote is not closed in {line!r}")
-    words = [quoted or plain for quoted, plain in _WORD.findall(line)]
+    words = [quoted or plain for quoted, plain in _WORD.findall(line.replace("\\", "/"))]
+    pair = _BY_COMMA.fullmatch(line.strip())
+    if pair:
+        raise UserError(
+            f"{place}: separate image and mask by a space, as in '{pair[1]} {pair[2]}', not by "
+            f"'{pair[0][len(pair[1])]}'"
+        )
     suffixes = ["." in word.rsplit("/", 1)[-1] for word in words]
     if len(words) > 2 or suffixes == [False, True]:
         raise UserError(
@@ -161,16 +189,24 @@ def _read_line(line: str, place: str, root: Path, kind: Kind | None) -> Sample:
             )
         words = kind.files_of(words[0])
     image, *mask = (_inside(word, place, root) for word in words)
-    return Sample(image, root / image, root / mask[0] if mask else None, kind and kind.ids)
+    ids, pixels = (None, AS_STORED) if kind is None else (kind.ids, kind.pixels)
+    return Sample(image, root / image, root / mask[0] if mask else None, ids, pixels)
 
 
 def _inside(word: str, place: str, root: Path) -> str:
-    """Spell a path relative to the root in one way: a//b, a/./b and /a/b are a/b."""
-    parts = [part for part in word.split("/") if part not in ("", ".")]
+    """Spell a path relative to the root in one way: a//b, a/./b, /a/b, <root>/a/b are a/b."""
+    below = root.absolute().as_posix().rstrip("/") + "/"
+    parts = [part for part in word.removeprefix(below).split("/") if part not in ("", ".")]
     if ".." in parts:
         raise UserError(f"{place}: {word} leaves the data root {root}; paths are relative to it")
     if not parts:
         raise UserError(f"{place}: {word!r} names no file; correct the line")
+    whole = word.startswith("/") or re.match(r"[A-Za-z]:/", word)
+    if whole and root.is_dir() and not (root / parts[0]).exists():
+        raise UserError(
+            f"{place}: {word} is not in dataset.root, {root.absolute()}; set dataset.root to the "
+            "folder that it is in, or write paths relative to dataset.root"
+        )
     return "/".join(parts)
 
 
@@ -207,9 +243,11 @@ class Splits(NamedTuple):
     test: Sequence[Sample] = ()  # scored once, when a run ends; may be empty
 
     def list_digests(self) -> dict[str, str]:
-        """Return a sha256 of each list, by its name: of the files it names, in their order."""
+        """Return a sha256 of each list that was read, by its name: of its files, in their order."""
         digests = {}
         for name, samples in zip(self._fields, self, strict=True):
+            if not samples:
+                continue
             masks = [x.mask and os.path.relpath(x.mask, x.image.parent) for x in samples]
             lines = (f"{x.name} {mask}" for x, mask in zip(samples, masks, strict=True))
             digests[name] = text_digest("\n".join(lines))
@@ -220,13 +258,25 @@ class Splits(NamedTuple):
 
         A data set that is moved keeps the first; copied, it may get other times.
         """
-        lists, digests = self.list_digests(), {}
-        for name, samples in zip(self._fields, self, strict=True):
-            digests[name] = lists[name]
+        digests = self.list_digests()
+        for name in tuple(digests):
+            samples = getattr(self, name)
             stats = [file.stat() for x in samples for file in (x.image, x.mask) if file]
             times = "\n".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)
             digests[f"{name} files"] = text_digest(times)
         return digests
+
+
+Note = Callable[[str], None]  # is told what training accepts and a user should know
+
+
+def _ignore(_: str) -> None:
+    pass
+
+
+def lists_of(stages: Sequence[int]) -> tuple[str, ...]:
+    """Return the names of the lists that stages read: stage 1 alone reads no unlabeled images."""
+    return tuple(x for x in Splits._fields if x != "unlabeled" or list(stages) != [1])
 
 
 class Fault(NamedTuple):
@@ -237,23 +287,36 @@ class Fault(NamedTuple):
     line: str  # what is wrong, and what to do
 
 
-def read_splits(section: DatasetSection, fields: Sequence[str] = Splits._fields) -> Splits:
+def read_splits(
+    section: DatasetSection, fields: Sequence[str] = Splits._fields, note: Note = _ignore
+) -> Splits:
     """Read the lists of a config, as ``read_lists``, and check them before anything trains.
+
+    Args:
+        section: of the data.
+        fields: the lists; others are empty.
+        note: as ``find_faults`` calls it.
 
     Raises:
         UserError: as ``read_lists``, or the first fault of ``find_faults``.
     """
     splits = read_lists(section, fields)
-    for fault in find_faults(splits, describe(section)):
+    for fault in find_faults(splits, describe(section), note=note):
         raise UserError(fault.line)
     return splits
 
 
-def refuse_broken_images(splits: Splits) -> None:
-    """Decode every image; a ``UserError`` names the first one that cannot be read completely."""
+def refuse_broken_images(splits: Splits) -> list[str]:
+    """Decode every image, and return lines on what reading them turns and leaves out.
+
+    Raises:
+        UserError: an image cannot be read completely.
+    """
+    seen = {where: _Seen() for where in Splits._fields}
     for where, samples in zip(Splits._fields, splits, strict=True):
-        for fault in _image_faults(where, samples, decode=True):
+        for fault in _image_faults(where, samples, True, seen[where]):
             raise UserError(fault.line)
+    return list(_notes_on(seen))
 
 
 def read_val(section: DatasetSection) -> list[Sample]:
@@ -313,6 +376,7 @@ def find_faults(
     kind: Kind,
     decode: bool = False,
     visit: Callable[[str, np.ndarray], None] | None = None,
+    note: Note = _ignore,
 ) -> Iterator[Fault]:
     """Find what training must not start with: images in two lists, bad images, bad masks.
 
@@ -322,16 +386,60 @@ def find_faults(
         decode: decode the images, which finds truncated ones too; else only headers are read.
         visit: called with the list's name and the label, (H, W) uint8 class ids and 255, of every
             sample whose mask has no fault.
+        note: called with a line for each thing that is no fault but changes a result: shares of
+            ignored pixels, classes that a list does not show.
     """
     yield from _overlaps(splits)
-    yield from _label_faults("labeled", splits.labeled, kind, decode, visit)
-    yield from _image_faults("unlabeled", splits.unlabeled, decode)
-    for field in ("val", "test"):
-        yield from _label_faults(field, getattr(splits, field), kind, decode, visit)
+    seen = {where: _Seen() for where in Splits._fields}
+    for where, samples in zip(Splits._fields, splits, strict=True):
+        if where == "unlabeled":
+            yield from _image_faults(where, samples, decode, seen[where])
+            continue
+        sound = True
+        for fault in _label_faults(where, samples, kind, decode, seen[where], visit):
+            sound = False
+            yield fault
+        if sound:  # else a class may be missing where a mask is
+            yield from _class_faults(where, seen[where].pixels, kind, note)
+    for line in _notes_on(seen):
+        note(line)
 
 
-def _size_of(sample: Sample, decode: bool) -> tuple[int, int]:
-    return read_image(sample.image).size[::-1] if decode else picture_size(sample.image)
+class _Seen:
+    """What the files of a list show."""
+
+    def __init__(self) -> None:
+        self.pixels = np.zeros(ID_COUNT, np.int64)  # of each id in mask files
+        self.traits: list[tuple[Sample, Traits]] = []  # of the images that were decoded
+
+
+def _notes_on(seen: Mapping[str, _Seen]) -> Iterator[str]:
+    """Say what reading the images turns and leaves out."""
+    for where, found in seen.items():
+        turned = [sample.name for sample, traits in found.traits if traits.orientation != 1]
+        if turned:
+            masks = "" if where == "unlabeled" else "; masks must show the upright image"
+            yield (
+                f"dataset.{where}: {len(turned)} of {len(found.traits)} images are turned upright "
+                f"by their EXIF orientation, {turned[0]} among them{masks}"
+            )
+    pairs = [pair for found in seen.values() for pair in found.traits]
+    cut = [(s, traits) for s, traits in pairs if traits.bands_read < traits.bands]
+    if cut:
+        sample, traits = cut[0]
+        kept = "red, green and blue are" if traits.bands_read == len("RGB") else "one is"
+        yield (
+            f"dataset.bands: {kept} read of the {traits.bands} bands of {sample.name} "
+            f"({len(cut)} of {len(pairs)} images have more than are read); "
+            "dataset.bands=[3,2,1], say, picks others, counted from 1"
+        )
+    highest = [traits.highest for _, traits in pairs if traits.highest is not None]
+    if highest and (top := max(highest)) < _HALF_OF_16_BITS:
+        yield (
+            f"dataset.range: the values of {len(highest)} images of 16 bits end at {top} of 65535: "
+            f"{top // 256 + 1} of {top + 1} levels are left; set dataset.range=[0,{top}], or "
+            "dataset.range=percentile"
+        )
 
 
 def _overlaps(splits: Splits) -> Iterator[Fault]:
@@ -355,15 +463,24 @@ def _file_of(sample: Sample) -> Path:
         return sample.image
 
 
-def _image_faults(where: str, samples: Sequence[Sample], decode: bool) -> Iterator[Fault]:
+def _image_faults(
+    where: str, samples: Sequence[Sample], decode: bool, seen: _Seen
+) -> Iterator[Fault]:
     with ThreadPool() as pool:
-        faults = pool.imap(lambda sample: _fault_of(where, sample, decode), samples)
-        yield from filter(None, _bar(faults, where, len(samples)))
+        found = pool.imap(lambda sample: _look(where, sample, decode), samples)
+        for sample, each in zip(samples, _bar(found, where, len(samples)), strict=True):
+            if isinstance(each, Fault):
+                yield each
+            elif each is not None:
+                seen.traits.append((sample, each))
 
 
-def _fault_of(where: str, sample: Sample, decode: bool) -> Fault | None:
+def _look(where: str, sample: Sample, decode: bool) -> Fault | Traits | None:
+    """Read a sample's image, or its header alone, of which nothing is told."""
     try:
-        _size_of(sample, decode)
+        if decode:
+            return examine(sample.image, sample.pixels)
+        picture_size(sample.image)
     except UserError as error:
         return Fault(where, "files that cannot be read", str(error))
     return None
@@ -374,39 +491,109 @@ def _label_faults(
     samples: Sequence[Sample],
     kind: Kind,
     decode: bool,
+    seen: _Seen,
     visit: Callable[[str, np.ndarray], None] | None,
 ) -> Iterator[Fault]:
-    table = id_table(kind.classes) if kind.ids is None else np.frombuffer(kind.ids, np.int16)
+    """Check images and masks one by one."""
+    table = kind.table()
     unknown: dict[int, Path] = {}  # id without meaning to a mask that shows it
-    ignored = 0  # masks without a pixel that counts
     for sample in _bar(samples, where, len(samples)):
         if sample.mask is None:
             line = f"dataset.{where}: {sample.name} has no mask; name it beside it"
             yield Fault(where, "lines without a mask", line)
             continue
         try:
-            size, ids = _size_of(sample, decode), read_ids(sample.mask)
+            if decode:
+                seen.traits.append((sample, examine(sample.image, sample.pixels)))
+            size, ids = picture_size(sample.image), read_ids(sample.mask)
         except UserError as error:
             yield Fault(where, "files that cannot be read", str(error))
             continue
-        shown = np.flatnonzero(np.bincount(ids.ravel()))
+        counts = np.bincount(ids.ravel())
+        seen.pixels[: len(counts)] += counts
+        shown = np.flatnonzero(counts)
         strange = shown[table[shown] == UNKNOWN].tolist()
         unknown = dict.fromkeys(strange, sample.mask) | unknown
-        ignored += bool((table[shown] == IGNORE).all())
         if ids.shape != size:
-            yield Fault(
-                where,
-                "sizes that differ",
-                f"{sample.mask}: this mask is {ids.shape[0]} x {ids.shape[1]} and its image "
-                f"{sample.image} is {size[0]} x {size[1]} (height x width); they must agree",
-            )
+            yield Fault(where, "sizes that differ", _size_complaint(sample, size, ids.shape))
         elif not strange and visit is not None:
             visit(where, table[ids].astype(np.uint8))
     for _ in unknown:
         yield Fault(where, "ids without a meaning", _complaint(unknown, kind))
-    if samples and ignored == len(samples):
+
+
+def _size_complaint(sample: Sample, size: tuple[int, int], of_mask: tuple[int, int]) -> str:
+    orientation = orientation_of(sample.image)
+    line = (
+        f"{sample.mask}: this mask is {of_mask[0]} x {of_mask[1]} and its image {sample.image} is "
+        f"{size[0]} x {size[1]} (height x width)"
+    )
+    if orientation == 1:
+        return f"{line}; they must agree"
+    return (
+        f"{line}, turned upright by its EXIF orientation ({orientation}); turn the mask too, or "
+        "where it was drawn on the image as stored remove the orientation "
+        f"(exiftool -Orientation= {sample.image})"
+    )
+
+
+def _class_faults(where: str, pixels: np.ndarray, kind: Kind, note: Note) -> Iterator[Fault]:
+    """Judge the classes that a list shows, by the pixels of each id in its mask files."""
+    table, shown = kind.table(), np.flatnonzero(pixels)
+    counting = [int(id_) for id_ in shown if table[id_] not in (UNKNOWN, IGNORE)]
+    left_out = [int(id_) for id_ in shown if table[id_] == IGNORE]
+    if not counting and not left_out:
+        return  # no masks, or none with an id that means something
+    if not counting:
         line = f"dataset.{where}: every pixel of its masks is ignored; name other masks"
         yield Fault(where, "list without a pixel that counts", line)
+        return
+    share = pixels[left_out].sum() / pixels.sum()
+    ids = ", ".join(map(str, left_out))
+    if left_out and len(counting) == 1:
+        most = max(left_out, key=lambda id_: pixels[id_])
+        line = (
+            f"dataset.{where}: its masks show id {counting[0]} and, ignored, {ids} ({share:.1%} of "
+            f"the pixels); if {most} is a class, set {_two_classes(counting[0], most, kind)}; else "
+            "name masks of more than one class"
+        )
+        yield Fault(where, "one class and ignored pixels", line)
+        return
+    if left_out:
+        note(f"dataset.{where}: {share:.1%} of the pixels are ignored, id {ids}")
+    absent = [name for id_, name in enumerate(kind.classes) if id_ not in table[counting]]
+    if not absent:
+        return
+    names = " or ".join(f"'{name}'" for name in absent)
+    if where != "labeled":
+        note(f"dataset.{where}: no image shows {names}; mIoU counts it only where it is predicted")
+    elif kind.own:
+        line = f"dataset.labeled: no labeled image shows {names}; label one that does, or "
+        yield Fault(where, ABSENT, line + _without(absent, kind))
+    else:  # a published list is as it is
+        note(f"dataset.labeled: no labeled image shows {names}, which will not be learnt")
+
+
+def _two_classes(first: int, second: int, kind: Kind) -> str:
+    """Return the settings that make classes of two ids in mask files."""
+    one, two = kind.classes if len(kind.classes) == 2 else ("background", "object")
+    words = [f'"dataset.class_map={{{first}: {one}, {second}: {two}}}"', '"dataset.ignore=[]"']
+    if len(kind.classes) != 2:
+        words.insert(0, f'dataset.kind=custom "dataset.classes=[{one}, {two}]"')
+    return " ".join(words)
+
+
+def _without(absent: Sequence[str], kind: Kind) -> str:
+    """Return the way to train without some classes."""
+    kept = [name for name in kind.classes if name not in absent]
+    if kind.ids is not None or len(kind.classes) > _NAMED or len(kept) < 2:
+        return "take it out of dataset.classes and make its ids null in dataset.class_map"
+    meanings = (name if name in kept else "null" for name in kind.classes)
+    class_map = ", ".join(f"{id_}: {meaning}" for id_, meaning in enumerate(meanings))
+    return (
+        f'train without it: "dataset.classes=[{", ".join(kept)}]" '
+        f'"dataset.class_map={{{class_map}}}"'
+    )
 
 
 def _bar(items: Iterable, where: str, total: int) -> tqdm:
@@ -440,8 +627,9 @@ def _find_list(section: DatasetSection, field: str, root: Path) -> Path:
     path = root / name  # or the name alone, if it is a whole path
     if not path.is_file():
         elsewhere = Path(name).absolute() if Path(name).is_file() else "PATH, a whole path"
+        without = ", or train on labels alone by --method supervised"
         raise UserError(
             f"dataset.{field}: {name} is not in {root}; set dataset.root=DIR or "
-            f"dataset.{field}={elsewhere}"
+            f"dataset.{field}={elsewhere}{without if field == 'unlabeled' else ''}"
         )
     return path

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dataset.lists import Sample, read_label
-from dataset.reading import normalised, picture_size, read_image, to_pixels
+from dataset.lists import Sample, read_label, read_picture
+from dataset.reading import normalised, picture_size, to_pixels
 from utils import IGNORE, IMAGENET, Preprocessing
 from utils.config.schema import Config
 from utils.distributed import mine
@@ -129,7 +129,7 @@ class WholeImages(Dataset[WholeImage]):
     def __getitem__(self, index: int) -> WholeImage:
         """Read an image and its mask."""
         sample = self.samples[index]
-        image = read_image(sample.image)
+        image = read_picture(sample)
         label = read_label(sample) if sample.mask else Image.new("L", image.size, IGNORE)
         return WholeImage(to_pixels(image), torch.from_numpy(np.array(label)), index)
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from dataset.catalog import Kind
-from dataset.lists import Sample, mask_file
-from dataset.reading import read_ids, read_image
+from dataset.lists import Sample, mask_file, read_picture
+from dataset.reading import read_ids
 from utils.distributed import broadcast, by_first, merged
 from utils.evaluation import ConfusionMatrix, confusion_counts, passes
 from utils.files import in_background, write_csv, write_text
@@ -88,6 +88,6 @@ def draw_examples(
         folders = [folder / "labels", *(folder / stage / "masks" for stage in stages)]
         masks = [read_ids(mask_file(place, sample)) for place in folders]
         shown = (in_colour(mask, palette) for mask in masks)
-        rows.append([read_image(sample.image), *shown])
+        rows.append([read_picture(sample), *shown])
     legend = list(zip(kind.classes, kind.colours, strict=True))
     save(panel(["image", "label", *stages], rows, legend), path)

@@ -2,6 +2,7 @@
 
 from model.networks import BACKBONES, NETWORKS, STEMS, build_model, largest_stride, network_of
 from model.networks.timm_encoders import patch_size_of, preprocessing_of, refuse_crop
+from model.networks.weights import start_from
 from model.ops.layers import SegmentationOutput
 from model.segmenter import Segmenter
 
@@ -17,4 +18,5 @@ __all__ = [
     "patch_size_of",
     "preprocessing_of",
     "refuse_crop",
+    "start_from",
 ]

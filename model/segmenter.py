@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dataset.catalog import describe
-from dataset.reading import normalised, read_image, to_input, upright
+from dataset.reading import Pixels, normalised, read_image, to_input, upright
 from model.networks import network_of
 from utils import checkpoint
 from utils.config.reading import config_from, read_config
@@ -50,6 +50,7 @@ class Segmenter:
         config, origin: the same.
         classes: names by class id.
         colours: by class id.
+        pixels: how the values of pictures become red, green and blue.
         palette: 768 bytes, the colours for PNGs of mode P; 255 is white.
         device: where the network runs, and in which precision.
         preprocessing: how the network wants its images.
@@ -70,6 +71,7 @@ class Segmenter:
         kind = describe(config.dataset)
         if colours is not None:
             kind = kind._replace(colours=_colours(colours, len(kind.classes)))
+        self.pixels = kind.pixels
         self.classes, self.colours, self.palette = kind.classes, kind.colours, kind.palette()
         self.device = Device(config.device, config.precision)
         self.net, self.preprocessing = self.device.place(net).eval(), net.preprocessing
@@ -160,7 +162,7 @@ class Segmenter:
             images = normalised(_pixels(image), self.preprocessing)
             ids, confidence = self.segment(images if image.dim() == 4 else images.unsqueeze(0))
             return (ids, confidence) if image.dim() == 4 else (ids[0], confidence[0])
-        picture = to_input(_picture(image), self.preprocessing)
+        picture = to_input(_picture(image, self.pixels), self.preprocessing)
         ids, confidence = self.segment(picture.unsqueeze(0))
         return ids[0].cpu().numpy(), confidence[0].cpu().numpy()
 
@@ -186,7 +188,7 @@ class Segmenter:
         Raises:
             UserError: as for a call and as ``picture``; or the mask has another size.
         """
-        picture = _picture(image)
+        picture = _picture(image, self.pixels)
         return overlay(picture, _ids(mask, picture.size[::-1]), self.palette)
 
     def save(self, path: str | Path) -> None:
@@ -282,9 +284,9 @@ def _of_run_folder(settings: dict[str, Any], path: Path) -> dict[str, Any]:
     return {**added, **settings, "dataset": dataset}
 
 
-def _picture(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
+def _picture(image: str | Path | Image.Image | np.ndarray, pixels: Pixels) -> Image.Image:
     if isinstance(image, str | Path):
-        return read_image(Path(image))
+        return read_image(Path(image), pixels)
     if isinstance(image, np.ndarray):
         shape = image.shape
         if image.dtype != np.uint8 or len(shape) not in (2, 3) or shape[2:] not in ((), (3,)):
@@ -300,7 +302,7 @@ def _picture(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
     if 0 in image.size:
         raise UserError("image: has no pixels; give at least one")
     try:
-        return upright(image, "image")
+        return upright(image, "image", pixels)
     except UserError:
         raise
     except Exception as error:  # of Pillow's modes and decoders

@@ -1,5 +1,7 @@
 """Files of weights: written whole, found, read in every format, refused by name."""
 
+import argparse
+import shlex
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet as torchvision_resnet
 
-from model import build_model, preprocessing_of
+from model import build_model, preprocessing_of, start_from
 from model.networks import weights
 from model.networks.weights import find_weights, read_weights
 from utils import IMAGENET, checkpoint
@@ -278,9 +280,72 @@ class Payload:
 
 def test_pickled_code_is_not_run(tmp_path):
     torch.save({"model": Payload(tmp_path / "owned")}, tmp_path / "net.pth")
-    with pytest.raises(UserError, match="not a whole checkpoint of tensors"):
+    with pytest.raises(UserError, match=r"net\.pth: holds \w+\.open, code that is not run; if you"):
         checkpoint.load(tmp_path / "net.pth")
     assert not (tmp_path / "owned").exists()
+
+
+def test_the_way_to_strip_code_leads_to_the_weights(tmp_path, monkeypatch, run_program):
+    weights = Net().state_dict()
+    torch.save({"model": weights, "schedule": SimpleNamespace(epoch=3)}, tmp_path / "net.pth")
+    line = refusal(checkpoint.load, tmp_path / "net.pth")
+    assert "holds types.SimpleNamespace, code" in line
+    assert not run_program(*shlex.split(line[line.index("-c ") :]), cwd=tmp_path).stderr
+    assert same(checkpoint.load(tmp_path / "weights.pth"), weights)
+
+
+FOREIGN = {
+    "torch.compile": lambda weights: {f"_orig_mod.{k}": v for k, v in weights.items()},
+    "DDP and compile": lambda weights: {f"module._orig_mod.{k}": v for k, v in weights.items()},
+    "Lightning": lambda weights: {"state_dict": {f"net.{k}": v for k, v in weights.items()}},
+    "mmengine": lambda weights: {"state_dict": {f"model.{k}": v for k, v in weights.items()}},
+    "a tutorial": lambda weights: {"model_state_dict": weights, "loss": 0.1},
+    "another": lambda weights: {"model_state": weights, "epoch": 3},
+    "a running average": lambda weights: {"ema": {"state_dict": weights}},
+    "torchvision": lambda weights: {"model": weights, "args": argparse.Namespace(lr=0.01)},
+}
+
+
+@pytest.mark.parametrize("program", FOREIGN)
+def test_files_of_other_programs_load(tmp_path, program):
+    source, net = Net(), Net()
+    torch.save(FOREIGN[program](source.state_dict()), tmp_path / "net.pth")
+    checkpoint.load_weights(net, tmp_path / "net.pth")
+    assert same(source.state_dict(), net.state_dict())
+
+
+def test_training_starts_from_a_whole_network(tmp_path):
+    def of(classes, **content):
+        source = build_model("deeplabv3plus", "resnet18", len(classes))
+        dataset = {"kind": "custom", "classes": [*classes]}
+        content = {"model": source.state_dict(), "config": {"dataset": dataset}} | content
+        checkpoint.save(tmp_path / "net.pth", content)
+        net = build_model("deeplabv3plus", "resnet18", 2)
+        before = net.state_dict()["classifier.weight"].clone()
+        said = start_from(net, tmp_path / "net.pth", ("cat", "dog"))
+        states = net.state_dict(), source.state_dict()
+        alike, (own, theirs) = same(*states), (state.pop("classifier.weight") for state in states)
+        assert states[0].pop("classifier.bias").shape == (2,)
+        states[1].pop("classifier.bias")
+        assert same(*states)
+        assert torch.equal(own, theirs if alike else before)
+        return alike, said
+
+    assert of(["cat", "dog"]) == (True, f"all weights of {tmp_path}/net.pth")
+    assert of(["cat", "dog"], config=None)[0]
+    for classes in (["dog", "cat"], ["cat", "dog", "cow"]):
+        alike, said = of(classes)
+        assert not alike
+        assert said.endswith("but its classifier, which has other classes and starts at random")
+
+
+def test_an_encoder_says_what_of_a_whole_network_it_leaves_out(tmp_path):
+    source = build_model("deeplabv3plus", "resnet18", 2)
+    checkpoint.save(tmp_path / "net.pth", {"model": source.state_dict()})
+    net = build_model("deeplabv3plus", "resnet18", 2, pretrained=tmp_path / "net.pth")
+    left_out = "without head, reduce, fuse, classifier (model.init takes them too)"
+    assert net.pretrained_from == f"{tmp_path}/net.pth {left_out}"
+    assert same(net.backbone.state_dict(), source.backbone.state_dict())
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -96,7 +96,7 @@ def test_methods_are_settings_over_a_config(method):
     ("setting", "message"),
     [
         ("seed=-1", r"seed: -1 is not allowed: .*greater than or equal to 0"),
-        ("workers=two", r"workers: 'two' is not allowed: .*valid integer"),
+        ("workers=two", r"workers: 'two' is not allowed: an integer"),
         ("augment.crop_size=1.5", r"augment\.crop_size: 1\.5 is not allowed: .*integer"),
         ("precision=fp8", r"precision: 'fp8' is not allowed: .*'auto', 'fp32', 'bf16' or 'fp16'"),
         ("model.output_stride=4", r"model\.output_stride: 4 is not allowed: .*8, 16 or 32"),
@@ -107,10 +107,15 @@ def test_methods_are_settings_over_a_config(method):
         ("cache=disk", r"cache: 'disk' is not allowed: .*'ram'"),
         ("dataset.ignore=[255, -1]", r"dataset\.ignore: -1 is not allowed: .*equal to 0"),
         ("dataset.class_map.70000=a", r"dataset\.class_map\.70000: .* from 0 to 65535; 'other'"),
-        ("dataset.class_map={7: yes}", r"dataset\.class_map\.7: True is not allowed: a class is"),
+        ("dataset.class_map={7: true}", r"dataset\.class_map\.7: True is not allowed: a class is"),
         ("model=3", r"model: 3 is not allowed: a section holds 'key: value' lines"),
+        ("device=0", r"device: 0 is not allowed: auto, cpu, cuda, cuda:0 \(the first"),
+        ("dataset.classes=[a]", r"\['a'\] is not allowed: two to 255 classes; pixels without an"),
+        ("dataset.classes=[1, 2]", r"dataset\.classes: 1 is not allowed: text, in quotes where"),
+        ("dataset.bands=4", r"dataset\.bands: 4 is not allowed: a list, such as \[a, b\]"),
+        ("dataset.range=[3, 1]", r"dataset\.range: .* two numbers, the lower one first"),
         ("dataset=null", r"dataset: None is not allowed: a section holds"),
-        ("ohem=yes", r"ohem: True is not allowed: a section holds"),
+        ("ohem=true", r"ohem: True is not allowed: a section holds"),
         ("augment.scale=[1]", r"augment\.scale: .* is not allowed: more values are wanted"),
         ("retrain.accumulate=3", r"accumulate 3 does not cut batch_size 32 into parts of one size"),
         ("retrain.accumulate=32", r"accumulate 32 does not cut batch_size 32"),
@@ -358,3 +363,13 @@ def test_any_file_gives_a_config_or_one_line(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("config") / "any.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     config_or_one_line(read_config, str(path))
+
+
+def test_a_class_may_have_a_name_that_yaml_read_as_a_flag(tmp_path):
+    words = ["dataset.classes=[no, on]", "dataset.class_map={0: no, 7: on}", "tensorboard=off"]
+    config = read_config("demo.yaml", [*words, "pseudo_label.flip=yes", "dataset.kind=custom"])
+    assert config.dataset.classes == ["no", "on"]
+    assert config.dataset.class_map == {0: "no", 7: "on"}
+    assert (config.tensorboard, config.pseudo_label.flip) == (False, True)
+    (tmp_path / "kept.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert read_config(str(tmp_path / "kept.yaml")) == config

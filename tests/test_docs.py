@@ -50,7 +50,8 @@ def test_commands_and_options_exist(path):
         for word in words:
             if re.fullmatch(r"--[a-z][\w-]*", word):
                 option = word.replace("--no-", "--", 1)  # of BooleanOptionalAction
-                assert f'"{word}"' in text or f'"{option}"' in text, f"{path.name}: {program.name} has no {word}"
+                known = f'"{word}"' in text or f'"{option}"' in text
+                assert known, f"{path.name}: {program.name} has no {word}"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

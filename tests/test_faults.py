@@ -246,7 +246,7 @@ def test_memory_that_runs_out_is_told_with_what_takes_less(error, complaint):
 
     line = complaint(SimpleNamespace(main=main, __file__="program.py"))
     assert line.startswith("error: memory: ")
-    assert "raise supervised.accumulate and retrain.accumulate, or lower batch_size" in line
+    assert "raise supervised.accumulate in stage 1, retrain.accumulate in stages 4 and 6" in line
 
 
 SAY = """

@@ -70,6 +70,8 @@ def test_real_lists_read_whole(file, count):
         "./JPEGImages//x.jpg ./SegmentationClass/./x.png\r\n\r\n",
         "\ufeff  JPEGImages/x.jpg\tSegmentationClass/x.png  \r\n",
         '"/JPEGImages/x.jpg" SegmentationClass/x.png',
+        "JPEGImages\\x.jpg .\\SegmentationClass\\x.png\r\n",  # of Windows
+        f"{Path('root').absolute()}/JPEGImages/x.jpg SegmentationClass/x.png",
         "x",  # U2PL
         "\ufeffx\r\n",
     ],
@@ -85,6 +87,20 @@ def test_paths_with_spaces_stand_in_double_quotes(tmp_path, names):
     sample = Sample(image, Path("root") / image, mask and Path("root") / mask, PASCAL.ids)
     (again,) = read(tmp_path, line_of(sample, Path("root")))
     assert again == sample
+
+
+def test_a_whole_path_is_in_the_root_or_refused(tmp_path):
+    (tmp_path / "JPEGImages").mkdir()
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/JPEGImages/x.jpg /JPEGImages/x.png")
+    (sample,) = read_list(tmp_path / "list.txt", tmp_path, PASCAL)
+    assert sample[:3] == (
+        "JPEGImages/x.jpg",
+        *(tmp_path / f"JPEGImages/x.{k}" for k in ("jpg", "png")),
+    )
+    for word in ("/elsewhere/x.jpg", r"C:\data\x.jpg"):
+        (tmp_path / "list.txt").write_text(word)
+        line = refusal(read_list, tmp_path / "list.txt", tmp_path, PASCAL)
+        assert f"x.jpg is not in dataset.root, {tmp_path}; set dataset.root to" in line
 
 
 def test_digests_tell_lists_apart_by_their_files_and_order_wherever_they_are(tmp_path):
@@ -122,6 +138,9 @@ def test_digests_tell_lists_apart_by_their_files_and_order_wherever_they_are(tmp
         ("a.jpg UserError: x", r"list\.txt:1: a line reads .*, not 'a\.jpg UserError: x'"),
         ("a.jpg ../b.png", r"list\.txt:1: \.\./b\.png leaves the data root root"),
         ("../2007_000033", r"list\.txt:1: .* leaves the data root"),
+        ("..\\b.png", r"list\.txt:1: \.\./b\.png leaves the data root"),
+        ("a.jpg,b.png", r"list\.txt:1: separate image and mask by a space, as in 'a\.jpg b\.png'"),
+        ("a.jpg; b.png", r"list\.txt:1: separate .* by a space, as in 'a\.jpg b\.png', not by ';'"),
         (". a.png", r"list\.txt:1: '\.' names no file; correct the line"),
         ("/ a.png", r"list\.txt:1: a line reads"),
     ],

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -14,7 +15,17 @@ from PIL.PngImagePlugin import PngInfo
 
 from dataset.catalog import KINDS
 from dataset.lists import Sample, Splits, find_faults
-from dataset.reading import picture_size, read_image, read_mask, to_input, to_label
+from dataset.reading import (
+    Pixels,
+    examine,
+    orientation_of,
+    picture_size,
+    read_image,
+    read_mask,
+    to_input,
+    to_label,
+    upright,
+)
 from dataset.transforms import View, random_view, recolour
 from tests.benchmarks.loader import whole_then_crop
 from utils import IMAGENET, Preprocessing
@@ -44,6 +55,11 @@ def test_every_mode_is_read_as_rgb(tmp_path, mode):
     image = read_image(tmp_path / "x.tif")
     assert image.mode == "RGB"
     assert np.array_equal(np.asarray(image), np.asarray(picture.convert("RGB")))
+    traits = examine(tmp_path / "x.tif")
+    assert (traits.bands - traits.bands_read, traits.highest) == (0, None)
+    assert traits.bands == (1 if mode in ("1", "L", "LA") else 3)
+    bits = read_image(tmp_path / "x.tif", Pixels(range=(0, 255)))
+    assert np.array_equal(bits, image)
 
 
 def test_grey_of_sixteen_bits_keeps_its_shades(tmp_path):
@@ -92,6 +108,131 @@ def test_integers_below_256_are_shades_and_real_numbers_are_refused(tmp_path):
     Image.fromarray(shades.astype(np.float32)).save(tmp_path / "f.tif")
     with pytest.raises(UserError, match=r"f\.tif: holds floating-point numbers of unknown range"):
         read_image(tmp_path / "f.tif")
+
+
+def chunks(*parts):
+    """The chunks of a PNG file."""
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, body in parts:
+        crc = zlib.crc32(kind + body)
+        content += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
+    return content
+
+
+def png_of_16_bits(values):
+    """A PNG file of (H, W, 3 or 4) values of 16 bits, which Pillow does not write."""
+    height, width, bands = values.shape
+    header = struct.pack(">II", width, height) + bytes([16, {3: 2, 4: 6}[bands], 0, 0, 0])
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return chunks((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+
+
+DEEP = np.random.default_rng(1).integers(0, 1001, (9, 7, 4), dtype=np.uint16)
+DEEP[0, 0], DEEP[0, 1] = 0, 1000
+
+
+@pytest.mark.parametrize("file", ["rgb.png", "rgba.png", "rgb.tif", "rgba.tif", "grey.png"])
+def test_a_range_maps_values_of_sixteen_bits(tmp_path, file):
+    path, bands = tmp_path / file, {"rgb": 3, "rgba": 4}.get(file.partition(".")[0], 1)
+    values = DEEP[..., :bands]
+    if bands == 1:
+        Image.fromarray(values[..., 0]).save(path)
+    elif path.suffix == ".png":
+        path.write_bytes(png_of_16_bits(values))
+    else:
+        pytest.importorskip("tifffile").imwrite(path, values, photometric="rgb")
+    colours = np.broadcast_to(values[..., :3], (9, 7, 3))
+    if bands > 1 and path.suffix == ".png":
+        with pytest.raises(UserError, match=r"rgba?\.png: Pillow reads the upper 8 .* to TIFF"):
+            read_image(path, Pixels(range=(0, 1000)))
+    else:
+        expected = (colours * (255 / 1000)).round()
+        assert np.array_equal(read_image(path, Pixels(range=(0, 1000))), expected)
+    assert np.abs(np.asarray(read_image(path)) - colours // 256).max() <= 1
+    traits = examine(path)
+    assert (traits.bands, traits.bands_read) == (bands, min(bands, 3))
+    assert 1000 <= traits.highest <= 1023
+
+
+def test_percentiles_and_real_numbers(tmp_path):
+    values = np.linspace(-1, 1, 63, dtype=np.float32).reshape(9, 7)
+    values[0, 0] = np.nan
+    Image.fromarray(values).save(tmp_path / "f.tif")
+    grey = np.asarray(read_image(tmp_path / "f.tif", Pixels(range="percentile")))[..., 0]
+    assert (grey[0, 0], grey[0, 1], grey[-1, -1]) == (0, 0, 255)
+    assert np.unique(grey).size == 62  # the lowest known value is black, as is what is unknown
+    halved = np.asarray(read_image(tmp_path / "f.tif", Pixels(range=(-1, 3))))
+    assert halved.max() == 128
+    flat = Image.fromarray(np.full((2, 2), 7, np.uint8))
+    assert upright(flat, "x", Pixels(range="percentile")).getextrema() == ((0, 0),) * 3
+
+
+@pytest.mark.parametrize("layout", ["pixels", "pages", "colours"])
+def test_three_bands_of_a_tiff_are_picked(tmp_path, layout):
+    tifffile, path = pytest.importorskip("tifffile"), tmp_path / "x.tif"
+    values = np.random.default_rng(0).integers(0, 256, (9, 7, 5), dtype=np.uint8)
+    if layout == "pages":
+        tifffile.imwrite(path, np.moveaxis(values, 2, 0), photometric="minisblack")
+    elif layout == "pixels":
+        tifffile.imwrite(path, values, photometric="minisblack", planarconfig="contig")
+    else:
+        tifffile.imwrite(path, values, photometric="rgb")
+    picked = read_image(path, Pixels(bands=(4, 2, 5)))
+    assert np.array_equal(picked, values[..., [3, 1, 4]])
+    assert picture_size(path) == (9, 7)
+    assert examine(path, Pixels(bands=(4, 2, 5)))[1:3] == (5, 5)
+    if layout == "pixels":
+        with pytest.raises(UserError, match=r"x\.tif: has 5 bands; say which three"):
+            read_image(path)
+    else:  # Pillow knows what to show
+        assert examine(path)[1:3] == (5, 3 if layout == "colours" else 1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_bands_of_a_turned_tiff_are_upright(tmp_path, orientation):
+    tifffile, path = pytest.importorskip("tifffile"), tmp_path / "x.tif"
+    values, tag = np.repeat(COLOUR, 2, axis=2), (274, 3, 1, orientation, True)
+    tifffile.imwrite(path, values, photometric="minisblack", planarconfig="contig", extratags=[tag])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(values[..., :3]).save(tmp_path / "x.png", exif=exif)
+    expected = read_image(tmp_path / "x.png")
+    assert read_image(path, Pixels(bands=(1, 2, 3))).tobytes() == expected.tobytes()
+    assert picture_size(path) == expected.size[::-1]
+    assert examine(path, Pixels(bands=(1, 2, 3))).orientation == orientation == orientation_of(path)
+
+
+def test_bands_without_tifffile_say_what_to_install(tmp_path, monkeypatch):
+    pytest.importorskip("tifffile").imwrite(
+        tmp_path / "x.tif",
+        np.zeros((4, 5, 6), np.uint8),
+        photometric="minisblack",
+        planarconfig="contig",
+    )
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    for reader in (read_image, picture_size, examine):
+        with pytest.raises(UserError, match=r"x\.tif: .* 'pip install tifffile' reads it"):
+            reader(tmp_path / "x.tif")
+
+
+def test_an_alpha_that_shows_everything_is_not_told(tmp_path):
+    colours = Image.fromarray(COLOUR).convert("RGBA")
+    colours.save(tmp_path / "opaque.png")
+    colours.putalpha(Image.fromarray(IDS))
+    colours.save(tmp_path / "alpha.png")
+    assert [examine(tmp_path / f"{name}.png")[1:3] for name in ("opaque", "alpha")] == [
+        (3, 3),
+        (4, 3),
+    ]
+
+
+def test_a_large_picture_is_read_and_pillows_limit_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    Image.fromarray(COLOUR).save(tmp_path / "x.png")
+    assert read_image(tmp_path / "x.png").size == (7, 9)
+    assert picture_size(tmp_path / "x.png") == (9, 7)
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize(("mode", "bits"), [("P", 8), ("P", 2), ("L", 8)])
@@ -171,15 +312,9 @@ def test_label_is_rows_by_columns_of_ids():
 def test_grey_mask_of_few_bits_whose_ids_pillow_would_spread_is_refused(tmp_path, bits, header):
     path = tmp_path / "m.png"
     rows = b"".join(b"\0" + bytes([0b00011011] * bits) for _ in range(4))  # 8 pixels a row
-    content = b"\x89PNG\r\n\x1a\n"
-    for kind, body in (
-        (b"IHDR", struct.pack(">II", 8, 4) + header + b"\0\0\0"),
-        (b"IDAT", zlib.compress(rows)),
-        (b"IEND", b""),
-    ):
-        crc = zlib.crc32(kind + body)
-        content += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
-    path.write_bytes(content)
+    header = struct.pack(">II", 8, 4) + header + b"\0\0\0"
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    path.write_bytes(chunks(*parts))
     with pytest.raises(UserError, match=r"m\.png: a mask of 2 or 4 grey bits; save it with 8"):
         read_mask(path)
     assert read_image(path).size == (8, 4)

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import time
 
@@ -13,7 +14,9 @@ from conftest import refusal
 
 from utils import IMAGENET
 from utils.config.reading import read_config
-from utils.errors import UserError
+from utils.config.stages import HOW
+from utils.errors import UserError, _line_of
+from utils.evaluation import describe_mean
 from utils.run import stages
 from utils.run.results import stage_table
 from utils.run.stages import Run, Stage, locked
@@ -115,6 +118,41 @@ def test_another_config_is_refused_with_the_keys_that_differ(tmp_path):
     assert len(run_stages(other, from_stage=1)) == 2
 
 
+def test_what_no_kept_stage_has_read_may_change(tmp_path):
+    run_stages(config(tmp_path))
+    assert run_stages(config(tmp_path, "retrain.epochs=7")) == []
+    assert len(run_stages(config(tmp_path, "retrain.epochs=7", "pseudo_label.flip=false"), 2)) == 1
+    line = refusal(run_stages, config(tmp_path, "retrain.epochs=7"))
+    assert "holds a run with pseudo_label.flip=False; restore that" in line
+    assert line.endswith("or do 2_pseudo_label and later stages again with --from-stage 2")
+
+
+def test_a_stage_that_is_begun_keeps_its_settings(tmp_path):
+    def begun(stage):
+        (stage.unfinished / "resume.pth").write_text("state")
+        raise UserError("as far as this goes")
+
+    with Run(config(tmp_path)) as run, pytest.raises(UserError):
+        run.stage("1_supervised", begun)
+    assert "do 1_supervised" in refusal(run_stages, config(tmp_path, "optimizer.lr=0.5"))
+    assert len(run_stages(config(tmp_path, "retrain.epochs=7"))) == 2
+
+
+def test_every_setting_that_full_memory_advises_may_change_in_a_finished_run(tmp_path):
+    run_stages(config(tmp_path))
+    advice = _line_of(MemoryError())
+    keys = re.findall(r"[a-z_]+[.][a-z_]+", advice)
+    assert set(keys) == set(HOW)
+    values = {"supervised.accumulate": 2, "retrain.accumulate": 2, "inference.batch_size": 1}
+    values |= {"inference.window": "{size: 512}", "pseudo_label.vote_scales": "[1.0]"}
+    words = [f"{key}={values[key]}" for key in keys]
+    assert run_stages(config(tmp_path, *words)) == []
+    log = (tmp_path / "demo" / "log.txt").read_text()
+    assert "supervised.accumulate: was 1 in 1_supervised, whose results stay" in log
+    assert "retrain.accumulate" not in log  # no stage has read it
+    assert run_stages(config(tmp_path, *words)) == []
+
+
 def test_a_run_from_which_nothing_came_may_change(tmp_path):
     def fail_at_once(stage):
         raise UserError("no weights")
@@ -168,8 +206,10 @@ def test_other_lists_are_refused_until_the_run_starts_over(tmp_path):
         with Run(config(tmp_path), from_stage, lists=lists) as run:
             run.stage("1_supervised", work([]))
 
-    run_with(labeled="a", unlabeled="b", val="c")
-    run_with(labeled="a", unlabeled="b", val="c")
+    run_with(labeled="a", unlabeled="Z", val="c")
+    run_with(labeled="a", unlabeled="b", val="c")  # stage 1 reads no unlabeled images
+    with Run(config(tmp_path), lists={"labeled": "a", "unlabeled": "b", "val": "c"}) as run:
+        run.stage("2_pseudo_label", work([]))
     with pytest.raises(UserError, match=r"with another list dataset\.unlabeled; restore that"):
         run_with(labeled="a", unlabeled="B", val="c")
     with pytest.raises(UserError, match=r"list dataset\.labeled, another list dataset\.val"):
@@ -407,3 +447,14 @@ def test_table():
     assert head.split()[:3] == ["stage", "mIoU", "(last)"]
     assert " ".join(lines[0].split()) == "1_supervised 41.23 % 5 80 + 0 - - - - 1:01"
     assert lines[1].split() == ["2_pseudo_label", *"----", "108", "90.00", "%", "-", "0:03"]
+
+
+def test_a_mean_over_some_of_the_classes_says_so():
+    ious = {"ground": 0.9, "ball": None, "box": None}
+    stages = {"1_supervised": {"miou": 0.9, "seconds": 1, "per_class_iou": ious}}
+    said = (
+        "1_supervised: mIoU over 1 of 3 classes ('ground'); others are neither labeled nor "
+        "predicted"
+    )
+    assert stage_table(stages, "last").splitlines()[2:] == [said]
+    assert describe_mean({"ground": 0.9, "ball": 0.0}) is None

@@ -23,12 +23,12 @@ def append(path, *lines):
 @pytest.fixture
 def rows(tmp_path):
     """Settings of four 10 x 10 labels: cars on 40, 10, 10 and 10 of 100, 100, 50, 100 pixels that
-    count, a bus on 10 of the 50, no tram; one unlabeled image, one for validation."""
+    count, a bus on 10 of the 50, a tram on 1 of the last 100; one unlabeled image, one of val."""
     labels = {
         "a": [[0]] * 6 + [[1]] * 4,
         "b": [[0]] * 9 + [[1]],
         "c": [[1]] + [[2]] + [[0]] * 3 + [[255]] * 5,
-        "d": [[1]] + [[0]] * 9,
+        "d": [[1] * 10] + [[0] * 10] * 8 + [[3] + [0] * 9],
         "u": [[9]] * 10,  # no label of ours: nobody may open it
         "v": [[0]] * 10,
     }
@@ -41,6 +41,7 @@ def rows(tmp_path):
     return [
         f"dataset.root={tmp_path}",
         "dataset.kind=custom",
+        "dataset.test=null",
         "dataset.classes=[ground,car,bus,tram]",
         "query={min_area: 0.2, exclude: [ground]}",
     ]
@@ -56,29 +57,33 @@ def test_classes_are_counted_by_hand(rows):
     assert found["problems"] == []
     classes = map(dict.values, found["classes"])
     assert [(name, round(350 * share), *rest) for name, share, *rest in classes] == [
-        ("ground", 270, 4, None),  # excluded: nobody asks for it
+        ("ground", 269, 4, None),  # excluded: nobody asks for it
         ("car", 70, 4, 2),
         ("bus", 10, 1, 1),  # exactly min_area
-        ("tram", 0, 0, 0),
+        ("tram", 1, 1, 0),
     ]
+    assert found["ignored"] == {"labeled": 50 / 400, "val": 0}
     assert (found["unreachable"], found["hardly_reachable"]) == (["tram"], [])
 
 
 def test_table_and_json_hold_the_same(rows, answer, tmp_path):
     words = "--config", "demo.yaml", *rows, "--json", tmp_path / "audit.json"
     assert answer(program, "check", *rows[:2], *words) == [
-        "list         images",
-        "labeled           4",
+        "list         images   ignored pixels",
+        "labeled           4          12.500%",
         "unlabeled         1",
-        "val               1",
+        "val               1           0.000%",
         "",
         "labeled    pixels  images  with 0.2 of the pixels",
-        "ground    77.143%       4  excluded",
+        "ground    76.857%       4  excluded",
         "car       20.000%       4         2",
         "bus        2.857%       1         1",
-        "tram       0.000%       0         0",
+        "tram       0.286%       1         0",
         "",
         "no query can reach tram: lower query.min_area?",
+        "dataset.labeled: 12.5% of the pixels are ignored, id 255",
+        "dataset.val: no image shows 'car' or 'bus' or 'tram'; mIoU counts it only where it is "
+        "predicted",
         "nothing found that training would refuse",
     ]
     found = json.loads((tmp_path / "audit.json").read_text())

@@ -5,7 +5,9 @@ A file of torch's; a ``.safetensors`` file with all but the weights in its metad
 """
 
 import json
+import re
 import zipfile
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,10 @@ from utils.errors import UserError
 from utils.files import read_json, write_atomically, write_json
 
 Weights = dict[str, Tensor]
-# UniMatch keeps its best mIoU as a numpy number, under numpy 1's name for what builds it.
-_NUMPY_SCALARS = [
+# UniMatch keeps its best mIoU as a numpy number, under numpy 1's name for what builds it;
+# torchvision's references keep their command line.
+_HARMLESS = [
+    Namespace,
     np.dtype,
     np.dtypes.Float64DType,
     np.dtypes.Float32DType,
@@ -29,8 +33,13 @@ _NUMPY_SCALARS = [
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
 ]
 SUFFIXES = ("", ".pth", ".safetensors")  # "": a folder
+# Where other programs keep weights in a file, and what wrappers put before every key of a network.
+_WEIGHTS = ("model", "state_dict", "model_state_dict", "model_state", "ema")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+_REFUSED = re.compile(r"GLOBAL ([\w.]+)")  # a class, in torch's message
 _METADATA = "checkpoint"  # of a .safetensors file, in JSON; all values there are text
 _FOLDER = ("config.json", "model.safetensors")
+_BACKBONE = "backbone."  # begins the keys of a network's encoder
 _SHOWN = 8  # keys of each kind in the table of a mismatch
 
 
@@ -112,18 +121,27 @@ def load(path: Path) -> dict[str, Any]:
                 spoilt = parts.testzip()
             if spoilt is not None:
                 raise ValueError(f"{spoilt} has another checksum")
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+        with torch.serialization.safe_globals(_HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # neither reader documents what a broken file raises
-        raise UserError(
-            f"{path}: not a whole checkpoint of tensors ({type(error).__name__}); "
-            "copy or download it again"
-        ) from error
+        raise UserError(f"{path}: {_complaint(error, path)}") from error
     if not isinstance(content, dict):
         raise UserError(
             f"{path}: holds a {type(content).__name__}, not a dict of weights; take another file"
         )
     return content
+
+
+def _complaint(error: Exception, path: Path) -> str:
+    refused = _REFUSED.search(str(error))
+    if refused is None:
+        kind = type(error).__name__
+        return f"not a whole checkpoint of tensors ({kind}); copy or download it again"
+    return (
+        f"holds {refused[1]}, code that is not run; if you trust who made it, keep the tensors: "
+        f"python -c \"import torch; c = torch.load('{path}', 'cpu', weights_only=False); "
+        "torch.save(c.get('model', c.get('state_dict', c)), 'weights.pth')\""
+    )
 
 
 def load_weights(net: nn.Module, path: Path, reset_classifier: bool = False) -> None:
@@ -132,7 +150,7 @@ def load_weights(net: nn.Module, path: Path, reset_classifier: bool = False) -> 
     Args:
         net: gets the weights, all of them or none.
         path: a file of this project, a bare state dict (CISC-R, ST++), or ``{"model": ...}``
-            (UniMatch). ``module.`` prefixes are dropped.
+            (UniMatch), or as ``weights_in`` finds them.
         reset_classifier: leave ``net.classifier`` as it is and the file's out.
 
     Raises:
@@ -143,8 +161,8 @@ def load_weights(net: nn.Module, path: Path, reset_classifier: bool = False) -> 
 
 def put_weights(
     net: nn.Module, weights: Weights, path: Path, reset_classifier: bool = False
-) -> None:
-    """Load weights that have been read.
+) -> list[str]:
+    """Load weights that have been read, and return the file's keys that a network part left out.
 
     Args:
         net: gets the weights, all of them or none. An encoder takes the ``backbone.*`` of a whole
@@ -158,8 +176,10 @@ def put_weights(
         UserError: the keys or shapes do not fit: a table says which; or a weight is not finite,
             or of another kind of number.
     """
-    own = net.state_dict()
+    own, left_out = net.state_dict(), []
     if not hasattr(net, "backbone"):
+        whole = any(key.startswith(_BACKBONE) for key in weights)
+        left_out = [key for key in weights if whole and not key.startswith(_BACKBONE)]
         weights = _backbone_of(weights, net)
     if reset_classifier:
         weights = {key: value for key, value in weights.items() if not _is_classifier(key)}
@@ -178,6 +198,7 @@ def put_weights(
     if not is_finite(weights):
         raise UserError(f"{path}: holds weights that are not finite; take another checkpoint")
     net.load_state_dict(weights)
+    return left_out
 
 
 def _kind(numbers: Tensor) -> tuple[bool, bool, bool]:
@@ -191,25 +212,40 @@ def is_finite(weights: Weights) -> bool:
 
 
 def weights_in(content: dict[str, Any], path: Path) -> Weights:
-    """Return the weights in what ``load`` has read, without ``module.`` prefixes."""
-    weights = content.get("model", content)
-    if not isinstance(weights, dict):
-        raise UserError(f"{path}: its 'model' holds no weights; take a checkpoint of a network")
+    """Return the weights in what ``load`` has read, without the prefixes of wrappers.
+
+    They are the content itself, or in it under ``model``, ``state_dict``, ``model_state_dict``,
+    ``model_state`` or ``ema``. ``module.``, ``_orig_mod.``, ``model.`` and ``net.`` are dropped
+    where every key has them.
+    """
+    weights = content
+    while name := next((x for x in _WEIGHTS if x in weights), None):
+        weights = weights[name]
+        if not isinstance(weights, dict):
+            raise UserError(
+                f"{path}: its '{name}' holds no weights; take a checkpoint of a network"
+            )
     weights = {
-        key.removeprefix("module."): value
+        key: value
         for key, value in weights.items()
         if isinstance(key, str) and isinstance(value, Tensor)
     }
+    while weights and (prefix := next((x for x in _PREFIXES if _all_have(weights, x)), None)):
+        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
     if any(value.is_meta or value.layout != torch.strided for value in weights.values()):
         raise UserError(f"{path}: holds sparse tensors, or no numbers; take another checkpoint")
     return weights
 
 
+def _all_have(weights: Weights, prefix: str) -> bool:
+    return all(key.startswith(prefix) for key in weights)
+
+
 def _backbone_of(weights: Weights, backbone: nn.Module) -> Weights:
     """Return a backbone's part: of a whole network, or of an image classifier."""
-    part = {key: value for key, value in weights.items() if key.startswith("backbone.")}
+    part = {key: value for key, value in weights.items() if key.startswith(_BACKBONE)}
     if part:
-        return {key.removeprefix("backbone."): value for key, value in part.items()}
+        return {key.removeprefix(_BACKBONE): value for key, value in part.items()}
     if hasattr(backbone, "rename"):  # an encoder of timm's
         return backbone.rename(weights)
     return {key: value for key, value in weights.items() if not key.startswith("fc.")}

@@ -89,8 +89,9 @@ def _line_of(error: RuntimeError | MemoryError | OSError) -> str | None:
         x in str(error) for x in known
     ):
         return (
-            f"memory: {what or 'there is no more'}; raise supervised.accumulate and "
-            "retrain.accumulate, or lower batch_size, augment.crop_size, inference.batch_size or, "
-            "in stages 2 and 5, pseudo_label.neighbour_scales; what was done is kept"
+            f"memory: {what or 'there is no more'}; raise supervised.accumulate in stage 1, "
+            "retrain.accumulate in stages 4 and 6, lower pseudo_label.vote_scales in stages 2 "
+            "and 5, lower inference.batch_size or set inference.window={size: 512}; the same "
+            "command with these settings continues"
         )
     return None

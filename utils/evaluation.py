@@ -1,6 +1,6 @@
 """From a network to class probabilities and scores: views, windows, confusion matrix."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -247,4 +247,16 @@ def lay_out_ious(results: dict[str, Any]) -> str:
     rows["pixel accuracy"] = results["pixel_accuracy"]
     width = max(map(len, rows))
     shown = {name: "not seen" if v is None else f"{100 * v:8.2f}" for name, v in rows.items()}
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
+    lines = [f"{name:<{width}}  {value}" for name, value in shown.items()]
+    few = describe_mean(results["per_class_iou"])
+    return "\n".join([*lines, f"mIoU {few}"] if few else lines)
+
+
+def describe_mean(per_class_iou: Mapping[str, float | None]) -> str | None:
+    """Say over which classes a mean IoU is where it is not over all; None where it is."""
+    seen = [name for name, iou in per_class_iou.items() if iou is not None]
+    if len(seen) == len(per_class_iou):
+        return None
+    shown = f" ('{seen[0]}')" if len(seen) == 1 else ""
+    count = f"over {len(seen)} of {len(per_class_iou)} classes{shown}"
+    return f"{count}; others are neither labeled nor predicted"

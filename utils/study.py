@@ -33,6 +33,7 @@ import yaml
 from dataset.lists import read_lists
 from utils.config.reading import METHODS, read_config
 from utils.config.schema import Config
+from utils.config.stages import readers
 from utils.document import check_section, put_section
 from utils.errors import Parser, Stopped, UserError, exit_with_one_line
 from utils.files import read_json, read_records, write_json, write_text
@@ -44,7 +45,6 @@ from utils.scores import spread
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 LENGTHS = (1, 2, 4)  # of supervised training; the best one is what other methods are compared with
 STAGE = "1_supervised"  # which runs share
-_OF_LATER_STAGES = {"method", "pseudo_label", "select", "retrain", "stages"}
 
 
 # From the paper to ours; each row adds its settings to those of the row above.
@@ -196,12 +196,8 @@ def _times(config: Config, section: str, length: int) -> str:
 
 def share_stage_1(one: Config, other: Config) -> bool:
     """Tell whether two configs describe the same stage 1, in the same arithmetic."""
-    differing = {key.split(".")[0] for key in differing_keys(one, other)} - _OF_LATER_STAGES
-    alike = [
-        # Stability keeps more checkpoints.
-        (config.precision, config.device, config.dataset, config.select.score == "stability")
-        for config in (one, other)
-    ]
+    differing = [key for key in differing_keys(one, other) if 1 in readers(key)]
+    alike = [(config.precision, config.device, config.dataset) for config in (one, other)]
     return not differing and alike[0] == alike[1]
 
 

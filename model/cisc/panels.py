@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from dataset.catalog import describe
-from dataset.lists import Sample, mask_file, read_label, read_sample
+from dataset.lists import Sample, mask_file, read_label, read_picture, read_sample
 from dataset.loader import SampleKey
 from dataset.query import Partner
-from dataset.reading import read_ids, read_image, to_input
+from dataset.reading import read_ids, to_input
 from dataset.training import RetrainSample, RetrainSamples
 from model.cisc.students import Labeler
 from utils import IGNORE
@@ -130,7 +130,7 @@ class Panels:
 
     def _row_of_votes(self, number: int, predict: Predictor, epoch: int) -> dict[str, Picture]:
         sample = self._samples.unlabeled[number]
-        image, label = read_image(sample.image), np.asarray(read_label(sample))
+        image, label = read_picture(sample), np.asarray(read_label(sample))
         size = base_size((image.height, image.width), self._stage.config.inference.long_side)
         pixels = to_input(image, self._samples.preprocessing).unsqueeze(0)
         evidence = read_votes(self._labeled_by, sample)
@@ -143,7 +143,7 @@ class Panels:
         for place, (name, share) in enumerate(evidence.voters if evidence is not None else [], 1):
             voter = self._labeled[name]
             ids = np.asarray(read_label(voter))
-            picture = overlay(read_image(voter.image), ids, self._info.palette())
+            picture = overlay(read_picture(voter), ids, self._info.palette())
             row[f"voter {place}"] = picture, f"{share:.0%} of the votes"
         ids = predict(pixels, size).argmax(dim=1)[0]
         row[f"student, epoch {epoch}"] = self._in_colour(ids)

@@ -46,7 +46,8 @@ def build_model(
     """Build a network; ``net(images)`` gives ``SegmentationOutput(logits, features)``.
 
     Beside its layers the network has ``net.preprocessing``, how its encoder wants its images, and
-    ``net.pretrained_from``, the file that its encoder starts from, or None.
+    ``net.pretrained_from``, the file that its encoder starts from and what of it was left out, or
+    None.
 
     Args:
         name: a key of ``NETWORKS``.
@@ -68,15 +69,17 @@ def build_model(
     _choose("name", name, tuple(NETWORKS))
     encoder = _encoder(name, backbone, output_stride, stem)
     file = None if pretrained is None else find_weights(backbone, stem, pretrained)
+    source = file and str(file)
     if file:
-        weights = read_weights(file, backbone)
-        put_weights(encoder, weights, file)
+        left_out = put_weights(encoder, read_weights(file, backbone), file)
+        parts = ", ".join(dict.fromkeys(key.partition(".")[0] for key in left_out))
+        source += f" without {parts} (model.init takes them too)" if parts else ""
     if channels is not None and name not in ("deeplabv3plus", "dpt"):
         raise UserError(f"model.channels: {name} has no such choice; set model.channels=null")
     width = {} if channels is None else {"channels": channels}
     net = NETWORKS[name](encoder, num_classes, output_stride, **width)
     net.preprocessing = preprocessing_of(backbone)
-    net.pretrained_from = file and str(file)
+    net.pretrained_from = source
     return net
 
 

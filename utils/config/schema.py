@@ -27,6 +27,10 @@ def _ordered(numbers: tuple[float, float]) -> tuple[float, float]:
 
 
 def _distinct(names: list[str]) -> list[str]:
+    if not 2 <= len(names) <= 255:
+        raise ValueError(
+            "two to 255 classes; pixels without an object are one too, as in [background, object]"
+        )
     if len(set(names)) < len(names):
         raise ValueError("two classes have one name")
     if any("\ud800" <= letter <= "\udfff" for name in names for letter in name):
@@ -48,6 +52,21 @@ def _class(value: Any) -> int | str | None:
     raise ValueError("a class is its name or its id; null is ignored")
 
 
+def _value_range(value: Any) -> tuple[float, float] | str | None:
+    if value is None or value == "percentile":
+        return value
+    numbers = isinstance(value, list | tuple) and [type(x) in (int, float) for x in value]
+    if numbers == [True, True] and value[0] < value[1]:
+        return tuple(value)
+    raise ValueError("two numbers, the lower one first, or percentile, or null")
+
+
+def _device(name: Any) -> str:
+    if isinstance(name, str):
+        return name
+    raise ValueError("auto, cpu, cuda, cuda:0 (the first of several) or mps")
+
+
 def _runnable(stages: list[int]) -> list[int]:
     if stages not in ([1], [1, 6], [1, 2, 6], [1, 2, 3, 4, 5, 6]):
         raise ValueError("stages are [1], [1, 6], [1, 2, 6] or [1, 2, 3, 4, 5, 6]")
@@ -60,9 +79,11 @@ Sigma = Annotated[float, Field(gt=0, le=100)]
 SigmaRange = Annotated[tuple[Sigma, Sigma], AfterValidator(_ordered)]
 ScaleRange = Annotated[tuple[Scale, Scale], AfterValidator(_ordered)]
 
-ClassNames = Annotated[list[str], Field(min_length=2, max_length=255), AfterValidator(_distinct)]
+ClassNames = Annotated[list[str], AfterValidator(_distinct)]
 FileId = Annotated[int, Field(ge=0, le=65535)]
 FileIds = Annotated[list[FileId], BeforeValidator(lambda x: x if isinstance(x, list) else [x])]
+Band = Annotated[int, Field(ge=1)]
+ValueRange = Annotated[tuple[float, float] | str | None, PlainValidator(_value_range)]
 SplitName = Annotated[str, BeforeValidator(lambda x: str(x) if type(x) is int else x)]  # 92
 ClassMap = dict[
     Annotated[int | str, PlainValidator(_file_id)],
@@ -93,6 +114,12 @@ class DatasetSection(Section):
     # neither class_map nor ignore names. null: ids in files are class ids.
     class_map: ClassMap | None = None
     ignore: FileIds = [255]  # ids in mask files that count as ignored
+    # Bands of a picture that are its red, green and blue, counted from 1, as [4, 3, 2] of a
+    # satellite's TIFF. null: the picture's own colours, or grey.
+    bands: tuple[Band, Band, Band] | None = None
+    # Values of a picture that become black and white; or 'percentile', 0.5 and 99.5 of each
+    # picture's. null: all that its bits can hold.
+    range: ValueRange = None
 
 
 class StrongSection(Section):
@@ -139,6 +166,9 @@ class ModelSection(Section):
     compile: bool = False  # torch.compile the training step: minutes at first, faster on some GPUs
     # Weights of the backbone: 'auto' (pretrained/README.md), a file, or null for random ones.
     pretrained: str | None = "auto"
+    # Checkpoint of a whole network from which training stages start, instead of an encoder alone;
+    # its classifier too if it has the same classes. null: none.
+    init: str | None = None
 
 
 class OptimizerSection(Section):
@@ -295,7 +325,9 @@ class Config(Section):
     name: str = Field(pattern=r"^\w[\w.+-]*$")  # run folder: <outdir>/<name>
     outdir: Folder = "outdir"
     seed: int = Field(0, ge=0)  # of all random numbers: weights, order, augmentation, dropout
-    device: str = "auto"  # auto (the first accelerator, else the CPU), cpu, cuda, cuda:1, mps
+    device: Annotated[str, PlainValidator(_device)] = (
+        "auto"  # auto (the first accelerator, else the CPU), cpu, cuda, cuda:1, mps
+    )
     # Arithmetic of convolutions and matrix products; auto: see docs/devices.md.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     # On CUDA the same command gives the same bits. false: cuDNN may take faster convolutions whose

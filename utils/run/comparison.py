@@ -1,21 +1,20 @@
 """Whether a command continues the run that a folder holds, or would be another run."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from utils.config.reading import flat, read_config
 from utils.config.schema import Config
+from utils.config.stages import READERS, readers, saves_memory
 from utils.device import Device
 from utils.errors import UserError
 from utils.files import read_json
 from utils.run.results import environment
 
-# They change no result; a section with all that it holds.
-_LOGGED = {"tensorboard", "wandb", "panels"}
-_FREE_KEYS = {"name", "outdir", "workers", "cache", "checkpoint_every", *_LOGGED}
+_FREE_KEYS = {key for key, stages in READERS.items() if not stages and "." not in key}
 _COMPARED_AS_LISTS = {f"dataset.{key}" for key in ("root", "labeled", "unlabeled", "val")}
 _RESOLVED = {"precision", "device"}  # what they resolve to counts
 _AGAIN = "restore this file, or start the run over with --from-stage 1"
@@ -24,52 +23,71 @@ _ROUNDING = ("precision", "device", "threads", "processes")  # what the last dig
 
 def refuse_other_run(
     folder: Path,
+    kept: Sequence[str],
     config: Config,
     digests: Mapping[str, str],
     device: Device,
     say: Callable[[str], None],
-) -> None:
+) -> dict[str, str]:
     """Compare settings, lists of images and precision with those of the run in a folder.
 
     Args:
         folder: of the run.
+        kept: names of the stages that are finished or begun, and that the run continues.
         config: the settings now.
         digests: of the lists of images now, by name; and of their files, by ``<name> files``.
         device: where the run continues.
-        say: told if files have changed; or device, processes or threads, by which the last digits
-            differ.
+        say: told if a setting that saves memory or files have changed; or device, processes or
+            threads, by which the last digits differ.
+
+    Returns:
+        What ``lists.json`` is to hold: the digests at the time when the stages read the lists.
 
     Raises:
-        UserError: what can change a result differs, or a file of the run folder is damaged.
+        UserError: what a kept stage has read differs, or a file of the run folder is damaged.
     """
-    kept = differing_keys(_kept_config(folder), config)
-    differing = [f"{key}={value}" for key, value in kept.items()]
+    was = differing_keys(_kept_config(folder), config)
+    differing = {f"{x}={value}": readers(x) for x, value in was.items() if not saves_memory(x)}
     lists, then = _kept(folder / "lists.json"), _kept(folder / "environment.json")
     others = [name for name in digests if lists.get(name) != digests[name]]
-    differing += [f"another list dataset.{name}" for name in others if " " not in name]
+    other_lists = [name for name in others if " " not in name]
+    differing |= {f"another list dataset.{x}": readers(f"dataset.{x}") for x in other_lists}
     now = environment(device)
     changed = [key for key in _ROUNDING if then.get(key) != now[key]]
     if "precision" in changed:
-        differing.append(f"precision={then.get('precision')}")
-    if differing:
+        differing[f"precision={then.get('precision')}"] = readers("precision")
+    read = {what: _of(kept, numbers) for what, numbers in differing.items()}
+    refused = [what for what, stages in read.items() if stages]
+    if refused:
+        first = min(read[what][0] for what in refused)
         raise UserError(
-            f"{folder}: holds a run with {', '.join(differing)}; restore that, set name=... for "
-            "another run, or start this one over with --from-stage 1"
+            f"{folder}: holds a run with {', '.join(refused)}; restore that, set name=... for "
+            f"another run, or do {first} and later stages again with --from-stage {first[0]}"
         )
-    if others:
-        what = ", ".join(f"dataset.{name}" for name in others)
+    for key in filter(saves_memory, was):
+        if stages := _of(kept, readers(key)):
+            say(f"{key}: was {was[key]} in {', '.join(stages)}, whose results stay")
+    taken = {x: digests[x] for x in others if x.partition(" ")[0] in other_lists}
+    old = [name for name in others if name not in taken]
+    if old:
+        what = ", ".join(f"dataset.{name}" for name in old)
         say(f"{what}: other sizes or times than when the run began; results may mix the two")
     if changed:
         what = ", ".join(f"{key} {then.get(key)} → {now[key]}" for key in changed)
         say(f"{what}: results may differ in their last digits")
+    return {**lists, **taken}
+
+
+def _of(stages: Sequence[str], numbers: Sequence[int]) -> list[str]:
+    return [name for name in stages if int(name[0]) in numbers]
 
 
 def differing_keys(one: Config, other: Config) -> dict[str, Any]:
     """Return the settings of ``one`` that can change a result and differ from ``other``'s."""
     there, here = (flat(config.model_dump(mode="json")) for config in (one, other))
     keys = sorted((there.keys() | here.keys()) - _RESOLVED - _COMPARED_AS_LISTS)
-    keys = [key for key in keys if key.partition(".")[0] not in _FREE_KEYS]
-    return {key: there.get(key) for key in keys if there.get(key) != here.get(key)}
+    changed = [key for key in keys if there.get(key) != here.get(key) and readers(key)]
+    return {key: there.get(key) for key in changed}
 
 
 def portable(config: Config) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torchvision
 
 from utils.device import Device
 from utils.distributed import world
+from utils.evaluation import describe_mean
 
 
 def stage_table(stages: dict[str, dict[str, Any]], checkpoint: str) -> str:
@@ -39,9 +40,11 @@ def stage_table(stages: dict[str, dict[str, Any]], checkpoint: str) -> str:
         shares = [_percent(report.get(key)) for key in ("confidence", "weight")]
         time = f"{seconds // 60}:{seconds % 60:02d}"
         rows.append((name, _percent(report.get("miou")), *numbers, *shares, time))
-    return "\n".join(
-        f"{name:<16}" + "".join(f"{cell:>13}" for cell in cells) for name, *cells in rows
-    )
+    lines = [f"{name:<16}" + "".join(f"{cell:>13}" for cell in cells) for name, *cells in rows]
+    for name, report in stages.items():
+        if few := describe_mean(report.get("per_class_iou", {})):
+            lines.append(f"{name}: mIoU {few}")
+    return "\n".join(lines)
 
 
 def environment(device: Device) -> dict[str, Any]:

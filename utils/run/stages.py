@@ -67,7 +67,7 @@ _OF_RUN = (
     *(f"val/[146]_*/{name}" for name in ("images.csv", "confusion.csv", "masks/**/*.png")),
 )
 _CURVES = ("tensorboard", "wandb")
-# A run has one config: --from-stage of a later stage would refuse another one.
+# Stage 1 reads both: --from-stage of a later stage would refuse others.
 _LOWER = "lower optimizer.lr or set precision=fp32, and start over with --from-stage 1"
 
 
@@ -332,8 +332,7 @@ class Run:
     @property
     def is_new(self) -> bool:
         """Whether there is nothing that the run will continue."""
-        kept = product(STAGES, _CONTINUED)
-        return self._first == 1 or not any(any(self.folder.glob(f"{x}/{y}")) for x, y in kept)
+        return not self._kept()
 
     def stage(self, name: str, work: Callable[..., Report], *inputs: Any) -> Path:
         """Do a stage, unless it is done, and return its folder.
@@ -426,9 +425,12 @@ class Run:
 
     def _prepare(self) -> None:
         """Compare with what the folder holds, and remove what is to be done again."""
-        is_new = self.is_new
+        kept, lists = self._kept(), self._lists
+        is_new = not kept
         if not is_new:
-            refuse_other_run(self.folder, self.config, self._lists, self.device, self.log.say)
+            lists = refuse_other_run(
+                self.folder, kept, self.config, lists, self.device, self.log.say
+            )
         if is_new or self._first is not None:
             self._remove_stages(1 if is_new else self._first)  # 1: a kill may have left parts
         if self._first == 1:
@@ -438,8 +440,14 @@ class Run:
             _remove(*(self.folder / name for name in names))
         settings = yaml.safe_dump(self.config.model_dump(mode="json"))
         write_text(self.folder / "config.yaml", settings)
-        if is_new:
-            write_json(self.folder / "lists.json", self._lists)
+        write_json(self.folder / "lists.json", lists)
+
+    def _kept(self) -> list[str]:
+        """Return the stages before ``from_stage`` that are done, or begun so far that it counts."""
+        earlier = STAGES if self._first is None else STAGES[: self._first - 1]
+        patterns = product(earlier, _CONTINUED)
+        found = {name for name, made in patterns if any(self.folder.glob(f"{name}/{made}"))}
+        return sorted(found)
 
     def _remove_stages(self, first: int) -> None:
         """Remove what stages made, their results and numbers; files of others stay."""
