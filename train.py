@@ -487,7 +487,7 @@ def fit(
     kept = net if average is None else average
     step_of = TrainingStep(parallel(net), objective, optimization, device, settings.accumulate)
     stable = config.select.score == "stability" and stage.name.startswith("1")
-    earlier = {math.ceil(epochs * share): n for n, share in enumerate(EARLIER, 1) if stable}
+    earlier = [math.ceil(epochs * share) for share in EARLIER if stable]
     classes, best = describe(config.dataset).classes, config.evaluate.checkpoint == "best"
     crops = objective.crops(size)
     bar = StageBar(stage.name, iterations, steps, crops.labeled + crops.unlabeled)
@@ -518,9 +518,8 @@ def fit(
                     outcome = {**numbers, **matrix.report(classes), "epoch": epoch + 1}
                     stage.save(kept, epoch + 1, seen.pixels.tolist())
                 outcome = {**outcome, "best_miou": highest}
-            if epoch + 1 in earlier:
-                file = f"earlier_{earlier[epoch + 1]}.pth"
-                stage.save(kept, epoch + 1, seen.pixels.tolist(), file)
+            for number in (n for n, end in enumerate(earlier, 1) if end == epoch + 1):
+                stage.save(kept, epoch + 1, seen.pixels.tolist(), f"earlier_{number}.pth")
             if last or (epoch + 1) % config.panels.every == 0:
                 objective.draw(kept, epoch + 1, passed)
             stage.record(epoch + 1, numbers, passed, ious)

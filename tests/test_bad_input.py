@@ -4,8 +4,8 @@ from conftest import ROOT, refusal
 from PIL import Image
 
 import train as train_program
-from dataset.training import refuse_batch_sizes
 from utils import checkpoint
+from utils.config.batches import refuse_batch_sizes
 from utils.config.reading import read_config
 from utils.errors import UserError
 
