@@ -107,8 +107,10 @@ def train(
         if 6 in config.stages:
             source = RetrainSource(teacher, index, labeled_by, truth)
             final = run.stage("6_retrain", retrain, splits, pseudo_labeled, source)
-        run.finish(_score_test(run, splits.test, final))
+        run.finish()
         _keep_predictions(run, splits.val, first, final)
+        if splits.test:
+            run.add_result("test", _score(run, final, splits.test))
 
 
 def train_supervised(stage: Stage, splits: Splits, index: QueryIndex | None) -> Report:
@@ -569,12 +571,10 @@ def _say(stage: Stage, text: str) -> None:
     stage.log.say(f"{stage.name}: {text}")
 
 
-def _score_test(run: Run, test: Sequence[Sample], final: Path) -> Report | None:
-    """Score the last network on ``dataset.test``, once; None if there is no such list."""
-    if not test:
-        return None
+def _score(run: Run, stage: Path, samples: Sequence[Sample]) -> Report:
+    """Score a stage's network on a list. Collective."""
     classes = describe(run.config.dataset).classes
-    predict, loader = _open_network(run, final, test)
+    predict, loader = _open_network(run, stage, samples)
     return validate(predict, loader, len(classes)).report(classes)
 
 

@@ -8,12 +8,10 @@ import json
 import operator
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import huggingface_hub as hub
 import numpy as np
 import torch
 from PIL import Image
@@ -28,11 +26,11 @@ from utils.config.schema import Config
 from utils.device import Device
 from utils.errors import UserError
 from utils.evaluation import Predictor
+from utils.hub import find_checkpoint, upload
 from utils.panels import in_colour, overlay
 from utils.run.comparison import portable
 
 Colour = tuple[int, int, int]  # red, green, blue in 0-255
-_HUB = "hf:"  # before the name of a repository
 
 
 class Segmenter:
@@ -87,10 +85,8 @@ class Segmenter:
         config: str | None = None,
         classes: Sequence[str] | None = None,
         colours: Sequence[Colour] | None = None,
-        device: str | None = None,
-        precision: str | None = None,
         reset_classifier: bool = False,
-        **inference: Any,
+        **keys: Any,
     ) -> "Segmenter":
         """Load a network with what it was trained with.
 
@@ -103,12 +99,10 @@ class Segmenter:
                 CISC-R and UniMatch hold none.
             classes: names by class id; None: those of the data set that the config names.
             colours: (red, green, blue) by class id; None: the data set's.
-            device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``; None: the config's, which is
-                ``auto`` unless it was set.
-            precision: ``auto``, ``fp32``, ``bf16``, ``fp16``; None: the config's.
             reset_classifier: leave the classifier initialised at random, and the file's out.
-            **inference: keys of the config's section ``inference``, such as ``scales=[0.75, 1.0]``,
-                ``flip=True``, ``window={"size": 512}``, ``long_side=1024``.
+            **keys: ``device`` and ``precision``, as in a config; and keys of its section
+                ``inference``, such as ``scales=[0.75, 1.0]``, ``flip=True``,
+                ``window={"size": 512}``, ``long_side=1024``.
 
         Raises:
             UserError: no such checkpoint, no config, an unknown setting, or weights of another
@@ -116,15 +110,16 @@ class Segmenter:
         """
         if not isinstance(source, str | Path):
             raise UserError(f"source: a {type(source).__name__}; give the path of a checkpoint")
-        path = _local(source)
+        path = find_checkpoint(source)
         content = checkpoint.load(path)
-        given = {"device": device, "precision": precision}
-        words = [f"{key}={value}" for key, value in given.items() if value is not None]
+        words = []
         if classes is not None:
             if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
                 raise UserError(f"classes: {classes!r} is no list of names; give one a class")
             words += ["dataset.kind=custom", f"dataset.classes={json.dumps(list(classes))}"]
-        words += [f"inference.{key}={_as_json(key, inference[key])}" for key in inference]
+        for key, value in keys.items():
+            whole = key if key in ("device", "precision") else f"inference.{key}"
+            words.append(f"{whole}={_as_json(key, value)}")
         words = [*settings, *words]
         if config is not None:
             found = read_config(config, words)
@@ -222,55 +217,9 @@ class Segmenter:
         Raises:
             UserError: the hub cannot be reached, or refuses.
         """
-        try:
-            hub.create_repo(repository, private=private, exist_ok=True)
-            with TemporaryDirectory() as folder:
-                self.save(Path(folder) / "net")
-                return str(hub.upload_folder(repo_id=repository, folder_path=f"{folder}/net"))
-        except UserError:
-            raise
-        except Exception as error:  # the hub's own, and those of whatever library it connects by
-            raise UserError(
-                f"{repository}: upload failed ({_line(error)}); check the connection, the name and "
-                "'hf auth login'"
-            ) from error
-
-
-def _local(source: str | Path) -> Path:
-    """Return where a checkpoint is, downloading a repository of the hub."""
-    repository = str(source).removeprefix(_HUB)
-    if repository == str(source):
-        path = Path(source)
-        if path.is_file() or (path / "config.json").is_file():
-            return path
-        raise UserError(f"{path}: no such checkpoint; {_advice(path)}")
-    try:
-        files = ["config.json", "model.safetensors"]
-        return Path(hub.snapshot_download(repository, allow_patterns=files))
-    except Exception as error:  # the hub's own, and those of whatever library it connects by
-        raise UserError(
-            f"{source}: the Hugging Face hub gives no such repository ({_line(error)}); check its "
-            "name, the connection, and 'hf auth login' if it is private"
-        ) from error
-
-
-def _advice(path: Path) -> str:
-    """Say what to name in place of a path that is no checkpoint: the nearest one there is."""
-    inside = sorted(path.glob("[146]_*/checkpoint.pth")) or sorted(path.glob("checkpoint.pth"))
-    if inside:
-        return f"name {inside[-1]}"
-    place = path
-    while not place.exists():
-        missing, place = place, place.parent
-    if place != path and place.is_dir():
-        names = [entry.name for entry in place.iterdir()]
-        if close := get_close_matches(missing.name, names, n=1):
-            return f"{place} has '{close[0]}', and no '{missing.name}'"
-    return f"name a checkpoint.pth of a run, or {_HUB}owner/name on the Hugging Face hub"
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+        with TemporaryDirectory() as folder:
+            self.save(Path(folder) / "net")
+            return upload(Path(folder) / "net", repository, private)
 
 
 def _of_run_folder(settings: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-_BLOCK = re.compile(r"```(?:python|yaml)\n(.*?)```", re.DOTALL)
+_BLOCK = re.compile(r"```(?:python|yaml|text)\n(.*?)```", re.DOTALL)
 
 
 def blocks():

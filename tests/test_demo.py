@@ -82,7 +82,8 @@ def test_set_passes_the_checks_of_a_run_and_unlabeled_images_have_no_mask_file(s
     unlabeled = [f"JPEGImages/{number:04}.jpg" for number in range(6, 16)]
     assert (demo_root / "unlabeled.txt").read_text().split() == unlabeled
     masks = {sample.mask for sample in splits.labeled + splits.val}
-    assert {*(demo_root / "SegmentationClass").iterdir()} == masks
+    tests = {demo_root / f"SegmentationClass/200{number}.png" for number in range(4)}
+    assert {*(demo_root / "SegmentationClass").iterdir()} == masks | tests
     with Image.open(splits.labeled[0].mask) as mask:
         assert mask.mode == "P"
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import SHARED, refusal
+from conftest import SHARED, reading, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,7 +27,7 @@ from dataset.lists import (
 from dataset.loader import whole_images
 from dataset.query import QueryRule, build_query_index
 from utils.config.reading import read_config
-from utils.config.schema import DatasetSection, InferenceSection, QuerySection
+from utils.config.schema import DatasetSection, QuerySection
 from utils.errors import UserError
 
 LISTS = SHARED / "lists"
@@ -116,7 +116,7 @@ def test_digests_tell_lists_apart_by_their_files_and_order_wherever_they_are(tmp
         (root / name).write_text(name)
     first = digests(root)
     names = ["labeled", "labeled files", "unlabeled", "unlabeled files", "val", "val files"]
-    assert list(first) == names
+    assert sorted(first) == names
     assert first["labeled"] != first["val"]
     assert first["unlabeled"] != digests(root, "a.jpg b.png")["unlabeled"]  # another mask
     root = root.rename(tmp_path / "other")
@@ -208,7 +208,7 @@ def test_masks_that_the_unlabeled_list_names_are_never_opened(demo_copy, opened)
     text = (demo_copy / "unlabeled.txt").read_text().replace("\n", " SegmentationClass/true.png\n")
     (demo_copy / "unlabeled.txt").write_text(text)  # the file is not even there
     splits = read_splits(section(demo_copy))
-    for _ in whole_images(splits.unlabeled, InferenceSection(), workers=0):
+    for _ in whole_images(reading(), splits.unlabeled):
         pass
     build_query_index(splits.labeled, QueryRule.of(QuerySection(), KINDS["demo"]))
     assert [sample.mask for sample in splits.unlabeled] == [None] * 10
@@ -254,8 +254,8 @@ def read_published(kind, split, root):
 
 
 def disjoint_names(splits) -> list[set[str]]:
-    names = [{sample.name for sample in samples} for samples in splits]
-    assert [len(each) for each in names] == [len(samples) for samples in splits]
+    names = [{sample.name for sample in samples} for samples in splits[:3]]
+    assert [len(each) for each in names] == [len(samples) for samples in splits[:3]]
     assert len(set.union(*names)) == sum(map(len, names))
     return names
 

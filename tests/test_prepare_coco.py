@@ -126,7 +126,7 @@ def test_set_is_what_training_reads(root, read_back, workers):
     line = "train2017/{0:012}.jpg masks/{0:012}.png\n".format
     assert (root / "train.txt").read_text() == "".join(map(line, (9, 25, 30)))
     assert (root / "val.txt").read_text() == "val2017/000000000139.jpg masks/000000000139.png\n"
-    assert [len(split) for split in read_back("coco", root)] == [1, 2, 1]
+    assert [len(split) for split in read_back("coco", root)[:3]] == [1, 2, 1]
 
 
 @pytest.mark.parametrize(

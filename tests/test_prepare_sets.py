@@ -65,7 +65,7 @@ def test_camvid_is_what_training_reads(camvid, read_back, workers):
     line = "JPEGImages/{0}.jpg SegmentationClass/{0}.png\n".format
     for split, frames in CAMVID_FRAMES.items():
         assert (camvid / f"{split}.txt").read_text() == "".join(map(line, frames))
-    assert [len(split) for split in read_back("camvid", camvid)] == [1, 2, 1]
+    assert [len(split) for split in read_back("camvid", camvid)[:3]] == [1, 2, 1]
 
 
 def test_archive_of_github_is_fetched_and_prepared(mirror, tmp_path):
@@ -117,7 +117,7 @@ def test_cityscapes_is_what_training_reads(cityscapes, read_back, workers):
         "leftImg8bit/val/lindau/lindau_000000_000019_leftImg8bit.png "
         "gtFine/val/lindau/lindau_000000_000019_gtFine_labelTrainIds.png\n"
     )
-    assert [len(split) for split in read_back("cityscapes", cityscapes)] == [1, 2, 1]
+    assert [len(split) for split in read_back("cityscapes", cityscapes)[:3]] == [1, 2, 1]
 
 
 def test_archives_fetched_by_hand_are_unpacked(cityscapes):
@@ -185,7 +185,7 @@ def test_trainaug_is_the_union_without_val(pascal, read_back):
     assert (pascal / "train.txt").read_text() == "".join(map(line, names))
     assert (pascal / "val.txt").read_text() == line("2007_9")
     assert len(list((pascal / "JPEGImages").iterdir())) == 5
-    assert [len(split) for split in read_back("pascal", pascal)] == [1, 3, 1]
+    assert [len(split) for split in read_back("pascal", pascal)[:3]] == [1, 3, 1]
     for name in ("2007_1", "2007_2", "2007_9"):
         assert ids_of(pascal / f"SegmentationClass/{name}.png") == VOC_IDS.tolist()
     for name in ("2008_3", "2008_4"):

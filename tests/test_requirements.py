@@ -16,6 +16,7 @@ OPTIONAL = {
     "onnxscript": "eval.py --export net.onnx",
     "pycocotools": "dataset.prepare coco",
     "scipy": "dataset.prepare pascal",
+    "tifffile": "dataset.bands of a TIFF that Pillow does not read",
     "wandb": "the setting 'wandb'",
 }
 # Required, but not imported by name.

@@ -229,7 +229,7 @@ def test_changed_files_are_told_and_a_run_may_move(tmp_path):
     (tmp_path / "one").rename(tmp_path / "other")
     (tmp_path / "other" / "first").rename(tmp_path / "other" / "second")
     moved = run_in(tmp_path / "other", "second", "there", "1")
-    assert "1_supervised: done before" in moved
+    assert "1_supervised: already finished, skipping" in moved
     assert "other sizes or times" not in moved
     for count in (1, 2):  # each time
         changed = run_in(tmp_path / "other", "second", "there", "2")

@@ -365,11 +365,8 @@ class Run:
         return self._files[path.relative_to(self.folder).as_posix()]
 
     @by_first
-    def finish(self, test: Report | None = None) -> None:
-        """Write results.json: the last stage's mIoU, every stage's report, every file's sha256.
-
-        And, if ``dataset.test`` names a list, the scores on it.
-        """
+    def finish(self) -> None:
+        """Write results.json: the last stage's mIoU, every stage's report, every file's sha256."""
         self.log.tidy()
         last = next(reversed(self.stages.values()))
         others = ("config.yaml", "lists.json", "environment.json", "metrics.jsonl")
@@ -380,12 +377,17 @@ class Run:
             "miou": last["miou"],
             "per_class_iou": last["per_class_iou"],
             "stages": self.stages,
-            **({} if test is None else {"test": test}),
             "files": {path.name: sha256(path) for path in there} | self._files,
         }
         write_json(self.folder / "results.json", results)
         self.log.result(last["miou"])
         self.log.say(stage_table(self.stages, self.config.evaluate.checkpoint))
+
+    @by_first
+    def add_result(self, name: str, report: Report) -> None:
+        """Add a report to results.json, which ``finish`` has written."""
+        file = self.folder / "results.json"
+        write_json(file, {**read_json(file), name: report})
 
     def _is_done(self, folder: Path, made_from: str) -> bool:
         """Tell whether a stage has ended; remove one that was made or begun from other files."""
