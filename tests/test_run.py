@@ -332,17 +332,6 @@ def test_changed_files_are_refused_by_size_by_time_or_to_verify(tmp_path):
     assert refusal(run_stages, settings).startswith(line)
 
 
-def test_a_run_that_noted_the_sha256_alone_goes_on(tmp_path):
-    run_stages(config(tmp_path))
-    path = tmp_path / "demo" / "1_supervised" / "stage.json"
-    content = json.loads(path.read_text())
-    content["files"] = {name: entry["sha256"] for name, entry in content["files"].items()}
-    path.write_text(json.dumps(content))
-    assert run_stages(config(tmp_path)) == []
-    (path.parent / "confidence.csv").write_text("else")
-    assert "changed or gone" in refusal(run_stages, config(tmp_path))
-
-
 def test_the_disk_has_all_files_before_the_stage_has_ended(tmp_path, monkeypatch):
     ended = []
     folder = tmp_path / "demo"
@@ -384,7 +373,7 @@ def test_a_network_that_is_not_finite_is_not_written(tmp_path):
     net = torch.nn.BatchNorm2d(1)
     net.preprocessing, net.running_var[0] = IMAGENET, float("inf")
     with Run(config(tmp_path)) as run:
-        line = refusal(run.stage, "1_supervised", lambda stage: stage.save(net, 3))
+        line = refusal(run.stage, "1_supervised", lambda stage: stage.save(net, 3, [1.0]))
     assert line.startswith("1_supervised, epoch 3: weights or running statistics are not finite")
     assert not (tmp_path / "demo" / "1_supervised" / "checkpoint.pth").exists()
 
@@ -394,7 +383,7 @@ def test_checkpoints_of_a_run_elsewhere_are_the_same_bytes(tmp_path):
     net.preprocessing = IMAGENET
     for words in (["name=a", "workers=1"], ["name=b", "workers=2", "dataset.root=elsewhere"]):
         with Run(config(tmp_path, *words)) as run:
-            folder = run.stage("1_supervised", lambda stage: stage.save(net, 3) or {})
+            folder = run.stage("1_supervised", lambda stage: stage.save(net, 3, [1.0]) or {})
         files.append((folder / "checkpoint.pth").read_bytes())
     assert files[0] == files[1]
 
