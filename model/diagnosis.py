@@ -207,4 +207,4 @@ def _feature_weights(
         similar = similarity_map(features, anchor, size)
         anchored = torch.where(label == class_id, similar, anchored)
     agreement = cross_image_weight(features, prototype, label, partner.shared_class)
-    return {"CISC map": agreement, "class anchors": anchored}
+    return {"cisc_map": agreement, "class anchors": anchored}

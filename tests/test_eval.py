@@ -80,7 +80,7 @@ def test_a_folder_of_pictures_is_segmented_upright(finished, tmp_path, run_progr
     assert (out / "legend.png").is_file()
 
 
-NAMES = {"teacher", "confidence", "CISC map", "class anchors", "both", "probability by both"}
+NAMES = {"teacher", "confidence", "cisc_map", "class anchors", "both", "probability by both"}
 
 
 def test_a_run_is_diagnosed_by_true_masks(finished, demo_root, run_program, tmp_path):
