@@ -37,7 +37,7 @@ from utils.device import Device, fixed_order
 from utils.diagnosis import lay_out_diagnosis
 from utils.distributed import broadcast, by_first, joined, merged
 from utils.errors import Parser, UserError, exit_with_one_line
-from utils.evaluation import ConfusionMatrix, lay_out_ious, passes, validate
+from utils.evaluation import confusion_counts, lay_out_ious, passes, validate
 from utils.export import export
 from utils.files import write_json
 from utils.outputs import Output, refuse_outputs
@@ -80,12 +80,11 @@ def scores_of(net: Segmenter, samples: Sequence[Sample]) -> Scores:
     loader = whole_images(net.config, samples, net.preprocessing)
     for batch in passes(loader, net.device, "evaluating"):
         ids = net.predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
-        rows.append({})
-        for index, mask, label in zip(batch.index.tolist(), ids, batch.label, strict=True):
-            matrix = ConfusionMatrix(classes, net.device.torch_device)
-            matrix.update(mask, label)
-            overlap = boundary_overlap(mask, label, classes)
-            rows[-1][index] = matrix.counts.cpu().numpy(), overlap.cpu().numpy()
+        counts = confusion_counts(ids, batch.label, classes)
+        pairs = zip(ids, batch.label, strict=True)
+        overlaps = torch.stack([boundary_overlap(*pair, classes) for pair in pairs])
+        of_images = zip(counts.cpu().numpy(), overlaps.cpu().numpy(), strict=True)
+        rows.append(dict(zip(batch.index.tolist(), of_images, strict=True)))
     confusion, boundary = zip(*(row for _, row in sorted(merged(rows).items())), strict=True)
     return Scores([sample.name for sample in samples], np.stack(confusion), np.stack(boundary))
 

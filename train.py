@@ -168,12 +168,12 @@ def write_pseudo_labels(
             probabilities = predict(batch.image, size)
             if voter is not None:
                 votes = voter.votes(batch.image, size)
-                opinions = [maps.argmax(dim=1).byte().cpu() for maps in (probabilities, votes)]
                 for number, sample in enumerate(samples):
                     if sample.name in shown:
+                        opinions = [each[number].argmax(dim=0) for each in (probabilities, votes)]
                         voters = voter.voters_of(batch.image[number : number + 1], SHOWN_VOTERS)
                         named = [(one.name, share) for one, share in voters]
-                        maps = (opinion[number].numpy() for opinion in opinions)
+                        maps = (opinion.byte().cpu().numpy() for opinion in opinions)
                         keep_votes(stage.folder, sample, Evidence(*maps, named), palette)
                 adjustment = config.pseudo_label.adjustment
                 probabilities = combine(

@@ -8,6 +8,7 @@ import json
 import shutil
 import signal
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -273,6 +274,18 @@ def select(stage, net, splits, samples):
     train.select(stage, net, splits._replace(unlabeled=samples), samples, index)
 
 
+def rank(stage, net, splits, samples):
+    """Stage 3 of ST++, by earlier checkpoints."""
+    score = stage.config.select.model_copy(update={"score": "stability"})
+    config = stage.config.model_copy(update={"select": score})
+    earlier = stage.folder / "teacher"
+    earlier.mkdir(parents=True)
+    for number in (1, 2):
+        shutil.copy(net / "checkpoint.pth", earlier / f"earlier_{number}.pth")
+    splits = splits._replace(unlabeled=samples)
+    train.select(replace(stage, config=config), earlier, splits, samples, None)
+
+
 def predict(stage, net, splits, samples):
     net = Segmenter.load(net / "checkpoint.pth", device="cuda")
     loader = whole_images(stage.config, samples)
@@ -281,7 +294,7 @@ def predict(stage, net, splits, samples):
 
 
 @pytest.mark.skipif(REAL, reason="a real device does not count what waits for it")
-@pytest.mark.parametrize("work", [label, select, predict], ids=lambda work: work.__name__)
+@pytest.mark.parametrize("work", [label, select, predict, rank], ids=lambda work: work.__name__)
 def test_the_cpu_waits_for_batches_not_for_images(cuda, work, checkpoint, splits, tmp_path):
     settings = ["inference.batch_size=8", "device=cuda", "workers=0", "panels.images=0"]
     config = Segmenter.load(checkpoint, settings).config

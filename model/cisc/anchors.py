@@ -29,7 +29,14 @@ from utils.config.schema import Config
 from utils.device import Device
 from utils.distributed import broadcast, gathered, merged
 from utils.errors import UserError
-from utils.evaluation import ConfusionMatrix, Predictor, base_size, passes, resize_images
+from utils.evaluation import (
+    ConfusionMatrix,
+    Predictor,
+    base_size,
+    confusion_counts,
+    passes,
+    resize_images,
+)
 from utils.files import read_json, write_csv, write_json, write_text
 from utils.run.folder import stage_again
 from utils.run.stages import Report, Stage, checkpoint_of
@@ -129,9 +136,10 @@ def _stability(
         scores = dict.fromkeys((pseudo_labeled[index].name for index in batch.index), 0.0)
         for predict in predictors:
             ids = predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
-            for name, predicted, label in zip(scores, ids, batch.label, strict=True):
-                matrix = ConfusionMatrix(classes, stage.device.torch_device)
-                matrix.update(predicted, label)
+            counts = confusion_counts(ids, batch.label, classes).cpu()
+            for name, count in zip(scores, counts, strict=True):
+                matrix = ConfusionMatrix(classes)
+                matrix.counts += count
                 miou = matrix.mean_iou()
                 scores[name] += miou if math.isfinite(miou) else -math.inf  # all is ignored
         yield scores

@@ -153,20 +153,19 @@ class ClassPixels(nn.Module):
     """Counts the pixels of each class that a training stage learns from.
 
     Their shares are the prior that the trained network's probabilities hold, which ``votes.py``
-    divides out. ``pixels`` is (C,) float64, over all processes; a resumed stage goes on counting.
+    divides out. ``pixels`` is (C,) int64, over all processes; a resumed stage goes on counting.
     """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.register_buffer("pixels", torch.zeros(num_classes, dtype=torch.float64))
+        self.register_buffer("pixels", torch.zeros(num_classes, dtype=torch.int64))
 
     def count(self, *labels: Tensor) -> None:
         """Add integer tensors of class ids, 255 = ignored. Collective."""
-        counts = torch.zeros_like(self.pixels)
-        for label in labels:
-            valid = label[label != IGNORE]
-            counts += torch.bincount(valid.flatten(), minlength=len(counts))
-        self.pixels += reduced(counts)
+        classes = len(self.pixels)
+        # 255 is counted beyond the classes: cutting it out would wait for the device.
+        places = torch.cat([label.where(label != IGNORE, classes).flatten() for label in labels])
+        self.pixels += reduced(torch.bincount(places, minlength=classes + 1)[:classes])
 
 
 def random_boxes(like: Tensor) -> Tensor:
