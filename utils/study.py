@@ -30,13 +30,12 @@ from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
-from dataset.lists import read_lists
 from utils.config.reading import METHODS, read_config
 from utils.config.schema import Config
 from utils.config.stages import readers
 from utils.document import check_section, put_section
 from utils.errors import Parser, Stopped, UserError, exit_with_one_line
-from utils.files import read_json, read_records, write_json, write_text
+from utils.files import read_json, read_records, sha256, write_json, write_text
 from utils.outputs import Output, refuse_outputs
 from utils.run.comparison import differing_keys
 from utils.run.folder import read_kept
@@ -225,21 +224,48 @@ def take_over(job: Job, jobs: Sequence[Job]) -> None:
 
 
 def is_done(job: Job) -> bool:
-    """Tell whether a run has results, of these settings and lists."""
+    """Tell whether a run has results, of these settings."""
     return (job.folder / "results.json").is_file() and _is_of(job)
 
 
 def _is_of(job: Job) -> bool:
-    """Tell whether a run folder was made with the settings and the lists that are planned for it.
+    """Tell whether a run folder was made with the settings that are planned for it.
 
     Where it was not, train.py says what differs.
     """
-    kept, lists = read_kept(job.folder), job.folder / "lists.json"
-    if kept.dataset != job.config.dataset or differing_keys(kept, job.config):
-        return False
-    then = read_json(lists) if lists.is_file() else None
-    now = read_lists(job.config.dataset).list_digests()
-    return isinstance(then, dict) and all(then.get(name) == now[name] for name in now)
+    kept = read_kept(job.folder)
+    return kept.dataset == job.config.dataset and not differing_keys(kept, job.config)
+
+
+def refuse_changed_lists(jobs: Sequence[Job], folder: Path) -> None:
+    """Compare the lists of a study's images with those of its earlier sittings.
+
+    Args:
+        jobs: of the study.
+        folder: of the study; keeps the sha256 of each list as ``lists.json``.
+
+    Raises:
+        UserError: a list has changed since.
+    """
+    sections = {(job.config.dataset.root, *_names(job.config)) for job in jobs}
+    files = {Path(root) / name for root, *names in sections for name in names}
+    now = {str(file): sha256(file) for file in sorted(files) if file.is_file()}
+    kept = folder / "lists.json"
+    then = read_json(kept) if kept.is_file() else {}
+    for file in now:
+        if then.get(file, now[file]) != now[file]:
+            raise UserError(
+                f"{file}: has changed since the study in {folder} began, whose runs would be of two "
+                "lists; restore it, or set name=... for another study"
+            )
+    write_json(kept, {**then, **now})
+
+
+def _names(config: Config) -> list[str]:
+    """Return the names of the lists that a config reads, but published ones, which do not change."""
+    section = config.dataset
+    own = [] if section.split else [section.labeled, section.unlabeled, section.val]
+    return [*own, *([] if section.test is None else [section.test])]
 
 
 def refuse_shared_folders(jobs: Sequence[Job]) -> None:
@@ -453,6 +479,7 @@ def main() -> None:
         check_section(arguments.write, study)
     for number in range(1, arguments.lists):
         draw_lists(jobs[0].config, number, folder / "lists" / str(number))
+    refuse_changed_lists(jobs, folder)
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         work(jobs, arguments.processes)
