@@ -224,19 +224,3 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path):
     with pytest.raises(UserError, match=r"1 runs failed: see .*supervised_0\.log"):
         study.work(jobs[:1], 1)
     assert "none" in (jobs[0].log).read_text()
-
-
-def test_lists_that_change_between_two_sittings_are_refused(demo_copy, tmp_path):
-    """Else a mean would be over two validation lists."""
-    jobs = plan(["supervised", "cisc"], [f"outdir={tmp_path}", f"dataset.root={demo_copy}"])
-    folder = tmp_path / "demo_study"
-    for _ in range(2):
-        study.refuse_changed_lists(jobs, folder)
-    (demo_copy / "truth.txt").write_text("")  # is only drawn
-    study.refuse_changed_lists(jobs, folder)
-    for name in ("test.txt", "val.txt"):
-        with (demo_copy / name).open("a") as file:
-            file.write("\n")
-        line = refusal(study.refuse_changed_lists, jobs, folder)
-        assert line.startswith(f"{demo_copy / name}: has changed since the study")
-        (demo_copy / name).write_text((demo_copy / name).read_text()[:-1])

@@ -1,43 +1,26 @@
-"""Studies: what is checked before any run, and which run folders count as done."""
-
-import json
+"""Studies: what is checked before any run."""
 
 import pytest
-import yaml
+from conftest import refusal
 
-from dataset.lists import read_splits
 from utils import study
 
 
-@pytest.fixture
-def jobs(demo_copy, tmp_path):
-    """Two runs that share stage 1, the first one finished with the lists of the demo set."""
-    words = [f"outdir={tmp_path / 'out'}", f"dataset.root={demo_copy}"]
-    rows = study.read_rows(["self_training", "fixmatch"])
-    made = study.plan("demo.yaml", rows, [(0, 0)], words)
-    folder, config = made[0].folder, made[0].config
-    (folder / "1_supervised").mkdir(parents=True)
-    for name in ("results.json", "1_supervised/stage.json", "environment.json"):
-        (folder / name).write_text("{}")
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    (folder / "lists.json").write_text(json.dumps(read_splits(config.dataset).digests()))
-    return made
-
-
-def test_a_run_of_other_lists_is_not_done(jobs, demo_copy):
-    done, other = jobs
-    assert study.is_done(done)
-    val = (demo_copy / "val.txt").read_text().splitlines()
-    (demo_copy / "val.txt").write_text("\n".join(val[1:]))
-    assert not study.is_done(done)
-    study.take_over(other, jobs)
-    assert not other.folder.exists()
-    (demo_copy / "val.txt").write_text("\n".join(val))
-    study.take_over(other, jobs)
-    assert (other.folder / "1_supervised" / "stage.json").is_file()
-    for content in ("[]", "{}"):
-        (done.folder / "lists.json").write_text(content)
-        assert not study.is_done(done)
+def test_lists_that_change_between_two_sittings_are_refused(demo_copy, tmp_path):
+    """Else a mean would be over two validation lists."""
+    rows, words = study.read_rows(["supervised", "cisc"]), [f"dataset.root={demo_copy}"]
+    jobs = study.plan("demo.yaml", rows, [(0, 0)], [*words, f"outdir={tmp_path}"])
+    folder = tmp_path / "demo_study"
+    for _ in range(2):
+        study.refuse_changed_lists(jobs, folder)
+    (demo_copy / "truth.txt").write_text("")  # is only drawn
+    study.refuse_changed_lists(jobs, folder)
+    for name in ("test.txt", "val.txt"):
+        with (demo_copy / name).open("a") as file:
+            file.write("\n")
+        line = refusal(study.refuse_changed_lists, jobs, folder)
+        assert line.startswith(f"{demo_copy / name}: has changed since the study")
+        (demo_copy / name).write_text((demo_copy / name).read_text()[:-1])
 
 
 def test_runs_that_would_share_a_folder_are_refused(complaint, tmp_path):

@@ -255,14 +255,14 @@ def refuse_changed_lists(jobs: Sequence[Job], folder: Path) -> None:
     for file in now:
         if then.get(file, now[file]) != now[file]:
             raise UserError(
-                f"{file}: has changed since the study in {folder} began, whose runs would be of two "
-                "lists; restore it, or set name=... for another study"
+                f"{file}: has changed since the study in {folder} began, whose runs would be of "
+                "two lists; restore it, or set name=... for another study"
             )
     write_json(kept, {**then, **now})
 
 
 def _names(config: Config) -> list[str]:
-    """Return the names of the lists that a config reads, but published ones, which do not change."""
+    """Return the names of the lists that a config reads; published ones do not change."""
     section = config.dataset
     own = [] if section.split else [section.labeled, section.unlabeled, section.val]
     return [*own, *([] if section.test is None else [section.test])]
