@@ -5,55 +5,48 @@ python eval.py outdir/demo/[16]_*/checkpoint.pth [--markdown] [--json FILE]
 python eval.py outdir/demo/6_retrain/checkpoint.pth --images photos --out segmented
 python eval.py outdir/demo/6_retrain/checkpoint.pth --export net.onnx
 python eval.py outdir/demo/6_retrain/checkpoint.pth --export net.safetensors
+python eval.py outdir/demo/6_retrain/checkpoint.pth --images 'a/*.jpg' --out b --save confidence
+python eval.py a/6_retrain/checkpoint.pth b/6_retrain/checkpoint.pth --ensemble
+python eval.py --masks predicted --config demo.yaml
 python eval.py outdir/demo --diagnose data/demo/truth.txt [--json FILE]
 """
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from dataset.lists import (
-    Sample,
-    find_pictures,
-    is_same_list,
-    mask_file,
-    read_picture,
-    read_val,
-    readable,
-)
-from dataset.loader import whole_images
 from model import Segmenter
 from model.diagnosis import diagnose
+from model.inference import compare, evaluate, evaluate_masks, segment
 from utils import checkpoint
+from utils.config.reading import read_config
 from utils.config.schema import Config
 from utils.device import Device, fixed_order
 from utils.diagnosis import lay_out_diagnosis
-from utils.distributed import broadcast, by_first, joined, merged
+from utils.distributed import broadcast, by_first, joined
 from utils.errors import Parser, UserError, exit_with_one_line
-from utils.evaluation import confusion_counts, lay_out_ious, passes, validate
+from utils.evaluation import lay_out_ious
 from utils.export import export
 from utils.files import write_json
 from utils.outputs import Output, refuse_outputs
-from utils.panels import save_legend, save_mask, save_overlay
 from utils.run.folder import read_kept
-from utils.scores import Scores, boundary_overlap, compared, laid_out
+from utils.scores import laid_out
 
+_SAVED = ("confidence", "probabilities")  # what --save writes
 _SEVERAL, _OF_LOADING = "several checkpoints", {"--config", "--reset-classifier"}
 # Which options can be given together: each with those of its row, in either order. What a command
 # would ignore is refused.
 _TOGETHER = {
     "--diagnose": {"--json"},
     "--export": _OF_LOADING,
-    "--images": _OF_LOADING | {"--out"},
-    "--out": _OF_LOADING,
-    "--save-masks": _OF_LOADING | {"--json"},
+    "--images": _OF_LOADING | {"--out", "--save", "--ensemble"},
+    "--out": _OF_LOADING | {"--save", "--ensemble"},
+    "--save": _OF_LOADING | {"--ensemble"},
+    "--masks": {"--config", "--json"},
+    "--save-masks": _OF_LOADING | {"--json", "--ensemble"},
+    "--ensemble": _OF_LOADING | {"--json"},
     "--markdown": _OF_LOADING | {"--json", _SEVERAL},
     "--json": _OF_LOADING | {_SEVERAL},
     "--config": {"--reset-classifier", _SEVERAL},
@@ -61,83 +54,12 @@ _TOGETHER = {
 }
 
 
-def evaluate(net: Segmenter, masks: Path | None = None) -> dict[str, Any]:
-    """Score a network on its config's val list; write predicted masks below ``masks``."""
-    config, samples = net.config, read_val(net.config.dataset)
-    loader = whole_images(config, samples, net.preprocessing)
-
-    def save(index: int, ids: Tensor) -> None:
-        save_mask(mask_file(masks, samples[index]), ids.byte().cpu().numpy(), net.palette)
-
-    keep = None if masks is None else save
-    return validate(net.predict, loader, len(net.classes), keep).report(net.classes)
-
-
-@torch.inference_mode()
-def scores_of(net: Segmenter, samples: Sequence[Sample]) -> Scores:
-    """Score a network on every image of a list. Collective."""
-    classes, rows = len(net.classes), []  # of each batch
-    loader = whole_images(net.config, samples, net.preprocessing)
-    for batch in passes(loader, net.device, "evaluating"):
-        ids = net.predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
-        counts = confusion_counts(ids, batch.label, classes)
-        pairs = zip(ids, batch.label, strict=True)
-        overlaps = torch.stack([boundary_overlap(*pair, classes) for pair in pairs])
-        of_images = zip(counts.cpu().numpy(), overlaps.cpu().numpy(), strict=True)
-        rows.append(dict(zip(batch.index.tolist(), of_images, strict=True)))
-    confusion, boundary = zip(*(row for _, row in sorted(merged(rows).items())), strict=True)
-    return Scores([sample.name for sample in samples], np.stack(confusion), np.stack(boundary))
-
-
-def compare(nets: Mapping[str, Segmenter]) -> dict[str, Any]:
-    """Compare networks, by the name of their checkpoint, on the val list of their configs.
-
-    Raises:
-        UserError: they do not share their classes, or their configs name other images.
-    """
-    first, *others = nets
-    lists = {name: read_val(net.config.dataset) for name, net in nets.items()}
-    for other in others:
-        if nets[other].classes != nets[first].classes:
-            raise UserError(
-                f"{other}: has other classes than {first}; compare networks of one task"
-            )
-        if not is_same_list(lists[first], lists[other]):
-            raise UserError(
-                f"{other}: is validated on other images than {first}, or other masks; set "
-                "dataset.root=DIR or dataset.val=LIST for both"
-            )
-    found = {name: scores_of(net, lists[name]) for name, net in nets.items()}
-    return compared(found, nets[first].classes)
-
-
-def segment(net: Segmenter, pictures: Path, out: Path) -> tuple[int, list[str]]:
-    """Segment the pictures below a folder: masks, overlays and a legend.
-
-    Returns:
-        How many; and what is wrong with those that cannot be read.
-    """
-    samples, broken = readable(find_pictures(pictures, net.pixels))
-    one_by_one = net.config.inference.model_copy(update={"batch_size": 1})
-    config = net.config.model_copy(update={"inference": one_by_one})
-    loader = whole_images(config, samples, net.preprocessing)
-    for batch in passes(loader, net.device, "segmenting"):
-        (ids,), _ = net.segment(batch.image)
-        ids, sample = ids.cpu().numpy(), samples[int(batch.index)]
-        save_mask(mask_file(out / "masks", sample), ids, net.palette)
-        overlay = mask_file(out / "overlays", sample).with_suffix(".jpg")
-        save_overlay(overlay, read_picture(sample), ids, net.palette)
-    legend = list(zip(net.classes, net.colours, strict=True))
-    by_first(save_legend)(out / "legend.png", legend)
-    return len(samples), broken
-
-
 def read_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "words",
-        nargs="+",
+        nargs="*",
         metavar="checkpoint [checkpoint ...] [key=value ...]",
         help="of train.py, or of ST++, CISC-R, UniMatch; settings such as dataset.root=DIR",
     )
@@ -150,7 +72,17 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--markdown", action="store_true", help="print Markdown, with the confusion matrix"
     )
-    parser.add_argument("--images", type=Path, metavar="DIR", help="segment these pictures instead")
+    parser.add_argument("--ensemble", action="store_true", help="average the checkpoints")
+    parser.add_argument(
+        "--masks", type=Path, metavar="DIR", help="score these masks instead, with --config"
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="PLACE",
+        help="segment pictures instead: a file, a folder, or a pattern in quotes",
+    )
+    parser.add_argument("--save", choices=_SAVED, help="of --images: write these too")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where --images writes")
     parser.add_argument(
         "--export",
@@ -167,16 +99,22 @@ def read_arguments() -> argparse.Namespace:
     pairs = list(zip(arguments.words, named, strict=True))
     arguments.checkpoints = [word for word, is_file in pairs if is_file]
     arguments.settings = [word for word, is_file in pairs if not is_file]
-    if not arguments.checkpoints:
-        raise UserError("name a checkpoint, such as outdir/demo/6_retrain/checkpoint.pth")
-    arguments.checkpoint = Path(arguments.checkpoints[0])
     given = [key for key in _TOGETHER if getattr(arguments, key[2:].replace("-", "_"))]
-    given += [_SEVERAL] * (len(arguments.checkpoints) > 1)
+    given += [_SEVERAL] * (len(arguments.checkpoints) > 1 and not arguments.ensemble)
     for one, other in combinations(given, 2):
         if other not in _TOGETHER[one]:
             raise UserError(f"{one} and {other} do not go together; leave one of them out")
     if (arguments.images is None) != (arguments.out is None):
         raise UserError("--images and --out go together: pictures in, masks and overlays out")
+    if arguments.save is not None and arguments.images is None:
+        raise UserError("--save: goes with --images")
+    if arguments.masks is not None:
+        if arguments.checkpoints or arguments.config is None:
+            raise UserError("--masks: takes --config FILE and no checkpoint")
+        return arguments
+    if not arguments.checkpoints:
+        raise UserError("name a checkpoint, such as outdir/demo/6_retrain/checkpoint.pth")
+    arguments.checkpoint = Path(arguments.checkpoints[0])
     return arguments
 
 
@@ -198,7 +136,7 @@ def refuse_places(arguments: argparse.Namespace, configs: Mapping[str, Config]) 
         suffix = arguments.export.suffix
         written.append(Output("--export", arguments.export, [suffix] if suffix else []))
     if arguments.out is not None:
-        folders = ("masks", "overlays")
+        folders = ("masks", "overlays", *_SAVED)
         written += [Output("--out", arguments.out / folder) for folder in folders]
     refuse_outputs(
         [each for each in written if each.path is not None],
@@ -209,21 +147,38 @@ def refuse_places(arguments: argparse.Namespace, configs: Mapping[str, Config]) 
 def main() -> None:
     """Evaluate, segment pictures, or export."""
     with joined(), fixed_order():
-        run(read_arguments())
+        arguments = read_arguments()
+        if arguments.masks is not None:
+            score_masks(arguments)
+        elif arguments.diagnose is not None:
+            judge_run(arguments)
+        else:
+            run(arguments)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Evaluate, segment or export as the command line says; rank 0 prints."""
-    say = by_first(print)
-    if arguments.diagnose is not None:
-        config = read_kept(arguments.checkpoint, arguments.settings)
-        refuse_places(arguments, {arguments.checkpoints[0]: config})
-        device = Device(config.device, config.precision)
-        found = diagnose(arguments.checkpoint, config, device, arguments.diagnose)
-        say(lay_out_diagnosis(found))
-        for file in filter(None, (arguments.checkpoint / "diagnosis.json", arguments.json)):
-            by_first(write_json)(file, found)
-        return
+def score_masks(arguments: argparse.Namespace) -> None:
+    """Score the masks of a folder; rank 0 prints."""
+    config = read_config(arguments.config, arguments.settings)
+    refuse_places(arguments, {arguments.config: config})
+    results = broadcast(evaluate_masks, config, arguments.masks)
+    by_first(print)(lay_out_ious(results))
+    if arguments.json is not None:
+        by_first(write_json)(arguments.json, {"name": str(arguments.masks), **results})
+
+
+def judge_run(arguments: argparse.Namespace) -> None:
+    """Judge a run's pseudo labels and weights by true masks; rank 0 prints."""
+    config = read_kept(arguments.checkpoint, arguments.settings)
+    refuse_places(arguments, {arguments.checkpoints[0]: config})
+    device = Device(config.device, config.precision)
+    found = diagnose(arguments.checkpoint, config, device, arguments.diagnose)
+    by_first(print)(lay_out_diagnosis(found))
+    for file in filter(None, (arguments.checkpoint / "diagnosis.json", arguments.json)):
+        by_first(write_json)(file, found)
+
+
+def load_networks(arguments: argparse.Namespace) -> dict[str, Segmenter]:
+    """Load the checkpoints, or their average, by name."""
     nets = {
         name: Segmenter.load(
             name,
@@ -233,7 +188,16 @@ def run(arguments: argparse.Namespace) -> None:
         )
         for name in arguments.checkpoints
     }
-    net = nets[arguments.checkpoints[0]]
+    if arguments.ensemble:
+        nets = {" + ".join(nets): Segmenter.ensemble(list(nets.values()))}
+    return nets
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate, segment or export as the command line says; rank 0 prints."""
+    say = by_first(print)
+    nets = load_networks(arguments)
+    net = next(iter(nets.values()))
     refuse_places(arguments, {name: each.config for name, each in nets.items()})
     if len(nets) > 1 or arguments.markdown:
         comparison = compare(nets)
@@ -250,7 +214,7 @@ def run(arguments: argparse.Namespace) -> None:
             say(f"{arguments.export}: logits differ from the network's by {difference:.1e} at most")
         return
     if arguments.images is not None:
-        count, broken = segment(net, arguments.images, arguments.out)
+        count, broken = segment(net, arguments.images, arguments.out, arguments.save)
         say(f"{arguments.out}: {count} masks, {count} overlays, legend.png")
         if broken:
             say("\n".join([f"{len(broken)} pictures left out:", *broken]))
