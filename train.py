@@ -36,13 +36,13 @@ from dataset.training import LabeledPair, LabeledPairs, RetrainSample, RetrainSa
 from model import refuse_crop, start_from
 from model.cisc.anchors import EARLIER, read_selection, select
 from model.cisc.maps import consistency_loss
-from model.cisc.panels import SHOWN_VOTERS, Evidence, Panels, keep_votes, shown_samples
+from model.cisc.panels import Panels, keep_opinions, shown_samples
 from model.cisc.students import ClassPixels, Labeler, StudentBatch, needs_teacher, student_batch
-from model.cisc.votes import PatchVoter, as_prior, combine
+from model.cisc.votes import Opinions, PseudoLabeler
 from model.losses import cross_entropy, ohem_cross_entropy, rectified_cross_entropy
 from model.networks import load_frozen, load_network, network_of
 from utils import IGNORE
-from utils.checkpoint import load, load_weights
+from utils.checkpoint import load_weights
 from utils.config.batches import count_repeats, refuse_batch_sizes
 from utils.config.reading import METHODS, read_config
 from utils.config.schema import Config, OhemSection, TrainingSection
@@ -143,16 +143,12 @@ def write_pseudo_labels(
 ) -> Report:
     """Stages 2 and 5: the most probable class of every pixel by teacher and votes, as PNGs."""
     config, palette = stage.config, describe(stage.config.dataset).palette()
-    net = load_frozen(config, stage.device, checkpoint_of(teacher))
-    predict = Predictor(net, stage.device, config.inference, config.pseudo_label)
-    voter = teacher_prior = None
-    if config.pseudo_label.votes:
-        voter = PatchVoter(config, stage.device, splits.labeled, partial(_say, stage))
-        teacher_prior = _training_prior(stage.device, checkpoint_of(teacher))
+    device, file = stage.device, checkpoint_of(teacher)
+    labeler = PseudoLabeler(config, device, file, splits.labeled, partial(_say, stage))
     shown = {x.name for x in shown_samples(splits.unlabeled, config.panels.images)}
     journal = Journal(stage)
     done = broadcast(journal.read)
-    loader = whole_images(config, unlabeled, net.preprocessing, frozenset(done))
+    loader = whole_images(config, unlabeled, labeler.teacher.preprocessing, frozenset(done))
 
     def keep(samples: Sequence[Sample], masks: Any, means: Sequence[float]) -> dict[str, float]:
         files = [mask_file(stage.folder / "masks", sample) for sample in samples]
@@ -163,23 +159,14 @@ def write_pseudo_labels(
     with in_background(max(1, config.workers)) as write:  # while the next batches are predicted
         kept = []
         for batch in passes(loader, stage.device, stage.name):
-            size = tuple(batch.label.shape[-2:])
             samples = [unlabeled[index] for index in batch.index.tolist()]
-            probabilities = predict(batch.image, size)
-            if voter is not None:
-                votes = voter.votes(batch.image, size)
-                for number, sample in enumerate(samples):
-                    if sample.name in shown:
-                        opinions = [each[number].argmax(dim=0) for each in (probabilities, votes)]
-                        voters = voter.voters_of(batch.image[number : number + 1], SHOWN_VOTERS)
-                        named = [(one.name, share) for one, share in voters]
-                        maps = (opinion.byte().cpu().numpy() for opinion in opinions)
-                        keep_votes(stage.folder, sample, Evidence(*maps, named), palette)
-                adjustment = config.pseudo_label.adjustment
-                probabilities = combine(
-                    probabilities, votes, voter.prior, teacher_prior, adjustment
-                )
-            probabilities, ids = probabilities.max(dim=1)
+            opinions = labeler(batch.image, tuple(batch.label.shape[-2:]))
+            for number, sample in enumerate(samples):
+                if opinions.votes is not None and sample.name in shown:
+                    one = slice(number, number + 1)
+                    own = Opinions(*(maps[one] for maps in opinions))
+                    keep_opinions(stage.folder, sample, batch.image[one], own, labeler)
+            probabilities, ids = opinions.both.max(dim=1)
             ids = ids.where(probabilities >= config.pseudo_label.threshold, IGNORE)
             means = probabilities.mean(dim=(1, 2)).tolist()
             kept.append(write(keep, samples, ids.byte().cpu().numpy(), means))
@@ -559,12 +546,6 @@ def _labeled_loss(ohem: OhemSection | None) -> LabeledLoss:
 def _querier(config: Config, splits: Splits, index: QueryIndex, read: SampleReader) -> Querier:
     rule = QueryRule.of(config.query, describe(config.dataset))
     return Querier(splits.labeled, index, rule, config.augment, read)
-
-
-def _training_prior(device: Device, file: Path) -> Tensor | None:
-    """Return the classes' shares of the pixels that a checkpoint was trained on, (C,) float."""
-    pixels = load(file).get("class_pixels")
-    return None if pixels is None else as_prior(torch.tensor(pixels)).to(device.torch_device)
 
 
 def _say(stage: Stage, text: str) -> None:

@@ -33,16 +33,14 @@ from dataset.reading import read_mask, to_label
 from dataset.training import RetrainSample
 from model.cisc.anchors import class_anchors, read_selection
 from model.cisc.maps import class_region, cross_image_weight, masked_average_pooling, similarity_map
-from model.cisc.votes import PatchVoter, as_prior, combine
-from model.networks import load_frozen
+from model.cisc.votes import PseudoLabeler
 from utils import IGNORE
-from utils.checkpoint import load
 from utils.config.schema import Config
 from utils.device import Device
 from utils.diagnosis import WeightQuality, rank_correlation
 from utils.distributed import broadcast, by_first
 from utils.errors import UserError
-from utils.evaluation import ConfusionMatrix, Predictor, base_size, passes, resize_images
+from utils.evaluation import ConfusionMatrix, base_size, passes, resize_images
 from utils.run.folder import read_scores, stage_again
 from utils.run.stages import checkpoint_of
 
@@ -131,24 +129,17 @@ def _judge(
     run: Judged, samples: Sequence[Sample]
 ) -> tuple[dict[str, ConfusionMatrix], dict[str, WeightQuality]]:
     """Judge teacher 1, votes and both; and every weight of the teacher's most probable classes."""
-    config, device, file = run.config, run.device, checkpoint_of(run.folder / "1_supervised")
-    teacher, info = load_frozen(config, device, file), describe(config.dataset)
+    config, device, info = run.config, run.device, describe(run.config.dataset)
+    file = checkpoint_of(run.folder / "1_supervised")
+    labeler = PseudoLabeler(config, device, file, run.splits.labeled, by_first(print))
+    teacher = labeler.teacher
     anchors = class_anchors(config, device, teacher, run.splits.labeled)
-    pixels = load(file).get("class_pixels")
-    prior = None if pixels is None else as_prior(torch.tensor(pixels)).to(device.torch_device)
-    voter = None
-    if config.pseudo_label.votes:
-        voter = PatchVoter(config, device, run.splits.labeled, by_first(print))
     querier, streams = _querier(run), Chance(config.seed, "diagnosis")
-    predict = Predictor(teacher, device, config.inference, config.pseudo_label)
     matrices = defaultdict(partial(ConfusionMatrix, len(info.classes)))
     qualities = defaultdict(WeightQuality)
     for batch in passes(whole_images(config, samples, teacher.preprocessing), device, "diagnosis"):
-        opinions = {"teacher": predict(batch.image, tuple(batch.label.shape[-2:]))}
-        if voter is not None:
-            opinions["votes"] = voter.votes(batch.image, tuple(batch.label.shape[-2:]))
-            adjustment = config.pseudo_label.adjustment
-            opinions["both"] = combine(*opinions.values(), voter.prior, prior, adjustment)
+        judged = labeler(batch.image, tuple(batch.label.shape[-2:]))
+        opinions = judged._asdict() if labeler.voter else {"teacher": judged.teacher}
         for name, maps in opinions.items():
             matrices[name].update(maps.argmax(dim=1).cpu(), batch.label.cpu())
         confidence, ids = opinions.pop("teacher").max(dim=1)

@@ -24,6 +24,7 @@ from dataset.query import Partner
 from dataset.reading import read_ids, to_input
 from dataset.training import RetrainSample, RetrainSamples
 from model.cisc.students import Labeler
+from model.cisc.votes import Opinions, PseudoLabeler
 from utils import IGNORE
 from utils.distributed import by_first
 from utils.evaluation import Predictor, base_size
@@ -57,6 +58,16 @@ def shown_samples(samples: Sequence[Sample], count: int) -> list[Sample]:
     """Return so many samples, evenly spaced; all if there are not more."""
     count = min(count, len(samples))
     return [samples[number * len(samples) // count] for number in range(count)]
+
+
+def keep_opinions(
+    folder: Path, sample: Sample, image: Tensor, opinions: Opinions, labeler: PseudoLabeler
+) -> None:
+    """Keep what the panels show of an image, (1, 3, h, w), of which (1, C, H, W) opinions are."""
+    voters = [(one.name, share) for one, share in labeler.voter.voters_of(image, SHOWN_VOTERS)]
+    maps = (_ids(maps[0].argmax(dim=0)) for maps in (opinions.teacher, opinions.votes))
+    palette = describe(labeler.config.dataset).palette()
+    keep_votes(folder, sample, Evidence(*maps, voters), palette)
 
 
 def keep_votes(folder: Path, sample: Sample, evidence: Evidence, palette: bytes) -> None:

@@ -5,7 +5,7 @@ unlabeled image retrieves its 30 nearest patches, in the features of the encoder
 training, and averages their labels. Those features know nothing of the teacher, so that the votes
 are evidence that the teacher's probabilities do not hold already. ``calibrate`` fits how far they
 are trusted, on labeled images that do not vote for themselves; ``combine`` makes the pseudo label
-of teacher and votes by Bayes' rule. Stages 2 and 5 use ``PatchVoter``.
+of teacher and votes by Bayes' rule. Stages 2 and 5 use ``PseudoLabeler``.
 
 To change how pseudo labels are made, this is the file.
 
@@ -15,6 +15,7 @@ is Hummingbird's (Balazevic et al., NeurIPS 2023).
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,14 +26,15 @@ from torch import Tensor
 from dataset.catalog import describe
 from dataset.lists import Sample
 from dataset.loader import Chance, whole_images
-from model.networks import largest_stride, network_of
+from model.networks import largest_stride, load_frozen, network_of
 from model.ops.bilinear import resize
 from model.ops.frozen import freeze
+from utils.checkpoint import load
 from utils.config.schema import Config
 from utils.device import Device
 from utils.distributed import broadcast, gathered
 from utils.errors import UserError
-from utils.evaluation import base_size, passes, resize_images
+from utils.evaluation import Predictor, base_size, passes, resize_images
 
 VOTERS, PATCHES = 512, 20_000  # labeled images and patches that vote on pseudo labels, at most
 NEIGHBOURS = 30  # patches that vote
@@ -300,3 +302,58 @@ class PatchVoter:
         with self._device.autocast():
             images = resize_images(images, size, self._preprocessing.interpolation)
             return self._encoder(images)[-1]
+
+
+class Opinions(NamedTuple):
+    """Class probabilities of unlabeled images, (B, C, H, W) float32, each sums to 1 over C."""
+
+    teacher: Tensor
+    votes: Tensor | None  # None without votes
+    both: Tensor  # what pseudo labels are the most probable class of
+
+
+class PseudoLabeler:
+    """Makes pseudo labels of whole images: by the teacher, and by votes where the config has them.
+
+    Args:
+        config: of the run.
+        device: where both work.
+        checkpoint: the teacher's.
+        labeled: images that vote.
+        say: is told how the votes were fitted.
+
+    Attributes:
+        config: the same.
+        teacher: the network, frozen.
+        voter: None without votes.
+
+    Raises:
+        UserError: as ``PatchVoter``; a checkpoint of another network.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        device: Device,
+        checkpoint: Path,
+        labeled: Sequence[Sample],
+        say: Callable[[str], None],
+    ) -> None:
+        self.config = config
+        self.teacher = load_frozen(config, device, checkpoint)
+        self._predict = Predictor(self.teacher, device, config.inference, config.pseudo_label)
+        self.voter, self._prior = None, None
+        if config.pseudo_label.votes:
+            self.voter = PatchVoter(config, device, labeled, say)
+            pixels = load(checkpoint).get("class_pixels")
+            if pixels is not None:
+                self._prior = as_prior(torch.tensor(pixels)).to(device.torch_device)
+
+    def __call__(self, images: Tensor, size: tuple[int, int]) -> Opinions:
+        """Judge (B, 3, h, w) normalised images, of their files' size, at (H, W)."""
+        teacher = self._predict(images, size)
+        if self.voter is None:
+            return Opinions(teacher, None, teacher)
+        votes, adjustment = self.voter.votes(images, size), self.config.pseudo_label.adjustment
+        both = combine(teacher, votes, self.voter.prior, self._prior, adjustment)
+        return Opinions(teacher, votes, both)
