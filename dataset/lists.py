@@ -468,10 +468,11 @@ def _overlaps(splits: Splits) -> Iterator[Fault]:
             )
 
 
-def _file_of(sample: Sample) -> Path:
-    """Follow links: one picture under two names is one picture."""
+def _file_of(sample: Sample) -> object:
+    """Follow links of both kinds: one picture under two names is one picture."""
     try:
-        return sample.image.resolve()
+        found = sample.image.stat()
+        return (found.st_dev, found.st_ino) if found.st_ino else sample.image.resolve()
     except (OSError, RuntimeError, ValueError):  # no path: reading it says what is wrong
         return sample.image
 

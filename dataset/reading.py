@@ -1,5 +1,6 @@
 """Images and masks from files, by Pillow; bands of TIFF files that it lacks, by tifffile."""
 
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -353,8 +354,10 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn any error of Pillow into a ``UserError``."""
+    """Turn any error of Pillow into a ``UserError``; refuse a pipe, which would never end."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("it is a folder, a device or a pipe")
         yield
     except UserError:
         raise

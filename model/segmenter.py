@@ -292,9 +292,9 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _pixels(images: Tensor) -> Tensor:
+    if images.layout != torch.strided or images.is_meta or images.is_nested:
+        raise UserError("image: a sparse, nested or meta tensor; give a dense one")
     shape, kind = tuple(images.shape), images.dtype
-    if images.layout != torch.strided or images.is_meta:
-        raise UserError("image: a sparse tensor or one without numbers; give a dense one")
     if images.dim() not in (3, 4) or shape[-3] != 3 or not images.numel():
         raise UserError(f"image: a tensor of {shape}; give (images, 3, height, width)")
     if kind == torch.uint8:

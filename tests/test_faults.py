@@ -304,6 +304,13 @@ def test_files_that_the_system_does_not_open_are_told(complaint):
     assert line.startswith("error: files: the system lets this program open no more")
 
 
+def test_a_path_that_the_system_refuses_is_told(complaint, tmp_path):
+    name = tmp_path / ("x" * 300)
+    line = complaint(SimpleNamespace(main=name.is_file, __file__="program.py"))
+    assert line.startswith(f"error: {tmp_path}/xxx")
+    assert line.endswith("...: File name too long; correct the path, or who may read it")
+
+
 def test_an_error_of_ours_keeps_its_traceback():
     def program():
         raise RuntimeError("a bug")

@@ -340,3 +340,12 @@ def test_lists_are_the_same_by_their_files_and_what_these_hold(demo_root, tmp_pa
         assert not is_same_list(one, other)
         file.write_bytes(kept)
     assert is_same_list(one, other)
+
+
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_one_picture_under_two_names_is_in_two_lists(demo_copy, link):
+    image = demo_copy / "JPEGImages" / "1000.jpg"
+    image.unlink()
+    getattr(image, link)(demo_copy / "JPEGImages" / "0000.jpg")
+    line = refusal(read_splits, DatasetSection(kind="demo", root=str(demo_copy)))
+    assert "dataset.labeled and dataset.val share 1 images" in line

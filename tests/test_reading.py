@@ -1,6 +1,7 @@
 """Pictures and masks: read from files, then augmented."""
 
 import io
+import os
 import struct
 import sys
 import zlib
@@ -8,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -20,6 +22,7 @@ from dataset.reading import (
     examine,
     orientation_of,
     picture_size,
+    read_ids,
     read_image,
     read_mask,
     to_input,
@@ -405,3 +408,9 @@ def test_strong_settings_of_zero_change_nothing():
     image = noise((20, 30))
     for seed in range(10):
         assert np.array_equal(recolour(image, never, np.random.default_rng(seed)), image)
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    assert "it is a folder, a device or a pipe" in refusal(read_image, tmp_path / "a.jpg")
+    assert "it is a folder, a device or a pipe" in refusal(read_ids, tmp_path / "a.jpg")

@@ -10,6 +10,7 @@ from conftest import refusal
 from PIL import Image
 
 import eval as eval_program
+import utils.report.__main__ as report_program
 from dataset.catalog import KINDS
 from dataset.lists import read_splits
 from model.cisc.anchors import read_selection
@@ -238,6 +239,11 @@ def test_a_damaged_selection_is_told(run, demo_root, spoil):
     line = refusal(read_selection, run / "3_select", unlabeled, CLASSES)
     assert "3_select: the selection is damaged" in line
     assert "--from-stage 3" in line
+
+
+def test_what_is_no_run_folder_is_told_before_where_its_page_would_go(complaint, run):
+    line = complaint(report_program, run / "6_retrain")
+    assert "6_retrain: is no run folder" in line
 
 
 def test_what_is_of_a_run(run):

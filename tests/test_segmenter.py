@@ -203,6 +203,7 @@ def test_an_upload_that_fails_in_any_way_is_one_line(net, monkeypatch):
         (torch.zeros(3, 4, 4).to(torch.float8_e4m3fn), "a tensor of torch.float8"),
         (torch.zeros(3, 4, 4).to_sparse(), "give a dense one"),
         (torch.zeros(3, 4, 4, device="meta"), "give a dense one"),
+        (torch.nested.nested_tensor([torch.zeros(3, 4, 4)]), "give a dense one"),
         (torch.full((3, 4, 4), float("nan")), "give uint8, or floats from 0 to 1"),
         (torch.zeros(0, 3, 4, 4), "a tensor of (0, 3, 4, 4)"),
         (torch.zeros(3, 0, 4), "a tensor of (3, 0, 4)"),
@@ -296,6 +297,10 @@ def test_wrong_words_of_load_are_refused(weights, words, told):
 @pytest.mark.parametrize("source", [None, b"net.pth", 3])
 def test_what_is_no_path_is_refused(source):
     assert "source: a" in refusal(Segmenter.load, source)
+
+
+def test_a_path_that_the_system_refuses_is_told():
+    assert "cannot be looked for (File name too long)" in refusal(Segmenter.load, "x" * 300)
 
 
 def test_settings_may_be_numpys(weights):

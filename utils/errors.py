@@ -10,6 +10,8 @@ from typing import NoReturn
 
 import torch
 
+_OF_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)
+
 
 class UserError(Exception):
     """A mistake outside the program: one line with the file or key, what is wrong, what to do.
@@ -75,6 +77,10 @@ def _line_of(error: RuntimeError | MemoryError | OSError) -> str | None:
     """Say in a line what a user can do about an error of torch or the system; None if nothing."""
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         return "files: the system lets this program open no more; raise its limit (ulimit -n 4096)"
+    if isinstance(error, OSError) and error.errno in _OF_PATHS and error.filename is not None:
+        shown = str(error.filename)
+        shown = shown if len(shown) < 200 else f"{shown[:200]}..."
+        return f"{shown}: {error.strerror}; correct the path, or who may read it"
     if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
         sys.stdout = (
             None  # where writing a file fails there is a UserError; nothing is left to print

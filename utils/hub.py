@@ -22,9 +22,12 @@ def find_checkpoint(source: str | Path) -> Path:
     repository = str(source).removeprefix(_HUB)
     if repository == str(source):
         path = Path(source)
-        if path.is_file() or (path / "config.json").is_file():
-            return path
-        raise UserError(f"{path}: no such checkpoint; {_advice(path)}")
+        try:
+            if path.is_file() or (path / "config.json").is_file():
+                return path
+            raise UserError(f"{path}: no such checkpoint; {_advice(path)}")
+        except OSError as error:  # a name that is too long, a folder that is closed
+            raise UserError(f"{path}: cannot be looked for ({error.strerror})") from error
     try:
         files = ["config.json", "model.safetensors"]
         return Path(hub.snapshot_download(repository, allow_patterns=files))

@@ -21,8 +21,9 @@ def main() -> None:
     if arguments.out is None and len(arguments.runs) > 1:
         raise UserError("--out: missing; name the page of several runs, such as report.html")
     out = arguments.out or arguments.runs[0] / "report.html"
+    runs = [read_run(folder) for folder in arguments.runs]
     refuse_outputs([Output("--out", out, [".html", ".htm"])], {})
-    write_text(out, page([read_run(folder) for folder in arguments.runs]))
+    write_text(out, page(runs))
     print(f"{out}: open it in a browser")
 
 
