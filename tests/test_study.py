@@ -139,14 +139,15 @@ def test_a_section_of_a_document_is_replaced(tmp_path):
     assert "old" not in content
 
 
-def test_stages_of_other_settings_are_not_taken_over(tmp_path):
+def test_stages_of_other_settings_are_not_taken_over(tmp_path, demo_root):
     """A folder of an earlier study with another learning rate is no source."""
-    words = [f"outdir={tmp_path}"]
+    words = [f"outdir={tmp_path}", f"dataset.root={demo_root}", "dataset.test=null"]
     old = plan(["supervised"], [*words, "optimizer.lr=0.1"])[0]
     (old.folder / "1_supervised").mkdir(parents=True)
     (old.folder / "1_supervised" / "stage.json").write_text("{}")
-    for name in ("lists.json", "environment.json"):
-        (old.folder / name).write_text("{}")
+    (old.folder / "environment.json").write_text("{}")
+    lists = read_splits(old.config.dataset).digests()
+    (old.folder / "lists.json").write_text(json.dumps(lists))
     (old.folder / "metrics.jsonl").touch()
 
     def taken(settings):
