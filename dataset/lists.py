@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from glob import glob
 from itertools import combinations, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
@@ -61,18 +62,30 @@ def read_sample(sample: Sample) -> tuple[Image.Image, Image.Image]:
 SampleReader = Callable[[Sample], tuple[Image.Image, Image.Image]]  # ``read_sample``, or its like
 
 
-def find_pictures(folder: Path, pixels: Pixels = AS_STORED) -> list[Sample]:
-    """List the pictures below a folder, by name; other files, and hidden ones, do not count.
+def find_pictures(place: Path, pixels: Pixels = AS_STORED) -> list[Sample]:
+    """List pictures by name: a file; those below a folder; or those that a pattern fits.
+
+    Files that are no pictures, and hidden ones, do not count. Names begin in the folder that holds
+    them all.
 
     Raises:
-        UserError: no such folder, no picture, or two whose names differ in the suffix alone.
+        UserError: no such place, no picture, or two whose names differ in the suffix alone.
     """
     formats = Image.registered_extensions().items()
     known = {suffix for suffix, format_name in formats if format_name in Image.OPEN}
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and p.is_file())
+    if place.is_dir():
+        folder, candidates = place, place.rglob("*")
+    else:  # a file fits itself, whatever letters its name has
+        fitting = glob(str(place), recursive=True)  # noqa: PTH207 - Path takes no whole pattern
+        candidates = [place] if place.is_file() else [Path(name) for name in fitting]
+        folder = Path(os.path.commonpath([x.parent for x in candidates] or ["."]))
+    found = sorted(p for p in candidates if p.suffix.lower() in known and p.is_file())
     found = [p for p in found if not re.search(r"(^|/)\.", p.relative_to(folder).as_posix())]
     if not found:
-        raise UserError(f"{folder}: no such folder, or it holds no picture that Pillow reads")
+        raise UserError(
+            f"{place}: no such file or folder, or no picture that Pillow reads; a pattern such as "
+            "'photos/*.jpg' stands in quotes"
+        )
     for one, other in pairwise(sorted(found, key=lambda path: path.with_suffix(""))):
         if one.with_suffix("") == other.with_suffix(""):
             raise UserError(f"{other}: {one.name} has this name too and would share its mask")

@@ -25,7 +25,7 @@ from utils.config.reading import config_from, read_config
 from utils.config.schema import Config
 from utils.device import Device
 from utils.errors import UserError
-from utils.evaluation import Predictor
+from utils.evaluation import Average, Predictor
 from utils.hub import find_checkpoint, upload
 from utils.panels import in_colour, overlay
 from utils.run.comparison import portable
@@ -79,7 +79,7 @@ class Segmenter:
     @classmethod
     def load(
         cls,
-        source: str | Path,
+        source: str | Path | Sequence[str | Path],
         settings: Sequence[str] = (),
         *,
         config: str | None = None,
@@ -93,7 +93,8 @@ class Segmenter:
         Args:
             source: a checkpoint, .pth or .safetensors; a folder of ``config.json`` and
                 ``model.safetensors``; or ``hf:owner/name``, such a repository on the Hugging Face
-                hub. Nothing else is looked for there.
+                hub. Nothing else is looked for there. A list of them is averaged, as by
+                ``ensemble``.
             settings: as on the command line, ``section.key=value``.
             config: a YAML file, instead of the config that the checkpoint holds; those of ST++,
                 CISC-R and UniMatch hold none.
@@ -108,6 +109,10 @@ class Segmenter:
             UserError: no such checkpoint, no config, an unknown setting, or weights of another
                 network.
         """
+        if isinstance(source, list | tuple) and source:
+            same = {"config": config, "classes": classes, "colours": colours}
+            same |= {"reset_classifier": reset_classifier, **keys}
+            return cls.ensemble([cls.load(one, settings, **same) for one in source])
         if not isinstance(source, str | Path):
             raise UserError(f"source: a {type(source).__name__}; give the path of a checkpoint")
         path = find_checkpoint(source)
@@ -134,6 +139,27 @@ class Segmenter:
         checkpoint.put_weights(net, weights, path, reset_classifier)
         origin = {key: content[key] for key in ("stage", "epoch") if key in content}
         return cls(net, found, origin, colours)
+
+    @classmethod
+    def ensemble(cls, nets: Sequence["Segmenter"]) -> "Segmenter":
+        """Average the probabilities of several networks of one task.
+
+        Args:
+            nets: of the same classes and preprocessing; config, colours and device are the first's.
+
+        Raises:
+            UserError: classes or preprocessing differ.
+        """
+        first, *others = nets
+        for other in others:
+            if (other.classes, other.preprocessing) != (first.classes, first.preprocessing):
+                raise UserError(
+                    "ensemble: the networks have other classes, or other encoders that want "
+                    "other images; average networks of one task and one encoder"
+                )
+        joined = cls(first.net, first.config, first.origin, first.colours)
+        joined.predict = Average([net.predict for net in nets])
+        return joined
 
     def __call__(
         self, image: str | Path | Image.Image | np.ndarray | Tensor
@@ -197,6 +223,8 @@ class Segmenter:
             UserError: another suffix, or the place cannot be written to.
         """
         path = Path(path)
+        if isinstance(self.predict, Average):
+            raise UserError(f"{path}: an ensemble is several networks; save each of them")
         if path.suffix not in checkpoint.SUFFIXES:
             raise UserError(
                 f"{path}: name a .pth or .safetensors file, or a folder without a suffix"

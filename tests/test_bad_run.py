@@ -190,7 +190,9 @@ APART = [
         (["--config", "."], [".: no such config here"]),
         (["--config", "no.yaml"], ["no.yaml: no such config here or in configs/", "demo.yaml"]),
         (["seed=1", "--config", "demo.yaml", "sead=2"], ["unknown key 'sead'"]),  # on both sides
-        (["eval"], ["the following arguments are required: checkpoint"]),
+        (["eval"], ["name a checkpoint, such as outdir/"]),
+        (["eval", "--masks", "x"], ["--masks: takes --config FILE and no checkpoint"]),
+        (["eval", "nowhere.pth", "--save", "confidence"], ["--save: goes with --images"]),
         (["eval", "nowhere.pth"], ["nowhere.pth: no such checkpoint"]),
         (["eval", "nowhere.pth", "--jsn", "x"], ["unrecognized arguments: --jsn"]),
         (["eval", "nowhere.pth", "--out", "x"], ["--images and --out go together"]),

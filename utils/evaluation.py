@@ -181,6 +181,29 @@ class Predictor:
             return self.net.classify(self.net.extract(images)).float()
 
 
+@dataclass(frozen=True)
+class Average:
+    """Class probabilities averaged over networks; called as ``Predictor`` is.
+
+    Attributes:
+        predictors: of networks that share classes and preprocessing.
+    """
+
+    predictors: Sequence[Predictor]
+
+    @property
+    def device(self) -> Device:
+        """The device of the first one."""
+        return self.predictors[0].device
+
+    def __call__(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """Predict (B, C, H, W) float32 probabilities; they sum to 1 over C."""
+        summed = sum(
+            predict(images, size).to(self.device.torch_device) for predict in self.predictors
+        )
+        return summed / len(self.predictors)
+
+
 def validate(
     predict: Predictor,
     loader: DataLoader,
