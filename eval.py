@@ -29,12 +29,13 @@ from utils.distributed import broadcast, by_first, joined
 from utils.errors import Parser, UserError, exit_with_one_line
 from utils.evaluation import lay_out_ious
 from utils.export import export
-from utils.files import write_json
+from utils.files import write_atomically, write_json
 from utils.outputs import Output, refuse_outputs
 from utils.run.folder import read_kept
 from utils.scores import laid_out
 
 _SAVED = ("confidence", "probabilities")  # what --save writes
+_READ = ("--images", "--masks", "--config", "--diagnose")  # options that name what is read
 _SEVERAL, _OF_LOADING = "several checkpoints", {"--config", "--reset-classifier"}
 # Which options can be given together: each with those of its row, in either order. What a command
 # would ignore is refused.
@@ -46,9 +47,9 @@ _TOGETHER = {
     "--save": _OF_LOADING | {"--ensemble"},
     "--masks": {"--config", "--json"},
     "--save-masks": _OF_LOADING | {"--json", "--ensemble"},
-    "--ensemble": _OF_LOADING | {"--json"},
-    "--markdown": _OF_LOADING | {"--json", _SEVERAL},
-    "--json": _OF_LOADING | {_SEVERAL},
+    "--markdown": _OF_LOADING | {"--json", "--ensemble", _SEVERAL},
+    "--json": _OF_LOADING | {"--ensemble", _SEVERAL},
+    "--ensemble": _OF_LOADING,
     "--config": {"--reset-classifier", _SEVERAL},
     "--reset-classifier": {_SEVERAL},
 }
@@ -104,6 +105,10 @@ def read_arguments() -> argparse.Namespace:
     for one, other in combinations(given, 2):
         if other not in _TOGETHER[one]:
             raise UserError(f"{one} and {other} do not go together; leave one of them out")
+    if arguments.masks is not None and (arguments.checkpoints or arguments.config is None):
+        raise UserError("--masks: takes --config FILE and no checkpoint")
+    if arguments.save is not None and arguments.images is None:
+        raise UserError("--save: goes with --images")
     if (arguments.images is None) != (arguments.out is None):
         raise UserError("--images and --out go together: pictures in, masks and overlays out")
     if arguments.save is not None and arguments.images is None:
@@ -127,7 +132,7 @@ def refuse_places(arguments: argparse.Namespace, configs: Mapping[str, Config]) 
     """
     read = {f"dataset.root of {name}": configs[name].dataset.root for name in configs}
     read |= {f"checkpoint {name}": name for name in configs}
-    read |= {name: getattr(arguments, name[2:]) for name in ("--images", "--config", "--diagnose")}
+    read |= {name: getattr(arguments, name[2:]) for name in _READ}
     written = [
         Output("--save-masks", arguments.save_masks),
         Output("--json", arguments.json, [".json"]),
@@ -159,7 +164,7 @@ def main() -> None:
 def score_masks(arguments: argparse.Namespace) -> None:
     """Score the masks of a folder; rank 0 prints."""
     config = read_config(arguments.config, arguments.settings)
-    refuse_places(arguments, {arguments.config: config})
+    refuse_places(arguments, {"--config": config})
     results = broadcast(evaluate_masks, config, arguments.masks)
     by_first(print)(lay_out_ious(results))
     if arguments.json is not None:
@@ -178,7 +183,7 @@ def judge_run(arguments: argparse.Namespace) -> None:
 
 
 def load_networks(arguments: argparse.Namespace) -> dict[str, Segmenter]:
-    """Load the checkpoints, or their average, by name."""
+    """Load the checkpoints, or their average, by name; refuse outputs where they are read."""
     nets = {
         name: Segmenter.load(
             name,
@@ -188,8 +193,9 @@ def load_networks(arguments: argparse.Namespace) -> dict[str, Segmenter]:
         )
         for name in arguments.checkpoints
     }
+    refuse_places(arguments, {name: net.config for name, net in nets.items()})
     if arguments.ensemble:
-        nets = {" + ".join(nets): Segmenter.ensemble(list(nets.values()))}
+        return {" + ".join(nets): Segmenter.ensemble(list(nets.values()))}
     return nets
 
 
@@ -198,7 +204,6 @@ def run(arguments: argparse.Namespace) -> None:
     say = by_first(print)
     nets = load_networks(arguments)
     net = next(iter(nets.values()))
-    refuse_places(arguments, {name: each.config for name, each in nets.items()})
     if len(nets) > 1 or arguments.markdown:
         comparison = compare(nets)
         say(laid_out(comparison, arguments.markdown))

@@ -93,7 +93,7 @@ class Segmenter:
         Args:
             source: a checkpoint, .pth or .safetensors; a folder of ``config.json`` and
                 ``model.safetensors``; or ``hf:owner/name``, such a repository on the Hugging Face
-                hub. Nothing else is looked for there. A list of them is averaged as by
+                hub. Nothing else is looked for there. A list of them is averaged, as by
                 ``ensemble``.
             settings: as on the command line, ``section.key=value``.
             config: a YAML file, instead of the config that the checkpoint holds; those of ST++,
@@ -109,12 +109,12 @@ class Segmenter:
             UserError: no such checkpoint, no config, an unknown setting, or weights of another
                 network.
         """
-        if not isinstance(source, str | Path):
-            if not isinstance(source, Sequence):
-                raise UserError(f"source: a {type(source).__name__}; give the path of a checkpoint")
-            same = {"config": config, "classes": classes, "colours": colours, **keys}
-            same["reset_classifier"] = reset_classifier
+        if isinstance(source, list | tuple) and source:
+            same = {"config": config, "classes": classes, "colours": colours}
+            same |= {"reset_classifier": reset_classifier, **keys}
             return cls.ensemble([cls.load(one, settings, **same) for one in source])
+        if not isinstance(source, str | Path):
+            raise UserError(f"source: a {type(source).__name__}; give the path of a checkpoint")
         path = find_checkpoint(source)
         content = checkpoint.load(path)
         words = []
