@@ -377,14 +377,41 @@ def read_lists(section: DatasetSection, fields: Sequence[str] = Splits._fields) 
             "use your own"
         )
     for field in fields:
-        if section.split is None or field == "test":
-            lists[field] = read_list(_find_list(section, field, root), root, kind)
-        else:
+        place = _place_of_pictures(section.unlabeled, root) if field == "unlabeled" else None
+        if section.split is not None and field != "test":
             path, lines = published_list(section.kind, section.split, field, root)
             lists[field] = _samples_of(lines, path, root, kind)
+        elif place is not None:
+            others = read_lists(section, ("labeled", "val", "test"))
+            lists[field] = _pictures_besides(others, root, place, kind.pixels)
+        else:
+            lists[field] = read_list(_find_list(section, field, root), root, kind)
     splits = Splits(**{"labeled": [], "unlabeled": [], "val": []} | lists)
     # The masks of unlabeled images are never opened.
     return splits._replace(unlabeled=[x._replace(mask=None) for x in splits.unlabeled])
+
+
+def _place_of_pictures(name: str, root: Path) -> Path | None:
+    """Return the folder or glob below the root that stands for a list; None: it is a list."""
+    place = root / name  # or the name alone, if it is a whole path
+    if place.is_file() or not (place.is_dir() or set(name) & set("*?[")):
+        return None
+    if not place.is_relative_to(root) or ".." in place.parts[len(root.parts) :]:
+        raise UserError(f"dataset.unlabeled: {name} is not below dataset.root, {root}")
+    return place
+
+
+def _pictures_besides(others: Splits, root: Path, place: Path, pixels: Pixels) -> list[Sample]:
+    """List the pictures of a place that are no image and no mask of other lists."""
+    known = [sample for samples in others for sample in samples]
+    taken = {_file_of(sample) for sample in known}
+    taken |= {_file_of(sample._replace(image=sample.mask)) for sample in known if sample.mask}
+    found = [x for x in find_pictures(place, pixels) if _file_of(x) not in taken]
+    if not found:
+        raise UserError(
+            f"dataset.unlabeled: {place} has no picture besides those of the other lists"
+        )
+    return [sample._replace(name=sample.image.relative_to(root).as_posix()) for sample in found]
 
 
 def find_faults(
@@ -657,9 +684,9 @@ def _find_list(section: DatasetSection, field: str, root: Path) -> Path:
     path = root / name  # or the name alone, if it is a whole path
     if not path.is_file():
         elsewhere = Path(name).absolute() if Path(name).is_file() else "PATH, a whole path"
-        without = ", or train on labels alone by --method supervised"
+        also = ", a folder or a glob; or train on labels alone by --method supervised"
         raise UserError(
             f"dataset.{field}: {name} is not in {root}; set dataset.root=DIR or "
-            f"dataset.{field}={elsewhere}{without if field == 'unlabeled' else ''}"
+            f"dataset.{field}={elsewhere}{also if field == 'unlabeled' else ''}"
         )
     return path

@@ -116,7 +116,9 @@ class DatasetSection(Section):
     # A published list of dataset/published, such as 1_16, instead of labeled, unlabeled and val.
     split: SplitName | None = None
     labeled: str = "labeled.txt"  # image and mask a line
-    unlabeled: str = "unlabeled.txt"  # image a line; a mask beside it is never opened
+    # Image a line; a mask beside it is never opened. Or a folder or a glob below the root: its
+    # pictures, without those of the other lists.
+    unlabeled: str = "unlabeled.txt"
     val: str = "val.txt"  # image and mask a line
     test: str | None = None  # image and mask a line; scored once, when a run ends; null: none
     # Names of a custom kind, by class id.
