@@ -74,16 +74,13 @@ def find_pictures(place: Path, pixels: Pixels = AS_STORED) -> list[Sample]:
     Raises:
         UserError: no such place, no picture, or two whose names differ in the suffix alone.
     """
-    formats = Image.registered_extensions().items()
-    known = {suffix for suffix, format_name in formats if format_name in Image.OPEN}
     if place.is_dir():
         folder, candidates = place, place.rglob("*")
     else:  # a file fits itself, whatever letters its name has
         fitting = glob(str(place), recursive=True)  # noqa: PTH207 - Path takes no whole pattern
         candidates = [place] if place.is_file() else [Path(name) for name in fitting]
         folder = Path(os.path.commonpath([x.parent for x in candidates] or ["."]))
-    found = sorted(p for p in candidates if p.suffix.lower() in known and p.is_file())
-    found = [p for p in found if not re.search(r"(^|/)\.", p.relative_to(folder).as_posix())]
+    found = pictures_among(candidates, folder)
     if not found:
         raise UserError(
             f"{place}: no such file or folder, or no picture that Pillow reads; a pattern such as "
@@ -94,6 +91,14 @@ def find_pictures(place: Path, pixels: Pixels = AS_STORED) -> list[Sample]:
             raise UserError(f"{other}: {one.name} has this name too and would share its mask")
     names = (path.relative_to(folder).as_posix() for path in found)
     return [Sample(*pair, None, pixels=pixels) for pair in zip(names, found, strict=True)]
+
+
+def pictures_among(files: Iterable[Path], folder: Path) -> list[Path]:
+    """Return the files with a picture's suffix, by name; those hidden in the folder do not count."""
+    formats = Image.registered_extensions().items()
+    known = {suffix for suffix, format_name in formats if format_name in Image.OPEN}
+    found = sorted(p for p in files if p.suffix.lower() in known and p.is_file())
+    return [p for p in found if not re.search(r"(^|/)\.", p.relative_to(folder).as_posix())]
 
 
 def readable(samples: Sequence[Sample]) -> tuple[list[Sample], list[str]]:
