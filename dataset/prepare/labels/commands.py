@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from dataset.prepare.labels.coco import read_coco
 from dataset.prepare.labels.drawing import OVERLAPS
 from dataset.prepare.labels.pictures import read_masks
 from dataset.prepare.labels.records import Found, Source, read_names
@@ -18,6 +19,7 @@ from utils.errors import UserError
 
 
 READERS: dict[str, Callable[[Source], Found]] = {
+    "coco": read_coco,
     "cvat": read_masks,
     "roboflow": read_masks,
     "folders": read_masks,

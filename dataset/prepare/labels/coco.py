@@ -1,0 +1,88 @@
+"""COCO's JSON."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dataset.prepare.labels.drawing import fill_polygons, fill_runs, ignored_box, refuse_size
+from dataset.prepare.labels.records import (
+    Found,
+    LabeledImage,
+    Notes,
+    Region,
+    Size,
+    Source,
+    class_name,
+    readable_labels,
+    with_background,
+)
+from dataset.prepare.work import require
+from utils.errors import UserError
+from utils.files import read_json
+
+
+def read_coco(source: Source) -> Found:
+    """Read COCO's JSON: polygons, run lengths and crowds (ignored), as pycocotools draws them.
+
+    An image without annotations counts as not labeled.
+
+    Raises:
+        UserError: no COCO file, a malformed one, or no pycocotools.
+    """
+    require("pycocotools")
+    files = {path: read_json(path) for path in source.files("*.json")}
+    keys = ("images", "annotations", "categories")
+    labels: list[str] = []
+    images: list[LabeledImage] = []
+    for path, content in files.items():
+        if not isinstance(content, dict) or any(key not in content for key in keys):
+            continue
+        with readable_labels(path):
+            categories = sorted(content["categories"], key=lambda each: each["id"])
+            names = {each["id"]: each["name"] for each in categories}
+            entries = defaultdict(list)
+            for entry in content["annotations"]:
+                entries[entry["image_id"]].append(entry)
+            # Roboflow lists a group of categories as one of them.
+            used = {names.get(entry["category_id"]) for entry in content["annotations"]}
+            groups = {each.get("supercategory") for each in categories} - used
+            labels += [name for name in names.values() if name not in groups]
+            for each in content["images"]:
+                if (picture := source.find(each["file_name"], path)) is None:
+                    continue
+                size, found = (each["height"], each["width"]), entries[each["id"]]
+                regions = partial(_coco_regions, path, names, found, size) if found else None
+                split = source.split_of(path, picture.parent)
+                images.append(LabeledImage(picture, split, regions))
+    if not images:
+        raise UserError(
+            f"{source.labels}: no JSON file with {', '.join(keys)} that names a picture below "
+            f"{source.base}; --images DIR names their folder"
+        )
+    return Found(with_background(labels), source.with_rest(images), "ignored")
+
+
+def _coco_regions(
+    path: Path,
+    names: Mapping[int, str],
+    entries: Sequence[Mapping[str, Any]],
+    expected: Size,
+    size: Size,
+    notes: Notes,
+) -> Iterator[Region]:
+    refuse_size(expected, size)
+    with readable_labels(path):
+        for entry in entries:
+            category, shape = entry["category_id"], entry.get("segmentation")
+            name = class_name(names.get(category, f"category {category}"))
+            name = None if entry.get("iscrowd") else name
+            if isinstance(shape, dict):
+                refuse_size(tuple(shape["size"]), size)
+                yield Region(name, fill_runs(shape))
+            elif shape:
+                yield Region(name, fill_polygons(shape, size))
+            elif entry.get("bbox"):
+                left, top, width, height = entry["bbox"]
+                yield ignored_box((left, top, left + width, top + height), size, notes)
