@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dataset.prepare.labels.coco import read_coco
 from dataset.prepare.labels.drawing import OVERLAPS
+from dataset.prepare.labels.labelme import read_labelme
 from dataset.prepare.labels.pictures import read_masks
 from dataset.prepare.labels.records import Found, Source, read_names
 from dataset.prepare.labels.writing import Target, write_labels
@@ -20,6 +21,7 @@ from utils.errors import UserError
 
 READERS: dict[str, Callable[[Source], Found]] = {
     "coco": read_coco,
+    "labelme": read_labelme,
     "cvat": read_masks,
     "roboflow": read_masks,
     "folders": read_masks,
