@@ -15,15 +15,24 @@ from dataset.prepare.labels.labelme import read_labelme
 from dataset.prepare.labels.pictures import read_masks
 from dataset.prepare.labels.records import Found, Source, read_names
 from dataset.prepare.labels.writing import Target, write_labels
+from dataset.prepare.labels.yolo import read_yolo
 from utils.config.schema import ClassMap
 from utils.errors import UserError
+
+
+def read_roboflow(source: Source) -> Found:
+    """Read Roboflow's export of semantic masks, COCO or YOLO, whichever it is."""
+    if source.files("_classes.csv"):
+        return read_masks(source)
+    return read_coco(source) if source.files("*.coco.json") else read_yolo(source)
 
 
 READERS: dict[str, Callable[[Source], Found]] = {
     "coco": read_coco,
     "labelme": read_labelme,
+    "yolo": read_yolo,
     "cvat": read_masks,
-    "roboflow": read_masks,
+    "roboflow": read_roboflow,
     "folders": read_masks,
 }
 
