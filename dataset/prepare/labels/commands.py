@@ -10,6 +10,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from dataset.prepare.labels.coco import read_coco
+from dataset.prepare.labels.cvat import read_cvat_xml
 from dataset.prepare.labels.drawing import OVERLAPS
 from dataset.prepare.labels.labelme import read_labelme
 from dataset.prepare.labels.pictures import read_masks
@@ -18,6 +19,11 @@ from dataset.prepare.labels.writing import Target, write_labels
 from dataset.prepare.labels.yolo import read_yolo
 from utils.config.schema import ClassMap
 from utils.errors import UserError
+
+
+def read_cvat(source: Source) -> Found:
+    """Read 'Segmentation mask 1.1' where there is a label map, else 'CVAT for images 1.1'."""
+    return read_masks(source) if source.files("labelmap.txt") else read_cvat_xml(source)
 
 
 def read_roboflow(source: Source) -> Found:
@@ -31,7 +37,7 @@ READERS: dict[str, Callable[[Source], Found]] = {
     "coco": read_coco,
     "labelme": read_labelme,
     "yolo": read_yolo,
-    "cvat": read_masks,
+    "cvat": read_cvat,
     "roboflow": read_roboflow,
     "folders": read_masks,
 }
