@@ -6,7 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from tqdm import tqdm
+
 from dataset.prepare.labels.drawing import fill_polygons, fill_runs, ignored_box, refuse_size
+from dataset.prepare.labels.export import PseudoLabels, regions_of
 from dataset.prepare.labels.records import (
     Found,
     LabeledImage,
@@ -19,8 +23,11 @@ from dataset.prepare.labels.records import (
     with_background,
 )
 from dataset.prepare.work import require
+from dataset.reading import read_ids
+from utils import IGNORE
 from utils.errors import UserError
-from utils.files import read_json
+from utils.files import read_json, write_json
+from utils.progress import no_bar
 
 
 def read_coco(source: Source) -> Found:
@@ -86,3 +93,36 @@ def _coco_regions(
             elif entry.get("bbox"):
                 left, top, width, height = entry["bbox"]
                 yield ignored_box((left, top, left + width, top + height), size, notes)
+
+
+def write_coco(labels: PseudoLabels, out: Path) -> None:
+    """Write ``annotations.json``: run lengths of each region, but none of the background."""
+    require("pycocotools")
+    from pycocotools import mask
+
+    ids = [*range(len(labels.kind.classes)), IGNORE]
+    numbers = {id_: number for number, id_ in enumerate(ids, start=1) if id_ != labels.rest}
+    images, annotations = [], []
+    for number, sample in enumerate(tqdm(labels.samples, "regions", disable=no_bar()), start=1):
+        found = read_ids(sample.mask)
+        height, width = found.shape
+        images.append({"id": number, "file_name": sample.name, "height": height, "width": width})
+        for id_, box, part in regions_of(found):
+            if id_ == labels.rest:
+                continue
+            whole = np.zeros(found.shape, np.uint8, order="F")
+            whole[box] = part
+            runs = mask.encode(whole)
+            entry = {
+                "id": len(annotations) + 1,
+                "image_id": number,
+                "category_id": numbers[id_],
+                "segmentation": {**runs, "counts": runs["counts"].decode()},
+                "area": int(np.count_nonzero(part)),
+                "bbox": mask.toBbox(runs).tolist(),
+                "iscrowd": 0,
+            }
+            annotations.append(entry)
+    categories = [{"id": number, "name": labels.label_of(id_)} for id_, number in numbers.items()]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    write_json(out / "annotations.json", content)

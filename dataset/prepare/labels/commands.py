@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from dataset.prepare.labels.coco import read_coco
+from dataset.prepare.labels.coco import read_coco, write_coco
 from dataset.prepare.labels.cvat import read_cvat_xml
 from dataset.prepare.labels.drawing import OVERLAPS
+from dataset.prepare.labels.export import Writer, export_labels, read_pseudo_labels
 from dataset.prepare.labels.labelme import read_labelme
 from dataset.prepare.labels.pictures import read_masks
 from dataset.prepare.labels.records import Found, Source, read_names
@@ -41,10 +42,11 @@ READERS: dict[str, Callable[[Source], Found]] = {
     "roboflow": read_roboflow,
     "folders": read_masks,
 }
+WRITERS: dict[str, Writer] = {"coco": write_coco}
 
 
-def add_labels(commands: Any) -> None:
-    """Add ``labels`` to the commands."""
+def add_commands(commands: Any) -> None:
+    """Add ``labels`` and ``export-labels`` to the commands."""
     about = "masks and lists from the labels of a tool"
     one = commands.add_parser("labels", help=about, description=about)
     one.set_defaults(run=labels)
@@ -64,6 +66,14 @@ def add_labels(commands: Any) -> None:
         choices=OVERLAPS,
         help="what counts in regions of two classes (the tool's rule)",
     )
+    about = "pseudo labels of a run, for correction in a tool"
+    one = commands.add_parser("export-labels", help=about, description=about)
+    one.set_defaults(run=export)
+    add = one.add_argument
+    add("folder", type=Path, metavar="RUN", help="outdir/<name>")
+    add("--to", dest="tool", required=True, choices=WRITERS, help="the tool")
+    add("--images", type=Path, metavar="LIST", help="of the images that are wanted (all)")
+    add("--out", type=Path, metavar="DIR", help="gets the files (RUN/labels_<tool>)")
 
 
 def labels(typed: argparse.Namespace) -> None:
@@ -75,6 +85,13 @@ def labels(typed: argparse.Namespace) -> None:
     target = Target(typed.root, typed.tool, typed.lists or typed.root, val)
     found = READERS[typed.tool](source)
     print(*write_labels(source, found, target, typed.overlaps), sep="\n")
+
+
+def export(typed: argparse.Namespace) -> None:
+    """Write the pseudo labels of a run for a tool; print what to do after correction."""
+    found, out = read_pseudo_labels(typed.folder, typed.images), typed.out
+    out = typed.folder / f"labels_{typed.tool}" if out is None else out
+    print(*export_labels(found, typed.tool, WRITERS[typed.tool], out), sep="\n")
 
 
 def _classes(text: str | None) -> list[str] | None:

@@ -1,7 +1,6 @@
 """Labels that are mask pictures: of CVAT and Roboflow, and pairs of folders."""
 
 import csv
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -18,6 +17,7 @@ from dataset.prepare.labels.records import (
     Size,
     Source,
     class_name,
+    mask_place,
     readable_labels,
 )
 from dataset.reading import read_ids
@@ -25,9 +25,6 @@ from utils import IGNORE
 from utils.config.labelmap import read_labelmap
 from utils.errors import UserError
 
-# Words in names of folders, and at the end of names of files.
-_MASK = re.compile(r"(mask|label|annotation|annot|seg\w*|gt|groundtruth)s?", re.IGNORECASE)
-_IMAGE = re.compile(r"(\w*image|img|photo|picture|input)s?", re.IGNORECASE)
 _INSTANCES = "SegmentationObject"  # CVAT's masks of instances
 Meaning = Mapping[int | str, str | None]  # class, or None for ignored, by id or colour in masks
 
@@ -47,7 +44,7 @@ def read_masks(source: Source) -> Found:
     images = {
         key: path
         for path in source.pictures
-        for is_mask, key in [_place(path.relative_to(source.base))]
+        for is_mask, key in [mask_place(path.relative_to(source.base))]
         if not is_mask
     }
     masks = _masks(folder, set(source.pictures_in(folder)) - set(images.values()))
@@ -73,7 +70,7 @@ def read_masks(source: Source) -> Found:
 
 def _masks(folder: Path, candidates: Iterable[Path]) -> dict[tuple[str, ...], Path]:
     """Return the masks by what they share with their images; all candidates if none is marked."""
-    places = {path: _place(path.relative_to(folder)) for path in sorted(candidates)}
+    places = {path: mask_place(path.relative_to(folder)) for path in sorted(candidates)}
     marked = {path: key for path, (is_mask, key) in places.items() if is_mask}
     masks: dict[tuple[str, ...], Path] = {}
     for path, key in (marked or {path: key for path, (_, key) in places.items()}).items():
@@ -83,22 +80,6 @@ def _masks(folder: Path, candidates: Iterable[Path]) -> dict[tuple[str, ...], Pa
             raise UserError(f"{path}: is a mask of the same image as {masks[key]}; remove one")
         masks[key] = path
     return masks
-
-
-def _place(path: Path) -> tuple[bool, tuple[str, ...]]:
-    """Tell whether a picture is a mask by its path, and what it has in common with its partner."""
-    parts, marked = [], False
-    for number, part in enumerate((*path.parts[:-1], path.stem)):
-        words = re.split("[_-]", part)
-        if number == len(path.parts) - 1:
-            is_mask = len(words) > 1 and _MASK.fullmatch(words[-1]) is not None
-            parts.append(part[: -len(words[-1]) - 1] if is_mask else part)
-        else:
-            is_mask = any(map(_MASK.fullmatch, words))
-            rest = [x for x in words if not _MASK.fullmatch(x) and not _IMAGE.fullmatch(x)]
-            parts += ["_".join(rest)] if rest else []
-        marked = marked or is_mask
-    return marked, tuple(parts)
 
 
 def _meaning(source: Source) -> Meaning:

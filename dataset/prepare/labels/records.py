@@ -17,6 +17,9 @@ BACKGROUND, OPEN = "background", "__ignore__"  # class of the rest; label of pix
 MASKS = "masks_from_"  # begins the name of a folder of masks that ``write_labels`` wrote
 LISTS = {"train": "labeled", "val": "val", "test": "test"}  # by split
 _SPLITS = {"valid": "val", "validation": "val", "testing": "test"}
+# Words in names of folders, and at the end of names of files.
+_MASK = re.compile(r"(mask|label|annotation|annot|seg\w*|gt|groundtruth)s?", re.IGNORECASE)
+_IMAGE = re.compile(r"(\w*image|img|photo|picture|input)s?", re.IGNORECASE)
 Size = tuple[int, int]  # (height, width)
 Notes = Counter[str]  # what is left out of an image, and how often
 
@@ -125,7 +128,7 @@ class Source:
         return "train"
 
     def with_rest(self, images: Sequence[LabeledImage]) -> list[LabeledImage]:
-        """Return images, each once, and the other pictures as images without labels.
+        """Return images, each once, and other pictures, if no masks, as images without labels.
 
         Raises:
             UserError: a picture is labeled twice.
@@ -138,14 +141,32 @@ class Source:
                 )
             by_path[absolute(image.path)] = image
         for path in self.pictures:
-            rest = LabeledImage(path, self.split_of(path.parent))
-            by_path.setdefault(absolute(path), rest)
+            is_mask, _ = mask_place(path.relative_to(self.base))
+            if not is_mask:
+                rest = LabeledImage(path, self.split_of(path.parent))
+                by_path.setdefault(absolute(path), rest)
         return list(by_path.values())
 
 
 def absolute(path: Path) -> Path:
     """Spell a path in one way; links in it stay links."""
     return Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow them
+
+
+def mask_place(path: Path) -> tuple[bool, tuple[str, ...]]:
+    """Tell whether a picture is a mask by its path, and what it has in common with its partner."""
+    parts, marked = [], False
+    for number, part in enumerate((*path.parts[:-1], path.stem)):
+        words = re.split("[_-]", part)
+        if number == len(path.parts) - 1:
+            is_mask = len(words) > 1 and _MASK.fullmatch(words[-1]) is not None
+            parts.append(part[: -len(words[-1]) - 1] if is_mask else part)
+        else:
+            is_mask = any(map(_MASK.fullmatch, words))
+            rest = [x for x in words if not _MASK.fullmatch(x) and not _IMAGE.fullmatch(x)]
+            parts += ["_".join(rest)] if rest else []
+        marked = marked or is_mask
+    return marked, tuple(parts)
 
 
 @contextmanager
