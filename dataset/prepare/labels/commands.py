@@ -13,7 +13,7 @@ from dataset.prepare.labels.coco import read_coco, write_coco
 from dataset.prepare.labels.cvat import read_cvat_xml
 from dataset.prepare.labels.drawing import OVERLAPS
 from dataset.prepare.labels.export import Writer, export_labels, read_pseudo_labels
-from dataset.prepare.labels.labelme import read_labelme
+from dataset.prepare.labels.labelme import read_labelme, write_labelme
 from dataset.prepare.labels.pictures import read_masks
 from dataset.prepare.labels.records import Found, Source, read_names
 from dataset.prepare.labels.writing import Target, write_labels
@@ -42,7 +42,7 @@ READERS: dict[str, Callable[[Source], Found]] = {
     "roboflow": read_roboflow,
     "folders": read_masks,
 }
-WRITERS: dict[str, Writer] = {"coco": write_coco}
+WRITERS: dict[str, Writer] = {"coco": write_coco, "labelme": write_labelme}
 
 
 def add_commands(commands: Any) -> None:

@@ -3,16 +3,20 @@
 import base64
 import io
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from dataset.prepare.labels.drawing import refuse_size
+from dataset.prepare.labels.export import PseudoLabels, regions_of
 from dataset.prepare.labels.records import (
+    OPEN,
     Found,
     LabeledImage,
     Notes,
@@ -24,8 +28,10 @@ from dataset.prepare.labels.records import (
     readable_labels,
     with_background,
 )
+from dataset.reading import read_ids
 from utils.errors import UserError
-from utils.files import read_json
+from utils.files import read_json, write_json, write_text
+from utils.progress import no_bar
 
 
 def read_labelme(source: Source) -> Found:
@@ -96,3 +102,56 @@ def _labelme_shape(
     elif len(points) > 2:
         pen.polygon(points, 1, 1)
     return np.asarray(picture)
+
+
+def write_labelme(labels: PseudoLabels, out: Path) -> None:
+    """Write a JSON file of polygons an image, and ``labels.txt``.
+
+    A polygon covers its holes, and what is in them comes later. Background is drawn in holes alone.
+    """
+    names = [OPEN, *labels.kind.classes]
+    for sample in tqdm(labels.samples, "regions", disable=no_bar()):
+        path = out / PurePosixPath(sample.name).with_suffix(".json")
+        ids, shapes = read_ids(sample.mask), []
+        for id_, box, part in regions_of(ids):
+            inside = all(x.start and x.stop < side for x, side in zip(box, ids.shape, strict=True))
+            if id_ != labels.rest or inside:
+                points = outline(part) + np.array([box[1].start, box[0].start])
+                shape = {"label": labels.label_of(id_), "points": points.tolist()}
+                shapes.append({**shape, "group_id": None, "shape_type": "polygon", "flags": {}})
+        content = {
+            "version": "5.5.0",
+            "flags": {},
+            "shapes": shapes,
+            "imagePath": Path(os.path.relpath(sample.image, path.parent)).as_posix(),
+            "imageData": None,
+            "imageHeight": ids.shape[0],
+            "imageWidth": ids.shape[1],
+        }
+        write_json(path, content)
+    write_text(out / "labels.txt", "".join(f"{name}\n" for name in names))
+
+
+def outline(region: np.ndarray) -> np.ndarray:
+    """Return the outer border pixels of a connected region in their order, without holes.
+
+    Args:
+        region: (H, W) bool.
+
+    Returns:
+        (N, 2) int, x and y of the corners, three at least; labelme draws the region from them.
+    """
+    from skimage import measure
+
+    padded = np.pad(region, 1)
+    borders = measure.find_contours(padded.astype(float), 0.5, fully_connected="high")
+    border = max(borders, key=lambda points: np.ptp(points, axis=0).sum())
+    # Points lie halfway between a pixel of the region and one outside.
+    low, high = np.floor(border).astype(int), np.ceil(border).astype(int)
+    pixels = np.where(padded[tuple(low.T)][:, None], low, high)[:-1] - 1
+    pixels = pixels[(pixels != np.roll(pixels, 1, axis=0)).any(axis=1)]
+    if len(pixels) > 2:  # corners alone
+        before, after = pixels - np.roll(pixels, 1, axis=0), np.roll(pixels, -1, axis=0) - pixels
+        pixels = pixels[(before != after).any(axis=1)]
+    pixels = pixels if len(pixels) else np.argwhere(region)[:1]
+    return np.resize(pixels, (max(3, len(pixels)), 2))[:, ::-1]
