@@ -10,7 +10,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from dataset.prepare.labels.coco import read_coco, write_coco
-from dataset.prepare.labels.cvat import read_cvat_xml
+from dataset.prepare.labels.cvat import read_cvat_xml, write_cvat
 from dataset.prepare.labels.drawing import OVERLAPS
 from dataset.prepare.labels.export import Writer, export_labels, read_pseudo_labels
 from dataset.prepare.labels.labelme import read_labelme, write_labelme
@@ -42,7 +42,7 @@ READERS: dict[str, Callable[[Source], Found]] = {
     "roboflow": read_roboflow,
     "folders": read_masks,
 }
-WRITERS: dict[str, Writer] = {"coco": write_coco, "labelme": write_labelme}
+WRITERS: dict[str, Writer] = {"coco": write_coco, "labelme": write_labelme, "cvat": write_cvat}
 
 
 def add_commands(commands: Any) -> None:

@@ -1,13 +1,14 @@
-"""CVAT's XML."""
+"""CVAT's XML, and its mask pictures as an export."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
 import numpy as np
 
 from dataset.prepare.labels.drawing import fill_polygons, ignored_box, refuse_size
+from dataset.prepare.labels.export import PseudoLabels
 from dataset.prepare.labels.records import (
     Found,
     LabeledImage,
@@ -20,7 +21,11 @@ from dataset.prepare.labels.records import (
     with_background,
 )
 from dataset.prepare.work import require
+from dataset.reading import read_ids
+from utils import IGNORE
 from utils.errors import UserError
+from utils.files import write_text
+from utils.panels import in_colour, save
 
 
 def read_cvat_xml(source: Source) -> Found:
@@ -87,3 +92,19 @@ def _cvat_regions(
                 )
             else:
                 notes[f"shapes of type {shape.tag}"] += 1
+
+
+def write_cvat(labels: PseudoLabels, out: Path) -> None:
+    """Write 'Segmentation mask 1.1': coloured masks, ``labelmap.txt`` and a list."""
+    palette, names = labels.kind.palette(), []
+    for sample in labels.samples:
+        path = out / "SegmentationClass" / PurePosixPath(sample.name).with_suffix(".png")
+        save(in_colour(read_ids(sample.mask), palette).convert("RGB"), path)
+        names.append(PurePosixPath(sample.name).with_suffix("").as_posix())
+    lines = ["# label:color_rgb:parts:actions"]
+    for id_ in (*range(len(labels.kind.classes)), IGNORE):
+        colour = ",".join(map(str, palette[3 * id_ : 3 * id_ + 3]))
+        lines.append(f"{labels.label_of(id_)}:{colour}::")
+    write_text(out / "labelmap.txt", "".join(f"{line}\n" for line in lines))
+    listed = "".join(f"{name}\n" for name in names)
+    write_text(out / "ImageSets" / "Segmentation" / "default.txt", listed)
