@@ -689,9 +689,12 @@ def _find_list(section: DatasetSection, field: str, root: Path) -> Path:
     path = root / name  # or the name alone, if it is a whole path
     if not path.is_file():
         elsewhere = Path(name).absolute() if Path(name).is_file() else "PATH, a whole path"
-        also = ", a folder or a glob; or train on labels alone by --method supervised"
+        also = {
+            "unlabeled": ", a folder or a glob; or train on labels alone by --method supervised",
+            "labeled": "; from a labeling tool: python -m dataset.prepare labels --help",
+        }
         raise UserError(
             f"dataset.{field}: {name} is not in {root}; set dataset.root=DIR or "
-            f"dataset.{field}={elsewhere}{also if field == 'unlabeled' else ''}"
+            f"dataset.{field}={elsewhere}{also.get(field, '')}"
         )
     return path

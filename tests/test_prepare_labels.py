@@ -93,6 +93,7 @@ def test_coco_by_hand(source, labels, tmp_path):
             {"image_id": 2, "category_id": 3, "bbox": [0, 2, 3, 2]},
             {"image_id": 2, "category_id": 3, "segmentation": [[0, 0, 1, 1]]},
             {"image_id": 2, "category_id": 8, "segmentation": [square(5, 0, 6, 1)]},
+            {"image_id": 9, "category_id": 3, "segmentation": [square(5, 0, 6, 1)]},
         ],
     )
     said, masks = labels("coco", source)
@@ -110,6 +111,7 @@ def test_coco_by_hand(source, labels, tmp_path):
     left_out = ["boxes, whose pixels are ignored", unknown, "regions without a pixel"]
     assert said[2:] == [
         "no image is for validation: --val 1/5 takes a fifth of the labeled ones",
+        f"left out: 1 annotations of no image, such as in {source}/instances.json",
         *(f"left out: 1 {what}, such as in {source}/c.png" for what in left_out),
         "1 pixels of 1 images lie in regions of two classes: they are ignored; --overlaps "
         "{ignored,later,smaller} chooses",
@@ -276,7 +278,7 @@ def test_pairs_of_folders(tmp_path, labels):
     files = ["a/images/1.jpg", "a/masks/1.png", "b/images/1.jpg", "b/masks/1_labels.png"]
     files += ["c/x.jpg", "c/x-mask.png", "train_images/2.jpg", "train_masks/2.png"]
     files += ["JPEGImages/3.jpg", "SegmentationClass/3.png", "SegmentationObject/3.png", "4.jpg"]
-    files += ["masks/5.png", "photos/6.jpg", "masks/6.png"]
+    files += ["masks/5.png", "photos/6.jpg", "masks/6.png", "seg/images/7.jpg", "c/1.jpg"]
     for number, name in enumerate(files):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         value = number % 7 if name.endswith("png") else 100 + number
@@ -295,11 +297,15 @@ def test_pairs_of_folders(tmp_path, labels):
         if "Object" not in name and name.endswith("png") and number and "5" not in name
     }
     assert pairs == masks
-    assert listed(root, "unlabeled") == ["4.jpg"]
+    assert listed(root, "unlabeled") == ["4.jpg", "c/1.jpg", "seg/images/7.jpg"]
     assert (
         f"left out: 1 masks without an image of their name, such as in {root}/masks/5.png" in said
     )
     assert labels("folders", root, "--classes", names, root=root)[0] == said  # the same again
+    Image.new("L", (2, 2)).save(root / "a/1.png")
+    told = refusal(labels, "folders", root, "--classes", names, root=root)
+    assert "a/images/1.jpg: has the name of" in told
+    assert "rename or remove one" in told
 
 
 def test_nothing_is_overwritten(source, labels, tmp_path):
@@ -344,6 +350,8 @@ def test_classes_keep_their_ids(source, labels):
 def test_source_of_another_tool(source, labels, tool, told):
     assert told in refusal(labels, tool, source)
     assert "no such file or folder" in refusal(labels, tool, source / "gone")
+    (source / "set.zip").touch()
+    assert "set.zip: is an archive; unpack it" in refusal(labels, tool, source / "set.zip")
 
 
 def test_source_that_is_damaged(source, labels):

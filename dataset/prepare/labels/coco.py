@@ -56,10 +56,12 @@ def read_coco(source: Source) -> Found:
             used = {names.get(entry["category_id"]) for entry in content["annotations"]}
             groups = {each.get("supercategory") for each in categories} - used
             labels += [name for name in names.values() if name not in groups]
+            for number in entries.keys() - {each["id"] for each in content["images"]}:
+                source.notes["annotations of no image"] += [str(path)] * len(entries[number])
             for each in content["images"]:
                 if (picture := source.find(each["file_name"], path)) is None:
                     continue
-                size, found = (each["height"], each["width"]), entries[each["id"]]
+                size, found = (each["height"], each["width"]), entries.get(each["id"])
                 regions = partial(_coco_regions, path, names, found, size) if found else None
                 split = source.split_of(path, picture.parent)
                 images.append(LabeledImage(picture, split, regions))

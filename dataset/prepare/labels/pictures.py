@@ -4,6 +4,7 @@ import csv
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from utils.config.labelmap import read_labelmap
 from utils.errors import UserError
 
 _INSTANCES = "SegmentationObject"  # CVAT's masks of instances
+Key = tuple[str, ...]  # what the paths of an image and of its mask have in common
 Meaning = Mapping[int | str, str | None]  # class, or None for ignored, by id or colour in masks
 
 
@@ -41,45 +43,62 @@ def read_masks(source: Source) -> Found:
             image.
     """
     meaning, folder = _meaning(source), source.labels
-    images = {
-        key: path
-        for path in source.pictures
-        for is_mask, key in [mask_place(path.relative_to(source.base))]
-        if not is_mask
-    }
+    places = {path: mask_place(path.relative_to(source.base)) for path in source.pictures}
+    images = _by_key({path: key for path, (is_mask, key) in places.items() if not is_mask})
     masks = _masks(folder, set(source.pictures_in(folder)) - set(images.values()))
-    by_name = defaultdict(list)
-    for key, path in masks.items():
-        by_name[key[-1]].append(path)
-    found, used = [], set()
-    for key, image in images.items():
-        fitting = [masks[key]] if key in masks else by_name[key[-1]]
-        regions = partial(_regions, fitting[0], meaning) if len(fitting) == 1 else None
-        used |= set(fitting) if regions else set()
-        found.append(LabeledImage(image, source.split_of(image.parent), regions))
-    if not used:
+    pairs = _pairs(images, masks)
+    if not pairs:
         raise UserError(
             f"{folder}: no mask has the name of an image in {source.base}; masks are in a folder "
             "such as 'masks', or end with '_mask'; --images DIR names the folder of the images"
         )
-    if unused := sorted(str(path) for path in masks.values() if path not in used):
+    found = []
+    for image in images.values():
+        regions = partial(_regions, pairs[image], meaning) if image in pairs else None
+        found.append(LabeledImage(image, source.split_of(image.parent), regions))
+    if unused := sorted(map(str, set(masks.values()) - set(pairs.values()))):
         source.notes["masks without an image of their name"] += unused
     names = [name for name in meaning.values() if name is not None]
     return Found(list(dict.fromkeys(names)), found, "later")
 
 
-def _masks(folder: Path, candidates: Iterable[Path]) -> dict[tuple[str, ...], Path]:
-    """Return the masks by what they share with their images; all candidates if none is marked."""
-    places = {path: mask_place(path.relative_to(folder)) for path in sorted(candidates)}
+def _masks(folder: Path, candidates: Iterable[Path]) -> dict[Key, Path]:
+    """Return the masks by their keys: all candidates if none is marked as a mask."""
+    candidates = [path for path in sorted(candidates) if _INSTANCES not in path.parts]
+    places = {path: mask_place(path.relative_to(folder)) for path in candidates}
     marked = {path: key for path, (is_mask, key) in places.items() if is_mask}
-    masks: dict[tuple[str, ...], Path] = {}
-    for path, key in (marked or {path: key for path, (_, key) in places.items()}).items():
-        if _INSTANCES in path.parts:
-            continue
-        if key in masks:
-            raise UserError(f"{path}: is a mask of the same image as {masks[key]}; remove one")
-        masks[key] = path
-    return masks
+    return _by_key(marked or {path: key for path, (_, key) in places.items()})
+
+
+def _by_key(keys: Mapping[Path, Key]) -> dict[Key, Path]:
+    found: dict[Key, Path] = {}
+    for path, key in keys.items():
+        if key in found:
+            raise UserError(
+                f"{path}: has the name of {found[key]} too, and which mask belongs to which image "
+                "is not clear; rename or remove one, or name a folder that holds one of them"
+            )
+        found[key] = path
+    return found
+
+
+def _pairs(images: Mapping[Key, Path], masks: Mapping[Key, Path]) -> dict[Path, Path]:
+    """Return the mask of each image: of the same key, else the only one whose key ends alike."""
+    pairs = {image: masks[key] for key, image in images.items() if key in masks}
+    others: dict[str, tuple[list[Key], list[Key]]] = defaultdict(lambda: ([], []))
+    for number, keys in enumerate((images.keys() - masks.keys(), masks.keys() - images.keys())):
+        for key in keys:
+            others[key[-1]][number].append(key)
+    for two in others.values():
+        alike = [pair for pair in product(*two) if _end_alike(*pair)]
+        if len(alike) == 1:
+            pairs[images[alike[0][0]]] = masks[alike[0][1]]
+    return pairs
+
+
+def _end_alike(one: Key, other: Key) -> bool:
+    count = min(len(one), len(other))
+    return one[-count:] == other[-count:]
 
 
 def _meaning(source: Source) -> Meaning:

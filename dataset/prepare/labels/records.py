@@ -78,6 +78,8 @@ class Source:
         self.base = pictures or (labels.parent if labels.is_file() else labels)
         if not labels.exists():
             raise UserError(f"{labels}: no such file or folder; name what the tool exported")
+        if labels.suffix.lower() in (".zip", ".tar", ".gz", ".7z"):
+            raise UserError(f"{labels}: is an archive; unpack it and name the folder")
         self.pictures = self.pictures_in(self.base)
         if not self.pictures:
             raise UserError(f"{self.base}: no picture is here; name their folder with --images DIR")
@@ -141,10 +143,12 @@ class Source:
                 )
             by_path[absolute(image.path)] = image
         for path in self.pictures:
-            is_mask, _ = mask_place(path.relative_to(self.base))
-            if not is_mask:
-                rest = LabeledImage(path, self.split_of(path.parent))
-                by_path.setdefault(absolute(path), rest)
+            if absolute(path) in by_path:
+                continue
+            if mask_place(path.relative_to(self.base))[0]:
+                self.notes["pictures with the name or folder of a mask"].append(str(path))
+                continue
+            by_path[absolute(path)] = LabeledImage(path, self.split_of(path.parent))
         return list(by_path.values())
 
 
@@ -154,19 +158,22 @@ def absolute(path: Path) -> Path:
 
 
 def mask_place(path: Path) -> tuple[bool, tuple[str, ...]]:
-    """Tell whether a picture is a mask by its path, and what it has in common with its partner."""
-    parts, marked = [], False
-    for number, part in enumerate((*path.parts[:-1], path.stem)):
+    """Tell whether a picture is a mask, by its path, and what it has in common with its partner.
+
+    The end of its name counts, such as ``_mask``, else the last folder called after masks or
+    images.
+    """
+    parts, is_mask = [], False
+    for part in path.parts[:-1]:
         words = re.split("[_-]", part)
-        if number == len(path.parts) - 1:
-            is_mask = len(words) > 1 and _MASK.fullmatch(words[-1]) is not None
-            parts.append(part[: -len(words[-1]) - 1] if is_mask else part)
-        else:
-            is_mask = any(map(_MASK.fullmatch, words))
-            rest = [x for x in words if not _MASK.fullmatch(x) and not _IMAGE.fullmatch(x)]
-            parts += ["_".join(rest)] if rest else []
-        marked = marked or is_mask
-    return marked, tuple(parts)
+        kinds = [bool(_MASK.fullmatch(x)) - bool(_IMAGE.fullmatch(x)) for x in words]
+        is_mask = max(kinds) > 0 or (is_mask and min(kinds) == 0)
+        rest = [word for word, kind in zip(words, kinds, strict=True) if kind == 0]
+        parts += ["_".join(rest)] if rest else []
+    name, mark, end = re.fullmatch("(.*?)(?:([_-])([^_-]*))?", path.stem).groups()
+    if mark and _MASK.fullmatch(end):
+        return True, (*parts, name)
+    return is_mask, (*parts, path.stem)
 
 
 @contextmanager

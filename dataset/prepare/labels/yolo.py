@@ -1,6 +1,6 @@
 """YOLO's segmentation text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -50,10 +50,10 @@ def read_yolo(source: Source) -> Found:
             f"{source.labels}: no picture has a text file beside it, or in 'labels' where the "
             "picture is in 'images'"
         )
-    return Found(with_background(names), images, "smaller")
+    return Found(with_background(names.values()), images, "smaller")
 
 
-def _yolo_names(source: Source) -> list[str]:
+def _yolo_names(source: Source) -> dict[int, str]:
     """Return class names by YOLO's number."""
     for path in [*source.files("*.yaml"), *source.files("*.yml")]:
         try:
@@ -61,16 +61,20 @@ def _yolo_names(source: Source) -> list[str]:
         except yaml.YAMLError as error:
             raise UserError(f"{path}: not YAML ({error}); correct or remove it") from error
         if isinstance(content, dict) and (names := content.get("names")):
-            return [names[key] for key in sorted(names)] if isinstance(names, dict) else names
+            return (
+                dict(sorted(names.items())) if isinstance(names, dict) else dict(enumerate(names))
+            )
     for path in source.files("classes.txt"):
-        return read_names(path)
+        return dict(enumerate(read_names(path)))
     raise UserError(
         f"{source.labels}: names no class; write them into a classes.txt there, one a line, in the "
         "order of YOLO's numbers"
     )
 
 
-def _yolo_regions(path: Path, names: Sequence[str], size: Size, notes: Notes) -> Iterator[Region]:
+def _yolo_regions(
+    path: Path, names: Mapping[int, str], size: Size, notes: Notes
+) -> Iterator[Region]:
     scale = size[1], size[0]
     with readable_labels(path):
         for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
@@ -78,7 +82,7 @@ def _yolo_regions(path: Path, names: Sequence[str], size: Size, notes: Notes) ->
             numbers = np.array(words, float)
             if not ((numbers > -0.1) & (numbers < 1.1)).all():
                 raise ValueError(f"{line[:60]!r}: coordinates are shares, from 0 to 1")
-            name = names[int(label)] if int(label) < len(names) else f"class {label}"
+            name = names.get(int(label), f"class {label}")
             if len(numbers) == 4:  # centre and sides
                 centre, half = numbers[:2] * scale, numbers[2:] * scale / 2
                 yield ignored_box((*(centre - half), *(centre + half)), size, notes)
