@@ -158,7 +158,7 @@ def test_export_that_cannot_be(run, answer, tmp_path):
 
     assert "is no run folder" in told(tmp_path)
     (tmp_path / "list.txt").write_text("photos/e.jpg\n")
-    assert "photos/e.jpg has no pseudo label in" in told(run, "--images", tmp_path / "list.txt")
+    assert "photos/e.jpg has no pseudo label" in told(run, "--images", tmp_path / "list.txt")
     assert "is there already; move it away" in told(run, "--out", tmp_path)
     for stage in ("2_pseudo_label", "5_relabel"):
         (run / stage / "confidence.csv").unlink()

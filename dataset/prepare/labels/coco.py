@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.prepare.labels.drawing import fill_polygons, fill_runs, ignored_box, refuse_size
-from dataset.prepare.labels.export import PseudoLabels, regions_of
+from dataset.prepare.labels.export import label_of, regions_of, rest_of
 from dataset.prepare.labels.records import (
     Found,
     LabeledImage,
@@ -23,6 +23,7 @@ from dataset.prepare.labels.records import (
     with_background,
 )
 from dataset.prepare.work import require
+from dataset.pseudo_labels import PseudoLabels
 from dataset.reading import read_ids
 from utils import IGNORE
 from utils.errors import UserError
@@ -102,15 +103,15 @@ def write_coco(labels: PseudoLabels, out: Path) -> None:
     require("pycocotools")
     from pycocotools import mask
 
-    ids = [*range(len(labels.kind.classes)), IGNORE]
-    numbers = {id_: number for number, id_ in enumerate(ids, start=1) if id_ != labels.rest}
+    ids, rest = [*range(len(labels.kind.classes)), IGNORE], rest_of(labels)
+    numbers = {id_: number for number, id_ in enumerate(ids, start=1) if id_ != rest}
     images, annotations = [], []
     for number, sample in enumerate(tqdm(labels.samples, "regions", disable=no_bar()), start=1):
         found = read_ids(sample.mask)
         height, width = found.shape
         images.append({"id": number, "file_name": sample.name, "height": height, "width": width})
         for id_, box, part in regions_of(found):
-            if id_ == labels.rest:
+            if id_ == rest:
                 continue
             whole = np.zeros(found.shape, np.uint8, order="F")
             whole[box] = part
@@ -125,6 +126,6 @@ def write_coco(labels: PseudoLabels, out: Path) -> None:
                 "iscrowd": 0,
             }
             annotations.append(entry)
-    categories = [{"id": number, "name": labels.label_of(id_)} for id_, number in numbers.items()]
+    categories = [{"id": number, "name": label_of(labels, id_)} for id_, number in numbers.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
     write_json(out / "annotations.json", content)

@@ -12,12 +12,13 @@ from pydantic import TypeAdapter, ValidationError
 from dataset.prepare.labels.coco import read_coco, write_coco
 from dataset.prepare.labels.cvat import read_cvat_xml, write_cvat
 from dataset.prepare.labels.drawing import OVERLAPS
-from dataset.prepare.labels.export import Writer, export_labels, read_pseudo_labels
+from dataset.prepare.labels.export import Writer, choose, export_labels
 from dataset.prepare.labels.labelme import read_labelme, write_labelme
 from dataset.prepare.labels.pictures import read_masks
 from dataset.prepare.labels.records import Found, Source, read_names
 from dataset.prepare.labels.writing import Target, write_labels
 from dataset.prepare.labels.yolo import read_yolo
+from dataset.pseudo_labels import read_pseudo_labels
 from utils.config.schema import ClassMap
 from utils.errors import UserError
 
@@ -89,7 +90,8 @@ def labels(typed: argparse.Namespace) -> None:
 
 def export(typed: argparse.Namespace) -> None:
     """Write the pseudo labels of a run for a tool; print what to do after correction."""
-    found, out = read_pseudo_labels(typed.folder, typed.images), typed.out
+    found, out = read_pseudo_labels(typed.folder), typed.out
+    found = found if typed.images is None else choose(found, typed.images)
     out = typed.folder / f"labels_{typed.tool}" if out is None else out
     print(*export_labels(found, typed.tool, WRITERS[typed.tool], out), sep="\n")
 

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from dataset.prepare.labels.drawing import fill_polygons, ignored_box, refuse_size
-from dataset.prepare.labels.export import PseudoLabels
+from dataset.prepare.labels.export import label_of
 from dataset.prepare.labels.records import (
     Found,
     LabeledImage,
@@ -21,6 +21,7 @@ from dataset.prepare.labels.records import (
     with_background,
 )
 from dataset.prepare.work import require
+from dataset.pseudo_labels import PseudoLabels
 from dataset.reading import read_ids
 from utils import IGNORE
 from utils.errors import UserError
@@ -104,7 +105,7 @@ def write_cvat(labels: PseudoLabels, out: Path) -> None:
     lines = ["# label:color_rgb:parts:actions"]
     for id_ in (*range(len(labels.kind.classes)), IGNORE):
         colour = ",".join(map(str, palette[3 * id_ : 3 * id_ + 3]))
-        lines.append(f"{labels.label_of(id_)}:{colour}::")
+        lines.append(f"{label_of(labels, id_)}:{colour}::")
     write_text(out / "labelmap.txt", "".join(f"{line}\n" for line in lines))
     listed = "".join(f"{name}\n" for name in names)
     write_text(out / "ImageSets" / "Segmentation" / "default.txt", listed)

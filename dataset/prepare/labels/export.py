@@ -1,73 +1,40 @@
 """Pseudo labels of a run, for correction in a labeling tool."""
 
 from collections.abc import Callable, Iterator
-from csv import DictReader
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from dataset.catalog import Kind, describe
-from dataset.lists import Sample, find_root, mask_file, read_list
+from dataset.lists import read_list
 from dataset.prepare.labels.records import BACKGROUND, OPEN
 from dataset.prepare.work import require
+from dataset.pseudo_labels import PseudoLabels
 from dataset.reading import read_ids
 from utils import IGNORE
-from utils.config.reading import read_config
 from utils.errors import UserError
-
-STAGES = ("2_pseudo_label", "5_relabel")  # the later one counts where it has an image
-
-
-class PseudoLabels(NamedTuple):
-    """What a run predicts of unlabeled images."""
-
-    kind: Kind
-    root: Path  # of the data
-    samples: list[Sample]  # with their pseudo labels: class ids, 255 where they are doubtful
-
-    def label_of(self, id_: int) -> str:
-        """Return a tool's label of a class id; 255, a doubtful region, is left open."""
-        return OPEN if id_ == IGNORE else self.kind.classes[id_]
-
-    @property
-    def rest(self) -> int | None:
-        """The class of pixels that no tool draws, if there is one."""
-        return self.kind.classes.index(BACKGROUND) if BACKGROUND in self.kind.classes else None
-
 
 Writer = Callable[[PseudoLabels, Path], None]
 
 
-def read_pseudo_labels(run: Path, chosen: Path | None = None) -> PseudoLabels:
-    """Find the last pseudo labels of a run.
+def choose(labels: PseudoLabels, path: Path) -> PseudoLabels:
+    """Return the pseudo labels of the images in a list; a ``UserError`` if one has none."""
+    by_name, chosen = {sample.name: sample for sample in labels.samples}, []
+    for sample in read_list(path, labels.root, labels.kind):
+        if sample.name not in by_name:
+            raise UserError(f"{path}: {sample.name} has no pseudo label in this run; take it off")
+        chosen.append(by_name[sample.name])
+    return labels._replace(samples=chosen)
 
-    Args:
-        run: its folder.
-        chosen: list of the images that are wanted; None: all.
 
-    Raises:
-        UserError: no run, no data, no pseudo labels; a chosen image has none.
-    """
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run}: is no run folder (it has no config.yaml); name outdir/<name>")
-    section = read_config(str(run / "config.yaml")).dataset
-    kind, root, masks = describe(section), find_root(section), dict[str, Path]()
-    for table in (run / stage / "confidence.csv" for stage in STAGES):
-        if table.is_file():  # else the stage has not ended
-            with table.open(encoding="utf-8", newline="") as file:
-                names = [row["image"] for row in DictReader(file)]
-            masks |= dict.fromkeys(names, table.parent / "masks")
-    if not masks:
-        raise UserError(f"{run}: has no pseudo labels; stage 2 of a run writes them")
-    names = list(masks)
-    if chosen is not None:
-        names = [sample.name for sample in read_list(chosen, root, kind)]
-        for name in names:
-            if name not in masks:
-                raise UserError(f"{chosen}: {name} has no pseudo label in {run}; take it off")
-    samples = [Sample(name, root / name, None) for name in sorted(names)]
-    return PseudoLabels(kind, root, [x._replace(mask=mask_file(masks[x.name], x)) for x in samples])
+def rest_of(labels: PseudoLabels) -> int | None:
+    """Return the class of pixels that no tool draws, if there is one."""
+    classes = labels.kind.classes
+    return classes.index(BACKGROUND) if BACKGROUND in classes else None
+
+
+def label_of(labels: PseudoLabels, id_: int) -> str:
+    """Return a tool's label of a class id; 255, a doubtful region, is left open."""
+    return OPEN if id_ == IGNORE else labels.kind.classes[id_]
 
 
 def export_labels(labels: PseudoLabels, tool: str, write: Writer, out: Path) -> list[str]:

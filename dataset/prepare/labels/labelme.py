@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from dataset.prepare.labels.drawing import refuse_size
-from dataset.prepare.labels.export import PseudoLabels, regions_of
+from dataset.prepare.labels.export import label_of, regions_of, rest_of
 from dataset.prepare.labels.records import (
     OPEN,
     Found,
@@ -28,6 +28,7 @@ from dataset.prepare.labels.records import (
     readable_labels,
     with_background,
 )
+from dataset.pseudo_labels import PseudoLabels
 from dataset.reading import read_ids
 from utils.errors import UserError
 from utils.files import read_json, write_json, write_text
@@ -109,15 +110,15 @@ def write_labelme(labels: PseudoLabels, out: Path) -> None:
 
     A polygon covers its holes, and what is in them comes later. Background is drawn in holes alone.
     """
-    names = [OPEN, *labels.kind.classes]
+    names, rest = [OPEN, *labels.kind.classes], rest_of(labels)
     for sample in tqdm(labels.samples, "regions", disable=no_bar()):
         path = out / PurePosixPath(sample.name).with_suffix(".json")
         ids, shapes = read_ids(sample.mask), []
         for id_, box, part in regions_of(ids):
             inside = all(x.start and x.stop < side for x, side in zip(box, ids.shape, strict=True))
-            if id_ != labels.rest or inside:
+            if id_ != rest or inside:
                 points = outline(part) + np.array([box[1].start, box[0].start])
-                shape = {"label": labels.label_of(id_), "points": points.tolist()}
+                shape = {"label": label_of(labels, id_), "points": points.tolist()}
                 shapes.append({**shape, "group_id": None, "shape_type": "polygon", "flags": {}})
         content = {
             "version": "5.5.0",
