@@ -89,7 +89,12 @@ def test_coco_by_hand(source, labels, tmp_path):
             },
             {"image_id": 0, "category_id": 7, "segmentation": [square(1, 0, 3, 1)]},  # overlaps
             {"image_id": 1, "category_id": 7, "segmentation": runs},
-            {"image_id": 1, "category_id": 3, "segmentation": [square(0, 0, 1, 1)], "iscrowd": 1},
+            {
+                "image_id": 1,
+                "category_id": 3,
+                "segmentation": {**runs, "counts": [0, 1, 23]},
+                "iscrowd": 1,
+            },
             {"image_id": 2, "category_id": 3, "bbox": [0, 2, 3, 2]},
             {"image_id": 2, "category_id": 3, "segmentation": [[0, 0, 1, 1]]},
             {"image_id": 2, "category_id": 8, "segmentation": [square(5, 0, 6, 1)]},
@@ -99,7 +104,7 @@ def test_coco_by_hand(source, labels, tmp_path):
     said, masks = labels("coco", source)
     assert masks == {
         "a": rows("192000 110000 000000 000010"),
-        "b": rows("900002 000002 000002 000002"),
+        "b": rows("100002 000002 000002 000002"),
         "c": rows("000009 000000 999000 999000"),
     }
     root = tmp_path / "root"
@@ -111,8 +116,9 @@ def test_coco_by_hand(source, labels, tmp_path):
     left_out = ["boxes, whose pixels are ignored", unknown, "regions without a pixel"]
     assert said[2:] == [
         "no image is for validation: --val 1/5 takes a fifth of the labeled ones",
-        f"left out: 1 annotations of no image, such as in {source}/instances.json",
-        *(f"left out: 1 {what}, such as in {source}/c.png" for what in left_out),
+        "left out, or worth a look:",
+        f"  1 annotations of no image, left out, such as in {source}/instances.json",
+        *(f"  1 {what}, such as in {source}/c.png" for what in left_out),
         "1 pixels of 1 images lie in regions of two classes: they are ignored; --overlaps "
         "{ignored,later,smaller} chooses",
         "keys of a config that reads it:",
@@ -172,9 +178,9 @@ def test_labelme_by_hand(source, labels):
         "b": rows("000000 001000 001100 000000"),
     }
     assert said[-1] == "  classes: [background, box, disc]"
-    assert f"left out: 1 shapes of type line, such as in {source}/a.png" in said
+    assert f"  1 shapes of type line, left out, such as in {source}/a.png" in said
     assert (
-        f"left out: 1 images of another size than their labels, such as in {source}/c.png" in said
+        f"  1 images of another size than their labels, left out, such as in {source}/c.png" in said
     )
 
 
@@ -211,6 +217,8 @@ def test_yolo_by_hand(tmp_path, labels):
     }
     assert [line.split(": ")[1] for line in said[:3]] == ["2 images", "1 images", "1 images"]
     assert said[-1] == "  classes: [background, disc, box]"
+    place = f"{folder}/train/images/b.png"
+    assert f"  1 labeled images of background alone, such as in {place}" in said
     (folder / "train/labels/a.txt").write_text("0 0 0 50 0 50 50\n")
     with_pixels = refusal(labels, "yolo", folder, root=tmp_path / "new")
     assert "a.txt: malformed labels" in with_pixels
@@ -239,7 +247,7 @@ def test_cvat_xml_by_hand(source, labels, tmp_path):
         "b": rows("000000 099000 000000 000000"),
     }
     assert listed(tmp_path / "root", "unlabeled") == ["images/c.png", "images/d.png"]
-    assert f"left out: 1 shapes of type points, such as in {source}/a.png" in said
+    assert f"  1 shapes of type points, left out, such as in {source}/a.png" in said
     assert "3 pixels of 1 images lie in regions of two classes: the later" in said[-6]
 
 
@@ -298,9 +306,7 @@ def test_pairs_of_folders(tmp_path, labels):
     }
     assert pairs == masks
     assert listed(root, "unlabeled") == ["4.jpg", "c/1.jpg", "seg/images/7.jpg"]
-    assert (
-        f"left out: 1 masks without an image of their name, such as in {root}/masks/5.png" in said
-    )
+    assert f"  1 masks without an image of their name, such as in {root}/masks/5.png" in said
     assert labels("folders", root, "--classes", names, root=root)[0] == said  # the same again
     Image.new("L", (2, 2)).save(root / "a/1.png")
     told = refusal(labels, "folders", root, "--classes", names, root=root)

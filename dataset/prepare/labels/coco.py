@@ -32,9 +32,10 @@ from utils.progress import no_bar
 
 
 def read_coco(source: Source) -> Found:
-    """Read COCO's JSON: polygons, run lengths and crowds (ignored), as pycocotools draws them.
+    """Read COCO's JSON: polygons and run lengths, as pycocotools draws them.
 
-    An image without annotations counts as not labeled.
+    A crowd is of its class, since CVAT writes every mask as one. An image without annotations
+    counts as not labeled.
 
     Raises:
         UserError: no COCO file, a malformed one, or no pycocotools.
@@ -58,7 +59,9 @@ def read_coco(source: Source) -> Found:
             groups = {each.get("supercategory") for each in categories} - used
             labels += [name for name in names.values() if name not in groups]
             for number in entries.keys() - {each["id"] for each in content["images"]}:
-                source.notes["annotations of no image"] += [str(path)] * len(entries[number])
+                source.notes["annotations of no image, left out"] += [str(path)] * len(
+                    entries[number]
+                )
             for each in content["images"]:
                 if (picture := source.find(each["file_name"], path)) is None:
                     continue
@@ -87,7 +90,6 @@ def _coco_regions(
         for entry in entries:
             category, shape = entry["category_id"], entry.get("segmentation")
             name = class_name(names.get(category, f"category {category}"))
-            name = None if entry.get("iscrowd") else name
             if isinstance(shape, dict):
                 refuse_size(tuple(shape["size"]), size)
                 yield Region(name, fill_runs(shape))

@@ -92,7 +92,7 @@ def _cvat_regions(
                     [float(values[x]) for x in ("xtl", "ytl", "xbr", "ybr")], size, notes
                 )
             else:
-                notes[f"shapes of type {shape.tag}"] += 1
+                notes[f"shapes of type {shape.tag}, left out"] += 1
 
 
 def write_cvat(labels: PseudoLabels, out: Path) -> None:

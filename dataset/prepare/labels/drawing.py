@@ -97,4 +97,4 @@ def ignored_box(corners: Sequence[float], size: Size, notes: Notes) -> Region:
 def refuse_size(expected: Size, size: Size) -> None:
     """Raise ``LeftOut`` where labels are of a picture of another size."""
     if expected != size:
-        raise LeftOut("images of another size than their labels")
+        raise LeftOut("images of another size than their labels, left out")

@@ -76,7 +76,7 @@ def _labelme_regions(
         for shape in content["shapes"]:
             kind = shape.get("shape_type") or "polygon"
             if kind in _WITHOUT_AREA:
-                notes[f"shapes of type {kind}"] += 1
+                notes[f"shapes of type {kind}, left out"] += 1
                 continue
             points = [tuple(map(float, point)) for point in shape["points"]]
             covered = _labelme_shape(kind, points, shape.get("mask"), size)

@@ -131,7 +131,7 @@ def _regions(path: Path, meaning: Meaning, size: Size, _: Notes) -> Iterator[Reg
     colours = any(isinstance(key, str) and key.startswith("#") for key in meaning)
     ids = read_ids(path, colours)
     if ids.shape != size:
-        raise LeftOut("masks of another size than their image")
+        raise LeftOut("images of another size than their masks, left out")
     ignored = {} if colours else {IGNORE: None}
     for id_ in np.unique(ids).tolist():
         key = f"#{id_:06x}" if colours else id_

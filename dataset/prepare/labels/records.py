@@ -116,7 +116,7 @@ class Source:
                 return fitting[0]
         if beside is not None and len(fitting := self._by_stem[beside.with_suffix("")]) == 1:
             return fitting[0]
-        self.notes["images without a picture, or with two of this name"].append(name)
+        self.notes["labels without a picture, or with two of its name"].append(name)
         return None
 
     def split_of(self, *places: Path) -> str:
@@ -146,7 +146,7 @@ class Source:
             if absolute(path) in by_path:
                 continue
             if mask_place(path.relative_to(self.base))[0]:
-                self.notes["pictures with the name or folder of a mask"].append(str(path))
+                self.notes["pictures with the name or folder of a mask, left out"].append(str(path))
                 continue
             by_path[absolute(path)] = LabeledImage(path, self.split_of(path.parent))
         return list(by_path.values())

@@ -19,6 +19,7 @@ from dataset.catalog import Kind, voc_colours
 from dataset.lists import Sample, line_of, write_lists
 from dataset.prepare.labels.drawing import OVERLAPS, draw
 from dataset.prepare.labels.records import (
+    BACKGROUND,
     LISTS,
     MASKS,
     Found,
@@ -85,7 +86,7 @@ def write_labels(
     for image, one in zip(images.values(), written, strict=True):
         if one.sample is not None:
             lists[one.where].append(one.sample)
-        for what, count in one.left_out.items():
+        for what, count in one.notes.items():
             source.notes[what] += [str(image.path)] * count
     if target.val is not None and not lists["val"]:
         lists["val"], lists["labeled"] = _drawn(lists["labeled"], target.val)
@@ -98,7 +99,7 @@ def write_labels(
 class _Written(NamedTuple):
     where: str  # name of a list
     sample: Sample | None  # None: the image is left out
-    left_out: Notes
+    notes: Notes
     contested: int = 0  # pixels in regions of two classes
 
 
@@ -106,22 +107,24 @@ def _write(
     name: str, image: LabeledImage, target: Target, classes: Sequence[str], overlaps: str
 ) -> _Written:
     """Write the mask of an image, if it is labeled, and the image, if it lies elsewhere."""
-    left_out, sample, contested = Notes(), Sample(name, target.root / name, None), 0
+    notes, sample, contested = Notes(), Sample(name, target.root / name, None), 0
     where = "unlabeled" if image.regions is None else LISTS[image.split]
     if image.regions is None and image.split != "train":
-        return _Written(where, None, Notes([f"images of {image.split} without labels"]))
+        return _Written(where, None, Notes([f"images of {image.split} without labels, left out"]))
     if image.regions is not None:
         size = picture_size(image.path)
         mask = target.root / f"{MASKS}{target.tool}" / Path(name).with_suffix(".png")
         try:
-            regions = image.regions(size, left_out)
-            ids, contested = draw(regions, size, classes, overlaps, left_out)
+            regions = image.regions(size, notes)
+            ids, contested = draw(regions, size, classes, overlaps, notes)
         except LeftOut as why:
             return _Written(where, None, Notes([str(why)]))
+        if BACKGROUND in classes and (ids == classes.index(BACKGROUND)).all():
+            notes["labeled images of background alone"] += 1
         _save(mask, ids, Kind(tuple(classes), voc_colours(len(classes))).palette())
         sample = sample._replace(mask=mask)
     _copy(image.path, sample.image)
-    return _Written(where, sample, left_out, contested)
+    return _Written(where, sample, notes, contested)
 
 
 def _places(source: Source, images: Sequence[LabeledImage], root: Path) -> dict[str, LabeledImage]:
@@ -183,8 +186,10 @@ def _report(
         yield f"{target.lists / name}.txt: {len(rows)} images"
     if "val" not in lines:
         yield "no image is for validation: --val 1/5 takes a fifth of the labeled ones"
+    if notes:
+        yield "left out, or worth a look:"
     for what, places in sorted(notes.items()):
-        yield f"left out: {len(places)} {what}, such as in {places[0]}"
+        yield f"  {len(places)} {what}, such as in {places[0]}"
     if contested:
         yield (
             f"{sum(contested)} pixels of {len(contested)} images lie in regions of two classes: "

@@ -27,8 +27,8 @@ from utils.errors import UserError
 def read_yolo(source: Source) -> Found:
     """Read YOLO's segmentation text: a class and the points of a polygon a line, as shares.
 
-    Class names come from ``names`` of a YAML file, or from ``classes.txt``. An empty file is an
-    image of background alone; an image without a file is not labeled.
+    Class names come from ``names`` of a YAML file, ``classes.txt`` or ``obj.names``. An empty file
+    is an image of background alone; an image without a file is not labeled.
 
     Raises:
         UserError: no text file of labels, a malformed one, no class names, or no pycocotools.
@@ -64,7 +64,7 @@ def _yolo_names(source: Source) -> dict[int, str]:
             return (
                 dict(sorted(names.items())) if isinstance(names, dict) else dict(enumerate(names))
             )
-    for path in source.files("classes.txt"):
+    for path in [*source.files("classes.txt"), *source.files("obj.names")]:
         return dict(enumerate(read_names(path)))
     raise UserError(
         f"{source.labels}: names no class; write them into a classes.txt there, one a line, in the "
