@@ -287,6 +287,7 @@ def test_pairs_of_folders(tmp_path, labels):
     files += ["c/x.jpg", "c/x-mask.png", "train_images/2.jpg", "train_masks/2.png"]
     files += ["JPEGImages/3.jpg", "SegmentationClass/3.png", "SegmentationObject/3.png", "4.jpg"]
     files += ["masks/5.png", "photos/6.jpg", "masks/6.png", "seg/images/7.jpg", "c/1.jpg"]
+    files += ["d/8.jpeg", "d/8.png"]
     for number, name in enumerate(files):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         value = number % 7 if name.endswith("png") else 100 + number
@@ -312,6 +313,15 @@ def test_pairs_of_folders(tmp_path, labels):
     told = refusal(labels, "folders", root, "--classes", names, root=root)
     assert "a/images/1.jpg: has the name of" in told
     assert "rename or remove one" in told
+
+
+def test_folder_of_masks_alone(source, labels):
+    """Whatever it is called, where --images names the folder of the images."""
+    folder = source.parent / "truth"
+    folder.mkdir()
+    Image.new("L", SIZE[::-1], 1).save(folder / "b.png")
+    _, masks = labels("folders", folder, "--images", source, "--classes", "cat,dog")
+    assert masks == {"b": [[1] * 6] * 4}
 
 
 def test_nothing_is_overwritten(source, labels, tmp_path):

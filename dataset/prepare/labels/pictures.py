@@ -2,7 +2,7 @@
 
 import csv
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -27,6 +27,7 @@ from utils.config.labelmap import read_labelmap
 from utils.errors import UserError
 
 _INSTANCES = "SegmentationObject"  # CVAT's masks of instances
+_PHOTOS = (".jpg", ".jpeg")  # never masks; a PNG of their name beside them is
 Key = tuple[str, ...]  # what the paths of an image and of its mask have in common
 Meaning = Mapping[int | str, str | None]  # class, or None for ignored, by id or colour in masks
 
@@ -34,8 +35,8 @@ Meaning = Mapping[int | str, str | None]  # class, or None for ignored, by id or
 def read_masks(source: Source) -> Found:
     """Read masks that are pictures: of ids or colours, beside their image or in another folder.
 
-    A mask has the name of its image, or that name and ``_mask``, ``_labels`` or the like. What its
-    ids mean tell ``--class-map``, a ``labelmap.txt`` (CVAT), a ``_classes.csv`` (Roboflow), or
+    A mask has the name of its image, with or without an end such as ``_mask`` or ``_labels``. What
+    its ids mean tell ``--class-map``, a ``labelmap.txt`` (CVAT), a ``_classes.csv`` (Roboflow), or
     ``--classes``, in this order.
 
     Raises:
@@ -43,9 +44,11 @@ def read_masks(source: Source) -> Found:
             image.
     """
     meaning, folder = _meaning(source), source.labels
-    places = {path: mask_place(path.relative_to(source.base)) for path in source.pictures}
-    images = _by_key({path: key for path, (is_mask, key) in places.items() if not is_mask})
-    masks = _masks(folder, set(source.pictures_in(folder)) - set(images.values()))
+    image_keys, mask_keys = _sort(source.pictures, source.base)
+    if folder != source.base:
+        others, mask_keys = _sort(source.pictures_in(folder), folder)
+        mask_keys = mask_keys or others  # a folder of masks alone, whatever its name
+    images, masks = _by_key(image_keys), _by_key(mask_keys)
     pairs = _pairs(images, masks)
     if not pairs:
         raise UserError(
@@ -62,12 +65,17 @@ def read_masks(source: Source) -> Found:
     return Found(list(dict.fromkeys(names)), found, "later")
 
 
-def _masks(folder: Path, candidates: Iterable[Path]) -> dict[Key, Path]:
-    """Return the masks by their keys: all candidates if none is marked as a mask."""
-    candidates = [path for path in sorted(candidates) if _INSTANCES not in path.parts]
-    places = {path: mask_place(path.relative_to(folder)) for path in candidates}
-    marked = {path: key for path, (is_mask, key) in places.items() if is_mask}
-    return _by_key(marked or {path: key for path, (_, key) in places.items()})
+def _sort(pictures: Sequence[Path], base: Path) -> tuple[dict[Path, Key], dict[Path, Key]]:
+    """Tell images from masks; return the key of each."""
+    photos = {path.with_suffix("") for path in pictures if path.suffix.lower() in _PHOTOS}
+    images: dict[Path, Key] = {}
+    masks: dict[Path, Key] = {}
+    for path in pictures:
+        is_mask, key = mask_place(path.relative_to(base))
+        is_mask |= path.suffix.lower() == ".png" and path.with_suffix("") in photos
+        if _INSTANCES not in path.parts:
+            (masks if is_mask else images)[path] = key
+    return images, masks
 
 
 def _by_key(keys: Mapping[Path, Key]) -> dict[Key, Path]:
