@@ -339,7 +339,8 @@ def test_nothing_is_overwritten(source, labels, tmp_path):
     assert "d.png is another picture; name a new --root" in refusal(labels, "labelme", source)
     assert {path: path.read_bytes() for path in files} == files
     labelme(source, "d", [("disc", corners(0, 0, 3, 3), {})])
-    labels("labelme", source, "--lists", tmp_path / "lists", root=tmp_path / "other")
+    said, _ = labels("labelme", source, "--lists", tmp_path / "lists", root=tmp_path / "other")
+    assert said[-1] == f"  unlabeled: {tmp_path}/lists/unlabeled.txt"
     assert len(listed(tmp_path / "lists", "labeled")) == 3
 
 
