@@ -87,6 +87,19 @@ def test_round_trip(run, answer, tool):
     assert lines == [f"photos/{x}.jpg masks_from_{tool}/photos/{x}.png" for x in "abcd"]
 
 
+@pytest.mark.parametrize("tool", TOOLS)
+def test_round_trip_without_a_background(run, answer, tool):
+    """Every region is drawn; what none covers would be ignored."""
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("- background", "- road, wet"))
+    words = shlex.split(answer(program, "export-labels", run, "--to", tool)[-1])
+    said = answer(program, *words[3:])
+    assert "  classes: ['road, wet', disc, box]" in said
+    for letter, ids in EXPECTED.items():
+        mask = run.parents[1] / f"data/masks_from_{tool}/photos/{letter}.png"
+        assert np.array_equal(read_ids(mask), ids)
+
+
 def test_coco_export_as_pycocotools_reads_it(run, answer):
     answer(program, "export-labels", run, "--to", "coco")
     found = pycocotools.COCO(run / "labels_coco/annotations.json")

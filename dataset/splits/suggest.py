@@ -1,5 +1,6 @@
 """Suggest which unlabeled images to label next, from what a run leaves in its folder."""
 
+import shlex
 from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -147,11 +148,12 @@ def write_suggestions(run: Path, count: int, out: Path) -> list[str]:
         for row in rows
     ]
     save(_sheet(chosen, whys, labels.kind), out / "sheet.png")
+    words = [str(run), "--to", "labelme", "--images", str(out / "list.txt")]
     return [
         f"{out}: list.txt, images.csv and sheet.png of {count} of {len(candidates)} images",
         *(f"{sample.name}: mean {why}" for sample, why in zip(chosen, whys, strict=True)),
         "to correct their pseudo labels in a tool:",
-        f"  python -m dataset.prepare export-labels {run} --to labelme --images {out / 'list.txt'}",
+        f"  python -m dataset.prepare export-labels {shlex.join(words)}",
     ]
 
 

@@ -1,5 +1,6 @@
 """Pseudo labels of a run, for correction in a labeling tool."""
 
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from dataset.pseudo_labels import PseudoLabels
 from dataset.reading import read_ids
 from utils import IGNORE
 from utils.errors import UserError
+from utils.files import write_text
 
 Writer = Callable[[PseudoLabels, Path], None]
 
@@ -46,15 +48,22 @@ def export_labels(labels: PseudoLabels, tool: str, write: Writer, out: Path) -> 
     if out.exists():
         raise UserError(f"{out}: is there already; move it away, or name another place with --out")
     write(labels, out)
+    write_text(out / "classes.txt", "".join(f"{name}\n" for name in labels.kind.classes))
     ids = [read_ids(sample.mask) for sample in labels.samples]
     share = sum(np.count_nonzero(x == IGNORE) for x in ids) / sum(x.size for x in ids)
+    options = {
+        "--from": tool,
+        "--images": labels.root,
+        "--root": labels.root,
+        "--lists": labels.root / "corrected",
+        "--classes": out / "classes.txt",
+    }
+    words = [out, *(word for pair in options.items() for word in pair)]
     return [
         f"{out}: {len(labels.samples)} images; {share:.1%} of the pixels are doubtful, left open "
         f"as '{OPEN}'",
         "after correction:",
-        f"  python -m dataset.prepare labels --from {tool} {out} --images {labels.root} "
-        f"--root {labels.root} --lists {labels.root / 'corrected'} "
-        f"--classes '{','.join(labels.kind.classes)}'",
+        f"  python -m dataset.prepare labels {shlex.join(map(str, words))}",
     ]
 
 
