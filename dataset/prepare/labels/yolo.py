@@ -60,10 +60,10 @@ def _yolo_names(source: Source) -> dict[int, str]:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise UserError(f"{path}: not YAML ({error}); correct or remove it") from error
-        if isinstance(content, dict) and (names := content.get("names")):
-            return (
-                dict(sorted(names.items())) if isinstance(names, dict) else dict(enumerate(names))
-            )
+        names = content.get("names") if isinstance(content, dict) else None
+        if names:
+            pairs = sorted(names.items()) if isinstance(names, dict) else enumerate(names)
+            return {number: str(name) for number, name in pairs}
     for path in [*source.files("classes.txt"), *source.files("obj.names")]:
         return dict(enumerate(read_names(path)))
     raise UserError(
@@ -87,7 +87,5 @@ def _yolo_regions(
                 centre, half = numbers[:2] * scale, numbers[2:] * scale / 2
                 yield ignored_box((*(centre - half), *(centre + half)), size, notes)
             else:
-                yield Region(
-                    class_name(name),
-                    fill_polygons([numbers * np.resize(scale, len(numbers))], size),
-                )
+                points = numbers * np.resize(scale, len(numbers))
+                yield Region(class_name(name), fill_polygons([points], size))
