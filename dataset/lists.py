@@ -94,7 +94,7 @@ def find_pictures(place: Path, pixels: Pixels = AS_STORED) -> list[Sample]:
 
 
 def pictures_among(files: Iterable[Path], folder: Path) -> list[Path]:
-    """Return the files with a picture's suffix, by name; those hidden in the folder do not count."""
+    """Return the files with a picture's suffix, by name; those hidden in a folder do not count."""
     formats = Image.registered_extensions().items()
     known = {suffix for suffix, format_name in formats if format_name in Image.OPEN}
     found = sorted(p for p in files if p.suffix.lower() in known and p.is_file())

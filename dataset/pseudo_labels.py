@@ -41,7 +41,7 @@ def read_pseudo_labels(run: Path) -> PseudoLabels:
             found = {row["image"]: float(row["confidence"]) for row in DictReader(file)}
         confidence |= found
         for name in found:
-            sample = Sample(name, root / name, None)
+            sample = Sample(name, root / name, None, pixels=kind.pixels)
             samples[name] = sample._replace(mask=mask_file(table.parent / "masks", sample))
     if not samples:
         raise UserError(f"{run}: has no pseudo labels; stage 2 of a run writes them")

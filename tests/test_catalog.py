@@ -186,7 +186,7 @@ def test_colours_without_a_meaning_are_all_named(own):
     root = own([[0, 1]])
     colours = np.array([[[0, 0, 0], [9, 0, 255]]], np.uint8)
     Image.fromarray(colours).save(root / "c_ids.png")
-    message = r"c_ids\.png: no meaning for colour '#0900ff'; .* in dataset\.class_map.* all colours w"
+    message = r"c_ids\.png: no meaning for colour '#0900ff'; .* in dataset\.class_map.* all colours"
     with pytest.raises(UserError, match=message):
         read_splits(custom(root, class_map={"#000000": "ground", "#010101": "thing"}))
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dataset.lists import read_label, read_splits
+from dataset.lists import read_label, read_lists, read_splits
 from dataset.prepare import __main__ as program
 from dataset.prepare.labels.drawing import draw, fill_polygons
 from dataset.prepare.labels.records import Notes, Region, Source
@@ -298,7 +298,7 @@ def test_pairs_of_folders(tmp_path, labels):
         kind="custom", root=str(root), classes=list("abcdefg"), val="labeled.txt", unlabeled="4.*"
     )
     pairs = {
-        x.name: read_label(x).getpixel((0, 0)) for x in read_splits(section, ("labeled",)).labeled
+        x.name: read_label(x).getpixel((0, 0)) for x in read_lists(section, ("labeled",)).labeled
     }
     masks = {
         files[number - 1]: number % 7
