@@ -10,13 +10,12 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 
 from dataset.demo.objects import CLASSES as DEMO
-from dataset.reading import AS_STORED, Pixels
+from dataset.reading import AS_STORED, COLOURS, IDS, Pixels
 from utils import IGNORE
 from utils.config.schema import DatasetSection
 from utils.errors import UserError
 
 UNKNOWN = -1
-ID_COUNT = 65536  # ids that a mask file can hold
 
 
 def id_table(
@@ -24,24 +23,35 @@ def id_table(
     ignore: Sequence[int] = (IGNORE,),
     class_map: Mapping[int | str, int | str | None] | None = None,
 ) -> np.ndarray:
-    """Return the meaning of each id that a mask file can hold.
+    """Return the meaning of each id, or of each colour, that a mask file can hold.
 
     Args:
         classes: names by class id.
-        ignore: ids in files that count as ignored.
-        class_map: id in files to class name, class id, or None for ignored; ``other`` is all ids
-            that neither names. None: the ids in files are class ids.
+        ignore: ids in files that count as ignored; without effect on colours.
+        class_map: id in files, or colour such as ``#ff0000``, to class name, class id, or None for
+            ignored; ``other`` is all that neither names. None: the ids in files are class ids.
 
     Returns:
-        (65536,) int16 by id in files: a class id, 255 = ignored, -1 = without meaning.
+        int16 class ids, 255 = ignored, -1 = without meaning: (65536,) by id in files or, where
+        ``class_map`` has colours, (16777216,) by 0xRRGGBB.
 
     Raises:
-        UserError: ``class_map`` names no class; an id is a class and ignored.
+        UserError: ``class_map`` names no class, or has ids and colours; an id is a class and
+            ignored.
     """
     meaning = {id_: id_ for id_ in range(len(classes))}
     if class_map is not None:
         meaning = {id_: _class_id(value, classes) for id_, value in class_map.items()}
-    table = np.full(ID_COUNT, meaning.pop("other", UNKNOWN), np.int16)
+    other = meaning.pop("other", UNKNOWN)
+    colours = {int(key[1:], 16): label for key, label in meaning.items() if isinstance(key, str)}
+    if colours and len(colours) < len(meaning):
+        raise UserError(
+            "dataset.class_map: has ids and colours; name the colours alone ('#010101' is grey 1)"
+        )
+    table = np.full(COLOURS if colours else IDS, other, np.int16)
+    if colours:
+        table[list(colours)] = list(colours.values())
+        return table
     for id_ in ignore:
         if meaning.get(id_, IGNORE) != IGNORE:
             raise UserError(
@@ -71,7 +81,7 @@ class Kind(NamedTuple):
     colours: tuple[tuple[int, int, int], ...]  # (red, green, blue) in 0-255 by class id
     image_pattern: str = "JPEGImages/{}.jpg"  # where the files of bare ids are below the root
     mask_pattern: str = "SegmentationClass/{}.png"
-    ids: bytes | None = None  # meaning of the ids in masks, as ``id_table``; None: class ids, 255
+    ids: bytes | None = None  # meaning of what masks hold, as ``id_table``; None: class ids, 255
     own: bool = False  # whether the config names the classes
     pixels: Pixels = AS_STORED  # how picture files are read
 
@@ -82,6 +92,10 @@ class Kind(NamedTuple):
     def table(self) -> np.ndarray:
         """Return the meaning of the ids in masks, as ``id_table``."""
         return id_table(self.classes) if self.ids is None else np.frombuffer(self.ids, np.int16)
+
+    def spell(self, id_: int) -> str:
+        """Spell an id in mask files as ``class_map`` does: a number, or a colour in quotes."""
+        return f"'#{id_:06x}'" if len(self.ids or b"") > 2 * IDS else str(id_)
 
     def palette(self) -> bytes:
         """768 bytes for PNGs of mode P; unused ids and 255 keep Pascal's colours, 255 is white."""

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from glob import glob
 from itertools import combinations, pairwise
@@ -13,10 +14,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dataset.catalog import ID_COUNT, UNKNOWN, Kind, describe
+from dataset.catalog import UNKNOWN, Kind, describe
 from dataset.published import published_list
 from dataset.reading import (
     AS_STORED,
+    COLOURS,
+    IDS,
     Pixels,
     Traits,
     examine,
@@ -71,16 +74,13 @@ def find_pictures(place: Path, pixels: Pixels = AS_STORED) -> list[Sample]:
     Raises:
         UserError: no such place, no picture, or two whose names differ in the suffix alone.
     """
-    formats = Image.registered_extensions().items()
-    known = {suffix for suffix, format_name in formats if format_name in Image.OPEN}
     if place.is_dir():
         folder, candidates = place, place.rglob("*")
     else:  # a file fits itself, whatever letters its name has
         fitting = glob(str(place), recursive=True)  # noqa: PTH207 - Path takes no whole pattern
         candidates = [place] if place.is_file() else [Path(name) for name in fitting]
         folder = Path(os.path.commonpath([x.parent for x in candidates] or ["."]))
-    found = sorted(p for p in candidates if p.suffix.lower() in known and p.is_file())
-    found = [p for p in found if not re.search(r"(^|/)\.", p.relative_to(folder).as_posix())]
+    found = pictures_among(candidates, folder)
     if not found:
         raise UserError(
             f"{place}: no such file or folder, or no picture that Pillow reads; a pattern such as "
@@ -91,6 +91,14 @@ def find_pictures(place: Path, pixels: Pixels = AS_STORED) -> list[Sample]:
             raise UserError(f"{other}: {one.name} has this name too and would share its mask")
     names = (path.relative_to(folder).as_posix() for path in found)
     return [Sample(*pair, None, pixels=pixels) for pair in zip(names, found, strict=True)]
+
+
+def pictures_among(files: Iterable[Path], folder: Path) -> list[Path]:
+    """Return the files with a picture's suffix, by name; those hidden in a folder do not count."""
+    formats = Image.registered_extensions().items()
+    known = {suffix for suffix, format_name in formats if format_name in Image.OPEN}
+    found = sorted(p for p in files if p.suffix.lower() in known and p.is_file())
+    return [p for p in found if not re.search(r"(^|/)\.", p.relative_to(folder).as_posix())]
 
 
 def readable(samples: Sequence[Sample]) -> tuple[list[Sample], list[str]]:
@@ -374,14 +382,41 @@ def read_lists(section: DatasetSection, fields: Sequence[str] = Splits._fields) 
             "use your own"
         )
     for field in fields:
-        if section.split is None or field == "test":
-            lists[field] = read_list(_find_list(section, field, root), root, kind)
-        else:
+        place = _place_of_pictures(section.unlabeled, root) if field == "unlabeled" else None
+        if section.split is not None and field != "test":
             path, lines = published_list(section.kind, section.split, field, root)
             lists[field] = _samples_of(lines, path, root, kind)
+        elif place is not None:
+            others = read_lists(section, ("labeled", "val", "test"))
+            lists[field] = _pictures_besides(others, root, place, kind.pixels)
+        else:
+            lists[field] = read_list(_find_list(section, field, root), root, kind)
     splits = Splits(**{"labeled": [], "unlabeled": [], "val": []} | lists)
     # The masks of unlabeled images are never opened.
     return splits._replace(unlabeled=[x._replace(mask=None) for x in splits.unlabeled])
+
+
+def _place_of_pictures(name: str, root: Path) -> Path | None:
+    """Return the folder or glob below the root that stands for a list; None: it is a list."""
+    place = root / name  # or the name alone, if it is a whole path
+    if place.is_file() or not (place.is_dir() or set(name) & set("*?[")):
+        return None
+    if not place.is_relative_to(root) or ".." in place.parts[len(root.parts) :]:
+        raise UserError(f"dataset.unlabeled: {name} is not below dataset.root, {root}")
+    return place
+
+
+def _pictures_besides(others: Splits, root: Path, place: Path, pixels: Pixels) -> list[Sample]:
+    """List the pictures of a place that are no image and no mask of other lists."""
+    known = [sample for samples in others for sample in samples]
+    taken = {_file_of(sample) for sample in known}
+    taken |= {_file_of(sample._replace(image=sample.mask)) for sample in known if sample.mask}
+    found = [x for x in find_pictures(place, pixels) if _file_of(x) not in taken]
+    if not found:
+        raise UserError(
+            f"dataset.unlabeled: {place} has no picture besides those of the other lists"
+        )
+    return [sample._replace(name=sample.image.relative_to(root).as_posix()) for sample in found]
 
 
 def find_faults(
@@ -422,7 +457,7 @@ class _Seen:
     """What the files of a list show."""
 
     def __init__(self) -> None:
-        self.pixels = np.zeros(ID_COUNT, np.int64)  # of each id in mask files
+        self.pixels = Counter[int]()  # of each id in mask files
         self.traits: list[tuple[Sample, Traits]] = []  # of the images that were decoded
 
 
@@ -519,13 +554,14 @@ def _label_faults(
         try:
             if decode:
                 seen.traits.append((sample, examine(sample.image, sample.pixels)))
-            size, ids = picture_size(sample.image), read_ids(sample.mask)
+            size = picture_size(sample.image)
+            ids = read_ids(sample.mask, colours=len(table) == COLOURS)
         except UserError as error:
             yield Fault(where, "files that cannot be read", str(error))
             continue
-        counts = np.bincount(ids.ravel())
-        seen.pixels[: len(counts)] += counts
-        shown = np.flatnonzero(counts)
+        counts = _counts_of(ids)
+        seen.pixels.update(counts)
+        shown = np.array(list(counts))
         strange = shown[table[shown] == UNKNOWN].tolist()
         unknown = dict.fromkeys(strange, sample.mask) | unknown
         if ids.shape != size:
@@ -534,6 +570,15 @@ def _label_faults(
             visit(where, table[ids].astype(np.uint8))
     for _ in unknown:
         yield Fault(where, "ids without a meaning", _complaint(unknown, kind))
+
+
+def _counts_of(ids: np.ndarray) -> dict[int, int]:
+    """Count the pixels of each id, or colour, that is there."""
+    if ids.itemsize < 4:  # far faster, but as long as the highest id
+        counts = np.bincount(ids.ravel())
+        return {id_: int(counts[id_]) for id_ in np.flatnonzero(counts).tolist()}
+    shown, counts = np.unique(ids, return_counts=True)
+    return dict(zip(shown.tolist(), counts.tolist(), strict=True))
 
 
 def _size_complaint(sample: Sample, size: tuple[int, int], of_mask: tuple[int, int]) -> str:
@@ -551,24 +596,24 @@ def _size_complaint(sample: Sample, size: tuple[int, int], of_mask: tuple[int, i
     )
 
 
-def _class_faults(where: str, pixels: np.ndarray, kind: Kind, note: Note) -> Iterator[Fault]:
+def _class_faults(where: str, pixels: Counter[int], kind: Kind, note: Note) -> Iterator[Fault]:
     """Judge the classes that a list shows, by the pixels of each id in its mask files."""
-    table, shown = kind.table(), np.flatnonzero(pixels)
-    counting = [int(id_) for id_ in shown if table[id_] not in (UNKNOWN, IGNORE)]
-    left_out = [int(id_) for id_ in shown if table[id_] == IGNORE]
+    table, shown = kind.table(), sorted(pixels)
+    counting = [id_ for id_ in shown if table[id_] not in (UNKNOWN, IGNORE)]
+    left_out = [id_ for id_ in shown if table[id_] == IGNORE]
     if not counting and not left_out:
         return  # no masks, or none with an id that means something
     if not counting:
         line = f"dataset.{where}: every pixel of its masks is ignored; name other masks"
         yield Fault(where, "list without a pixel that counts", line)
         return
-    share = pixels[left_out].sum() / pixels.sum()
-    ids = ", ".join(map(str, left_out))
+    share = sum(pixels[id_] for id_ in left_out) / pixels.total()
+    ids = ", ".join(map(kind.spell, left_out))
     if left_out and len(counting) == 1:
-        most = max(left_out, key=lambda id_: pixels[id_])
+        one, most = map(kind.spell, (counting[0], max(left_out, key=lambda id_: pixels[id_])))
         line = (
-            f"dataset.{where}: its masks show id {counting[0]} and, ignored, {ids} ({share:.1%} of "
-            f"the pixels); if {most} is a class, set {_two_classes(counting[0], most, kind)}; else "
+            f"dataset.{where}: its masks show id {one} and, ignored, {ids} ({share:.1%} of "
+            f"the pixels); if {most} is a class, set {_two_classes(one, most, kind)}; else "
             "name masks of more than one class"
         )
         yield Fault(where, "one class and ignored pixels", line)
@@ -588,7 +633,7 @@ def _class_faults(where: str, pixels: np.ndarray, kind: Kind, note: Note) -> Ite
         note(f"dataset.labeled: no labeled image shows {names}, which will not be learnt")
 
 
-def _two_classes(first: int, second: int, kind: Kind) -> str:
+def _two_classes(first: str, second: str, kind: Kind) -> str:
     """Return the settings that make classes of two ids in mask files."""
     one, two = kind.classes if len(kind.classes) == 2 else ("background", "object")
     words = [f'"dataset.class_map={{{first}: {one}, {second}: {two}}}"', '"dataset.ignore=[]"']
@@ -617,11 +662,14 @@ def _bar(items: Iterable, where: str, total: int) -> tqdm:
 def _complaint(unknown: Mapping[int, Path], kind: Kind) -> str:
     """Name the ids that mean nothing, a mask that shows one, and what would give them a meaning."""
     ids = sorted(unknown)
-    named = ", ".join(map(str, ids[:20])) + (" ..." if len(ids) > 20 else "")
+    coloured = len(kind.ids or b"") > 2 * IDS
+    what = "colour" if coloured else "id"
+    where = "dataset.class_map" if coloured else "dataset.class_map or dataset.ignore"
+    named = ", ".join(map(kind.spell, ids[:20])) + (" ..." if len(ids) > 20 else "")
     known = f"from 0 to {len(kind.classes) - 1}" if kind.ids is None else "in dataset.class_map"
     return (
-        f"{unknown[ids[0]]}: no meaning for id {named}; classes are {known}: add what is missing "
-        "to dataset.class_map or dataset.ignore ('other: null' ignores all ids without a name)"
+        f"{unknown[ids[0]]}: no meaning for {what} {named}; classes are {known}: add what is "
+        f"missing to {where} ('other: null' ignores all {what}s without a name)"
     )
 
 
@@ -641,9 +689,12 @@ def _find_list(section: DatasetSection, field: str, root: Path) -> Path:
     path = root / name  # or the name alone, if it is a whole path
     if not path.is_file():
         elsewhere = Path(name).absolute() if Path(name).is_file() else "PATH, a whole path"
-        without = ", or train on labels alone by --method supervised"
+        also = {
+            "unlabeled": ", a folder or a glob; or train on labels alone by --method supervised",
+            "labeled": "; from a labeling tool: python -m dataset.prepare labels --help",
+        }
         raise UserError(
             f"dataset.{field}: {name} is not in {root}; set dataset.root=DIR or "
-            f"dataset.{field}={elsewhere}{without if field == 'unlabeled' else ''}"
+            f"dataset.{field}={elsewhere}{also.get(field, '')}"
         )
     return path

@@ -30,6 +30,7 @@ _SCALED = ("L;2", "L;4")  # raw modes whose values Pillow spreads over 0 to 255
 _SAMPLES_PER_PIXEL = 277  # tag of TIFF
 _COLOURS = ("RGB", "RGBA", "RGBX")
 _PERCENTILES = (0.5, 99.5)  # of a picture's values, black and white for ``range: percentile``
+IDS, COLOURS = 1 << 16, 1 << 24  # that a mask file can hold
 
 
 class Pixels(NamedTuple):
@@ -115,26 +116,53 @@ def examine(path: Path, pixels: Pixels = AS_STORED) -> Traits:
     return Traits(orientation, bands, read, highest if pixels.range is None else None)
 
 
-def read_ids(path: Path) -> np.ndarray:
+def read_ids(path: Path, colours: bool = False) -> np.ndarray:
     """Read the ids that a mask file holds: (H, W), uint8, or uint16 if it has more bits.
 
+    Three equal channels count as one, and so does an alpha channel that is opaque.
+
+    Args:
+        path: the file.
+        colours: read 0xRRGGBB, uint32, in place of ids; grey and palettes have colours too.
+
     Raises:
-        UserError: as ``read_image``, or more than one channel, or ids that 16 bits do not hold.
+        UserError: as ``read_image``, transparent pixels, channels that differ where ids are
+            wanted, or ids that 16 bits do not hold.
     """
     with _readable(path), _opened(path) as mask:
         if any(tile[3] in _SCALED for tile in mask.tile):
             raise UserError(f"{path}: a mask of 2 or 4 grey bits; save it with 8, or as a palette")
         mask.load()  # completely, so that a truncated file fails here
-    if mask.mode not in ("1", "L", "P") and not mask.mode.startswith("I"):
+    if mask.mode in ("LA", "RGBA"):
+        if mask.getextrema()[-1][0] < 255:
+            raise UserError(f"{path}: this mask has transparent pixels; save it without alpha")
+        mask = mask.convert(mask.mode[:-1])
+    if mask.mode not in ("1", "L", "P", "RGB") and not mask.mode.startswith("I"):
         raise UserError(
-            f"{path}: a mask has one channel of class ids, this one is {mask.mode}; "
-            "convert its colours to ids"
+            f"{path}: a mask has one channel of class ids, or colours in RGB; this one is "
+            f"{mask.mode}: save it as PNG"
         )
+    if colours:
+        channels = np.asarray(mask.convert("RGB"), np.uint32)
+        return channels @ np.array([1 << 16, 1 << 8, 1], np.uint32)
     # convert() would turn palette entries into grey; the entries' numbers are the ids.
     ids = np.asarray(mask)
+    if mask.mode == "RGB":
+        ids = _one_channel(ids, path)
     if ids.min() < 0 or ids.max() > 65535:
         raise UserError(f"{path}: ids go from {ids.min()} to {ids.max()}, not from 0 to 65535")
     return ids.astype(np.uint8 if ids.itemsize == 1 else np.uint16, copy=False)
+
+
+def _one_channel(channels: np.ndarray, path: Path) -> np.ndarray:
+    coloured = channels[(channels != channels[..., :1]).any(axis=2)]
+    if len(coloured):
+        raise UserError(
+            f"{path}: this mask holds colours, such as #{coloured[0].tobytes().hex()}; say in "
+            "dataset.class_map which class each is ('#ff0000': NAME, in quotes), or name CVAT's "
+            "file: dataset.class_map=labelmap.txt"
+        )
+    return channels[..., 0]
 
 
 def read_mask(path: Path, table: bytes | None = None) -> Image.Image:
@@ -142,14 +170,17 @@ def read_mask(path: Path, table: bytes | None = None) -> Image.Image:
 
     Args:
         path: the file.
-        table: what its ids mean, the bytes of ``dataset.catalog.id_table``; ids without a meaning
-            are ignored. None: they are class ids, and those above 255 are ignored.
+        table: what its ids or colours mean, the bytes of ``dataset.catalog.id_table``; what has no
+            meaning is ignored. None: they are class ids, and those above 255 are ignored.
 
     Raises:
         UserError: as ``read_ids``.
     """
-    ids = read_ids(path)
-    ids = np.minimum(ids, IGNORE) if table is None else np.frombuffer(table, np.int16)[ids]
+    if table is None:
+        ids = np.minimum(read_ids(path), IGNORE)
+    else:
+        meaning = np.frombuffer(table, np.int16)
+        ids = meaning[read_ids(path, colours=len(meaning) == COLOURS)]
     return Image.fromarray(ids.astype(np.uint8, copy=False))
 
 

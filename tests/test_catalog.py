@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import reading
+from conftest import SHARED, reading
 from PIL import Image
 
 from dataset.catalog import KINDS, describe, id_table, voc_colours
@@ -124,9 +124,78 @@ def test_without_a_map_ids_are_class_ids():
     assert (np.delete(table, [0, 1, 255]) == -1).all()
 
 
+def test_table_of_colours():
+    table = id_table(["a", "b"], [255], {"#0000ff": "b", "#ffffff": None, "other": "a"})
+    assert table.shape == (1 << 24,)
+    assert [int(table[colour]) for colour in (0x0000FF, 0xFFFFFF, 255 << 8)] == [1, 255, 0]
+
+
+def labelmap_root(root, lines):
+    (root / "labelmap.txt").write_text("# label:color_rgb:parts:actions\n" + lines)
+    return root
+
+
+def test_labelmap_is_read_once_into_class_map(tmp_path):
+    root = labelmap_root(tmp_path, "ground:0,0,0::\nthing: 128,0,16:arm,leg:run\n\n")
+    section = custom(root, class_map="labelmap.txt")
+    assert section.class_map == {"#000000": "ground", "#800010": "thing"}
+    assert describe(section) == describe(custom("gone", class_map=section.class_map))
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ("thing 1,2,3", r"labelmap\.txt:2: a line reads 'name:red,green,blue::', .* 'thing 1,2,3'"),
+        ("thing:1,2,300::", r"labelmap\.txt:2: a line reads .* with 0 to 255"),
+        ("thing:1,2,3::\nground:1,2,3::", r":3: ground has the colour of thing; give it another"),
+        ("", r"labelmap\.txt: names no class"),
+        ("sky:1,2,3::", r"dataset\.class_map: 'sky' is no class; there are ground, thing"),
+    ],
+)
+def test_labelmap_that_is_wrong(tmp_path, lines, told):
+    with pytest.raises(UserError, match=told):
+        describe(custom(labelmap_root(tmp_path, lines), class_map="labelmap.txt"))
+
+
+def test_labelmap_that_is_missing(tmp_path):
+    with pytest.raises(UserError, match=r"map\.txt: cannot read this label map .* dataset\.root"):
+        custom(tmp_path, class_map="map.txt")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+@pytest.mark.parametrize(
+    ("case", "keys"),
+    [
+        ("cvat", {"class_map": "labelmap.txt"}),
+        ("rgb", {"class_map": {"#000000": 0, "#800000": "disc", "#008000": "box"}}),
+        ("grey_as_rgb", {}),
+    ],
+)
+def test_masks_as_tools_write_them(case, keys):
+    """The labeled images of all three show the scenes of ``base``."""
+    classes = ["background", "disc", "box"]
+    read = [
+        read_splits(custom(SHARED / "cases" / name, classes=classes, **more))
+        for name, more in (("base", {}), (case, keys))
+    ]
+    for ours, theirs in zip(*(splits.labeled for splits in read), strict=True):
+        assert np.array_equal(*(np.asarray(read_label(sample)) for sample in (ours, theirs)))
+
+
+def test_colours_without_a_meaning_are_all_named(own):
+    root = own([[0, 1]])
+    colours = np.array([[[0, 0, 0], [9, 0, 255]]], np.uint8)
+    Image.fromarray(colours).save(root / "c_ids.png")
+    message = r"c_ids\.png: no meaning for colour '#0900ff'; .* in dataset\.class_map.* all colours"
+    with pytest.raises(UserError, match=message):
+        read_splits(custom(root, class_map={"#000000": "ground", "#010101": "thing"}))
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
+        ({"class_map": {3: "think", "#00ff00": "thing"}}, "class_map: 'think' is no class"),
+        ({"class_map": {3: "thing", "#00ff00": "thing"}}, "class_map: has ids and colours; name"),
         ({"class_map": {3: "think"}}, r"class_map: 'think' is no class; there are ground, thing"),
         ({"class_map": {3: 2}}, r"class_map: 2 is no class; there are ground, thing"),
         ({"class_map": {255: "thing"}}, r"ignore: id 255 is class 'thing' too; take it off"),

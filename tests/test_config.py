@@ -106,7 +106,8 @@ def test_methods_are_settings_over_a_config(method):
         ("name=a/b", r"name: 'a/b' is not allowed"),
         ("cache=disk", r"cache: 'disk' is not allowed: .*'ram'"),
         ("dataset.ignore=[255, -1]", r"dataset\.ignore: -1 is not allowed: .*equal to 0"),
-        ("dataset.class_map.70000=a", r"dataset\.class_map\.70000: .* from 0 to 65535; 'other'"),
+        ("dataset.class_map.70000=a", r"dataset\.class_map\.70000: .* from 0 to 65535.*'other'"),
+        ("dataset.class_map={'#ff00': a}", r"dataset\.class_map\.#ff00: .* colours from '#000000'"),
         ("dataset.class_map={7: true}", r"dataset\.class_map\.7: True is not allowed: a class is"),
         ("model=3", r"model: 3 is not allowed: a section holds 'key: value' lines"),
         ("device=0", r"device: 0 is not allowed: auto, cpu, cuda, cuda:0 \(the first"),
@@ -166,6 +167,8 @@ def test_class_map_is_kept_and_changed_id_by_id():
     assert config_from(kept, "config.yaml") == config
     changed = config_from(kept, "config.yaml", ["dataset.class_map.3=b"])
     assert changed.dataset.class_map == {3: "b", 4: 1, "other": None}
+    colours = config_from(kept, "config.yaml", ["dataset.class_map={'#FF0000': a}"])
+    assert colours.dataset.class_map["#ff0000"] == "a"
 
 
 @pytest.fixture

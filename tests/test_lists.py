@@ -349,3 +349,41 @@ def test_one_picture_under_two_names_is_in_two_lists(demo_copy, link):
     getattr(image, link)(demo_copy / "JPEGImages" / "0000.jpg")
     line = refusal(read_splits, DatasetSection(kind="demo", root=str(demo_copy)))
     assert "dataset.labeled and dataset.val share 1 images" in line
+
+
+@pytest.mark.parametrize("name", ["JPEGImages", "JPEGImages/0*.jpg", "{}/JPEGImages/"])
+def test_unlabeled_pictures_of_a_folder_or_a_glob(demo_root, name):
+    """The images of the other lists are not among them."""
+    keys = {"unlabeled": name.format(demo_root), "test": "test.txt"}
+    found = read_splits(section(demo_root, **keys)).unlabeled
+    assert found == sorted(read_splits(section(demo_root)).unlabeled)
+
+
+def test_masks_of_the_other_lists_are_not_unlabeled(tmp_path):
+    for name in ("a", "a_mask", "b", "c", "c_mask", "d", "d_mask"):
+        Image.new("L", (4, 3)).save(tmp_path / f"{name}.png")
+    for field, name in (("labeled", "a"), ("val", "c"), ("test", "d")):
+        (tmp_path / f"{field}.txt").write_text(f"{name}.png {name}_mask.png")
+    (sample,) = read_splits(section(tmp_path, unlabeled=".", test="test.txt")).unlabeled
+    assert sample.name == "b.png"
+
+
+def test_unlabeled_folder_that_gives_nothing(demo_root, demo_copy):
+    def read(root, name):
+        return refusal(read_lists, section(root, unlabeled=name), ("unlabeled",))
+
+    assert ", a folder or a glob" in read(demo_root, "gone")
+    assert "/gone/*.jpg: no such file or folder, or no picture" in read(demo_root, "gone/*.jpg")
+    assert "is not below dataset.root" in read(demo_root, str(demo_copy))
+    assert "is not below dataset.root" in read(demo_root, "..")
+    told = read(demo_root, "JPEGImages/1*.jpg")  # val
+    assert told.endswith("has no picture besides those of the other lists")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+def test_set_without_a_list_of_unlabeled_images():
+    keys = {"kind": "custom", "root": str(SHARED / "cases/nounl"), "classes": ["a", "b", "c"]}
+    assert "a folder or a glob" in refusal(read_splits, DatasetSection(**keys))
+    splits = read_splits(DatasetSection(**keys, unlabeled="photos"))
+    names = [sample.name for sample in splits.unlabeled]
+    assert names == [f"photos/00{n}.png" for n in [4, 5, 6, 7, 8, 9]]

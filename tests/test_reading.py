@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from dataset.catalog import KINDS
+from dataset.catalog import KINDS, id_table
 from dataset.lists import Sample, Splits, find_faults
 from dataset.reading import (
     Pixels,
@@ -250,11 +250,52 @@ def test_mask_holds_entries_not_colours(tmp_path, mode, bits):
     assert np.array_equal(np.asarray(ids), expected)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "F"])
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "F"])
 def test_mask_of_another_mode_is_refused(tmp_path, mode):
     Image.new(mode, (7, 9)).save(tmp_path / "m.tif")
     with pytest.raises(UserError, match=rf"m\.tif: a mask has one channel .* this one is {mode}"):
         read_mask(tmp_path / "m.tif")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_equal_channels_and_opaque_alpha_are_grey(tmp_path, mode):
+    Image.fromarray(IDS).convert(mode).save(tmp_path / "m.png")
+    assert np.array_equal(np.asarray(read_mask(tmp_path / "m.png")), IDS)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_mask_with_transparent_pixels_is_refused(tmp_path, mode):
+    mask = Image.fromarray(IDS).convert(mode)
+    mask.putpixel((3, 2), (0,) * len(mask.getbands()))
+    mask.save(tmp_path / "m.png")
+    with pytest.raises(UserError, match=r"m\.png: this mask has transparent pixels; save it w"):
+        read_mask(tmp_path / "m.png")
+
+
+def test_mask_of_colours_says_how_to_name_them(tmp_path):
+    pixels = np.zeros((4, 5, 3), np.uint8)
+    pixels[1, 2] = 128, 0, 16
+    Image.fromarray(pixels).save(tmp_path / "m.png")
+    with pytest.raises(UserError, match=r"m\.png: .*such as #800010; say in dataset\.class_map"):
+        read_mask(tmp_path / "m.png")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_are_read_by_their_table(tmp_path, mode):
+    table = id_table(["sky", "car"], class_map={"#000000": "sky", "#ff0010": "car"})
+    pixels = np.zeros((2, 3, 3), np.uint8)
+    pixels[0, 1], pixels[1, 2] = (255, 0, 16), (1, 1, 1)  # the last one has no meaning
+    Image.fromarray(pixels).convert(mode, palette=Image.Palette.ADAPTIVE).save(tmp_path / "m.png")
+    ids = read_mask(tmp_path / "m.png", table.tobytes())
+    assert np.asarray(ids).tolist() == [[0, 1, 0], [0, 0, 255]]
+
+
+def test_black_alone_is_a_colour_where_colours_are_named(tmp_path):
+    """A mask of background alone has equal channels, and is no mask of ids for that."""
+    table = id_table(["car", "sky"], class_map={"#000000": "sky", "#ff0010": "car"})
+    for mode in ("RGB", "L"):
+        Image.new(mode, (2, 1)).save(tmp_path / "m.png")
+        assert np.asarray(read_mask(tmp_path / "m.png", table.tobytes())).tolist() == [[1, 1]]
 
 
 @pytest.mark.parametrize("reader", [read_image, read_mask])

@@ -3,6 +3,8 @@
 ``weights resnet101 …`` writes torchvision's ImageNet weights as ``pretrained/resnet101.pth``.
 ``pascal``, ``cityscapes``, ``coco`` and ``camvid`` put a public data set into the layout that
 configs read, with its lists.
+``labels`` writes masks and lists from the labels of a tool; ``export-labels`` writes the pseudo
+labels of a run for correction in a tool.
 """
 
 import os
@@ -15,6 +17,7 @@ from dataset.prepare.archives import download
 from dataset.prepare.camvid import CAMVID
 from dataset.prepare.cityscapes import CITYSCAPES
 from dataset.prepare.coco import COCO_2017
+from dataset.prepare.labels.commands import add_commands
 from dataset.prepare.pascal import PASCAL
 from dataset.prepare.work import prepare
 from utils.errors import Parser, UserError, exit_with_one_line
@@ -44,8 +47,11 @@ def main() -> None:
         one.add_argument(
             "--workers", type=int, default=os.cpu_count(), metavar="N", help="threads; all cores"
         )
+    add_commands(commands)
     typed = parser.parse_args()
-    if typed.command == "weights":
+    if "run" in typed:
+        typed.run(typed)
+    elif typed.command == "weights":
         fetch_weights(typed.names, typed.to, typed.mirror)
     else:
         prepare(DATA_SETS[typed.command], typed.root, typed.download, typed.workers)

@@ -10,8 +10,9 @@ import numpy as np
 
 from dataset.catalog import KINDS
 from dataset.prepare.archives import Archive
+from dataset.prepare.labels.drawing import draw
+from dataset.prepare.labels.records import Notes, Region
 from dataset.prepare.work import DataSet, Step, refuse_missing
-from utils import IGNORE
 from utils.errors import UserError
 from utils.panels import save_mask
 
@@ -60,15 +61,16 @@ def draw_mask(found: Any, image_id: int) -> np.ndarray:
     cover it, 0 without any. It is ignored, 255, where instances of two classes overlap, as in
     torchvision's reference, and in crowds; the rule of published masks is not documented.
     """
-    labels = {category: label for label, category in enumerate(sorted(found.cats), start=1)}
-    ids = np.zeros((found.imgs[image_id]["height"], found.imgs[image_id]["width"]), np.uint8)
-    for entry in found.imgToAnns.get(image_id, ()):
-        label = IGNORE if entry["iscrowd"] else labels[entry["category_id"]]
-        covered = found.annToMask(entry).astype(bool)
-        claimed = covered & (ids != 0) & (ids != label)
-        ids[covered] = label
-        ids[claimed] = IGNORE
-    return ids
+    image = found.imgs[image_id]
+    regions = (
+        Region(
+            None if entry["iscrowd"] else found.cats[entry["category_id"]]["name"],
+            found.annToMask(entry).astype(bool),
+        )
+        for entry in found.imgToAnns.get(image_id, ())
+    )
+    size = image["height"], image["width"]
+    return draw(regions, size, KIND.classes, "ignored", Notes())[0]
 
 
 @contextmanager

@@ -41,8 +41,8 @@ def prepare(data: DataSet, root: Path, fetch: bool, workers: int) -> None:
         UserError: a package, an archive, a source or an image is missing, before anything is
             written; later what a step raises, or a list with other lines is there.
     """
-    if data.requires and find_spec(data.requires) is None:
-        raise UserError(f"{data.requires}: not installed; run: pip install {data.requires}")
+    if data.requires:
+        require(data.requires)
     provide(root, data.archives, fetch)
     lists, steps = data.plan(root)
     for step in steps:
@@ -61,6 +61,17 @@ def prepare(data: DataSet, root: Path, fetch: bool, workers: int) -> None:
     write_lists(root, lists)
     counts = ", ".join(f"{name}.txt ({count} images)" for name, count in data.counts.items())
     print(f"{root}: ready, with {counts}")
+
+
+def require(package: str, name: str | None = None) -> None:
+    """Raise a ``UserError`` if a package is missing.
+
+    Args:
+        package: as it is imported.
+        name: as it is installed; None: the same.
+    """
+    if find_spec(package) is None:
+        raise UserError(f"{name or package}: not installed; run: pip install {name or package}")
 
 
 def refuse_missing(files: Iterable[Path]) -> None:

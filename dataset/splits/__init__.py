@@ -1,1 +1,1 @@
-"""Lists of images: ``python -m dataset.splits make | check``."""
+"""Lists of images: ``python -m dataset.splits make | check | suggest``."""

@@ -1,7 +1,8 @@
-"""Lists of images: ``python -m dataset.splits make | check``.
+"""Lists of images: ``python -m dataset.splits make | check | suggest``.
 
-make    draw a labeled list from a training list, for example 1/8 of it
-check   look for what would invalidate a result: counts, overlaps, files, classes
+make      draw a labeled list from a training list, for example 1/8 of it
+check     look for what would invalidate a result: counts, overlaps, files, classes
+suggest   choose the unlabeled images of a run that are worth a label
 """
 
 import argparse
@@ -14,6 +15,7 @@ from dataset.lists import find_root
 from dataset.query import QueryRule
 from dataset.splits.check import audit, table_of
 from dataset.splits.make import make_lists
+from dataset.splits.suggest import write_suggestions
 from utils.config.reading import read_config
 from utils.errors import Parser, UserError, exit_with_one_line
 from utils.files import write_json
@@ -40,6 +42,11 @@ def main() -> None:
     one.set_defaults(run=check)
     add("--config", required=True, help="names lists, root and query rule")
     add("--json", type=Path, metavar="FILE", help="write what was found here")
+    add = (one := commands.add_parser("suggest")).add_argument
+    one.set_defaults(run=suggest)
+    add("folder", type=Path, metavar="RUN", help="outdir/<name>, of which stage 2 has ended")
+    add("--count", type=int, default=20, help="of images to label (20)")
+    add("--out", type=Path, metavar="DIR", help="gets list, table and pictures (RUN/suggested)")
     typed, settings = parser.parse_known_args()
     if unknown := [word for word in settings if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -72,6 +79,14 @@ def check(typed: argparse.Namespace, settings: list[str]) -> None:
     if problems := found["problems"]:
         more = f" ({len(problems)} sorts of problems are listed above)"
         raise UserError(problems[0]["example"] + (more if len(problems) > 1 else ""))
+
+
+def suggest(typed: argparse.Namespace, settings: list[str]) -> None:
+    """Write which images to label next, and print why."""
+    if settings:
+        raise UserError(f"{settings[0]}: suggest takes no settings; they are the run's")
+    out = typed.folder / "suggested" if typed.out is None else typed.out
+    print(*write_suggestions(typed.folder, typed.count, out), sep="\n")
 
 
 def _fraction(text: str) -> Fraction:

@@ -1,6 +1,8 @@
 """A run's settings: typed, explained, read from YAML, checked before anything starts."""
 
+import re
 from os.path import expanduser
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -10,8 +12,12 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
+
+from utils.config.labelmap import read_labelmap
 
 Share = Annotated[float, Field(ge=0, le=1)]
 # Upper bounds are far beyond what is of use, and keep a slip of the hand from filling the memory.
@@ -43,7 +49,12 @@ def _file_id(key: Any) -> int | str:
         return key
     if isinstance(key, str) and key.isdecimal():  # on the command line, and in a kept config
         return _file_id(int(key))
-    raise ValueError("ids in mask files go from 0 to 65535; 'other' stands for all that remain")
+    if isinstance(key, str) and re.fullmatch("#[0-9a-fA-F]{6}", key):
+        return key.lower()
+    raise ValueError(
+        "ids in mask files go from 0 to 65535, colours from '#000000' to '#ffffff'; 'other' stands "
+        "for all that remain"
+    )
 
 
 def _class(value: Any) -> int | str | None:
@@ -105,21 +116,32 @@ class DatasetSection(Section):
     # A published list of dataset/published, such as 1_16, instead of labeled, unlabeled and val.
     split: SplitName | None = None
     labeled: str = "labeled.txt"  # image and mask a line
-    unlabeled: str = "unlabeled.txt"  # image a line; a mask beside it is never opened
+    # Image a line; a mask beside it is never opened. Or a folder or a glob below the root: its
+    # pictures, without those of the other lists.
+    unlabeled: str = "unlabeled.txt"
     val: str = "val.txt"  # image and mask a line
     test: str | None = None  # image and mask a line; scored once, when a run ends; null: none
     # Names of a custom kind, by class id.
     classes: ClassNames | None = None
-    # Id in mask files to class name, class id, or null for ignored; 'other' stands for the ids that
-    # neither class_map nor ignore names. null: ids in files are class ids.
+    # Id in mask files, or colour such as "#ff0000" (in quotes), to class name, class id, or null
+    # for ignored; 'other' stands for all that neither class_map nor ignore names. A file name is
+    # CVAT's labelmap.txt in the root. null: ids in files are class ids.
     class_map: ClassMap | None = None
-    ignore: FileIds = [255]  # ids in mask files that count as ignored
+    ignore: FileIds = [255]  # ids in mask files that count as ignored; not colours
     # Bands of a picture that are its red, green and blue, counted from 1, as [4, 3, 2] of a
     # satellite's TIFF. null: the picture's own colours, or grey.
     bands: tuple[Band, Band, Band] | None = None
     # Values of a picture that become black and white; or 'percentile', 0.5 and 99.5 of each
     # picture's. null: all that its bits can hold.
     range: ValueRange = None
+
+    @field_validator("class_map", mode="before")
+    @classmethod
+    def _read_labelmap(cls, value: Any, info: ValidationInfo) -> Any:
+        """Put the content of a file in its place, so that checkpoints need no file."""
+        if isinstance(value, str):
+            return read_labelmap(Path(info.data.get("root", ""), value))
+        return value
 
 
 class StrongSection(Section):

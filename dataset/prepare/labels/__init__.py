@@ -1,0 +1,1 @@
+"""Masks and lists from labeling tools: readers and writers of their files, one a module."""
