@@ -29,7 +29,7 @@ from utils.distributed import broadcast, by_first, joined
 from utils.errors import Parser, UserError, exit_with_one_line
 from utils.evaluation import lay_out_ious
 from utils.export import export
-from utils.files import write_atomically, write_json
+from utils.files import write_json
 from utils.outputs import Output, refuse_outputs
 from utils.run.folder import read_kept
 from utils.scores import laid_out
