@@ -25,14 +25,14 @@ from utils.config.reading import read_config
 from utils.config.schema import Config
 from utils.device import Device, fixed_order
 from utils.diagnosis import lay_out_diagnosis
-from utils.distributed import broadcast, by_first, joined
+from utils.distributed import broadcast, on_rank_zero, process_group
 from utils.errors import Parser, UserError, exit_with_one_line
 from utils.evaluation import lay_out_ious
 from utils.export import export
 from utils.files import write_json
 from utils.outputs import Output, refuse_outputs
 from utils.run.folder import read_kept
-from utils.scores import laid_out
+from utils.scores import lay_out_comparison
 
 _SAVED = ("confidence", "probabilities")  # what --save writes
 _READ = ("--images", "--masks", "--config", "--diagnose")  # options that name what is read
@@ -151,7 +151,7 @@ def refuse_places(arguments: argparse.Namespace, configs: Mapping[str, Config]) 
 
 def main() -> None:
     """Evaluate, segment pictures, or export."""
-    with joined(), fixed_order():
+    with process_group(), fixed_order():
         arguments = read_arguments()
         if arguments.masks is not None:
             score_masks(arguments)
@@ -166,9 +166,9 @@ def score_masks(arguments: argparse.Namespace) -> None:
     config = read_config(arguments.config, arguments.settings)
     refuse_places(arguments, {"--config": config})
     results = broadcast(evaluate_masks, config, arguments.masks)
-    by_first(print)(lay_out_ious(results))
+    on_rank_zero(print)(lay_out_ious(results))
     if arguments.json is not None:
-        by_first(write_json)(arguments.json, {"name": str(arguments.masks), **results})
+        on_rank_zero(write_json)(arguments.json, {"name": str(arguments.masks), **results})
 
 
 def judge_run(arguments: argparse.Namespace) -> None:
@@ -177,9 +177,9 @@ def judge_run(arguments: argparse.Namespace) -> None:
     refuse_places(arguments, {arguments.checkpoints[0]: config})
     device = Device(config.device, config.precision)
     found = diagnose(arguments.checkpoint, config, device, arguments.diagnose)
-    by_first(print)(lay_out_diagnosis(found))
+    on_rank_zero(print)(lay_out_diagnosis(found))
     for file in filter(None, (arguments.checkpoint / "diagnosis.json", arguments.json)):
-        by_first(write_json)(file, found)
+        on_rank_zero(write_json)(file, found)
 
 
 def load_networks(arguments: argparse.Namespace) -> dict[str, Segmenter]:
@@ -201,14 +201,14 @@ def load_networks(arguments: argparse.Namespace) -> dict[str, Segmenter]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, segment or export as the command line says; rank 0 prints."""
-    say = by_first(print)
+    say = on_rank_zero(print)
     nets = load_networks(arguments)
     net = next(iter(nets.values()))
     if len(nets) > 1 or arguments.markdown:
         comparison = compare(nets)
-        say(laid_out(comparison, arguments.markdown))
+        say(lay_out_comparison(comparison, arguments.markdown))
         if arguments.json is not None:
-            by_first(write_json)(arguments.json, comparison)
+            on_rank_zero(write_json)(arguments.json, comparison)
         return
     if arguments.export is not None:
         if arguments.export.suffix in checkpoint.SUFFIXES:
@@ -230,7 +230,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json is not None:
         stage = {"miou": results["miou"], "epoch": net.origin.get("epoch")}
         stages = {str(net.origin.get("stage", "checkpoint")): stage}
-        by_first(write_json)(arguments.json, {"name": net.config.name, **results, "stages": stages})
+        on_rank_zero(write_json)(
+            arguments.json, {"name": net.config.name, **results, "stages": stages}
+        )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dataset.cache import sample_reader
-from dataset.catalog import describe
+from dataset.catalog import dataset_info
 from dataset.lists import (
     Sample,
     SampleReader,
@@ -29,7 +29,7 @@ from dataset.lists import (
     refuse_broken_images,
     with_pseudo_masks,
 )
-from dataset.loader import Chance, batch_keys, training_batches, whole_images
+from dataset.loader import RandomStreams, batch_keys, training_batches, whole_images
 from dataset.predictions import draw_examples, keep_predictions
 from dataset.query import Querier, QueryIndex, QueryRule, build_query_index
 from dataset.training import LabeledPair, LabeledPairs, RetrainSample, RetrainSamples, parts
@@ -48,18 +48,18 @@ from utils.config.reading import METHODS, read_config
 from utils.config.schema import Config, OhemSection, TrainingSection
 from utils.device import Device, fixed_order
 from utils.distributed import (
+    all_reduce_count,
     averaging,
     broadcast,
     broadcast_buffers,
-    by_first,
-    counted,
-    joined,
-    merged,
+    gather_dict,
+    on_rank_zero,
     parallel,
+    process_group,
     rank,
 )
 from utils.errors import Parser, UserError, exit_with_one_line
-from utils.evaluation import ConfusionMatrix, Predictor, passes, validate
+from utils.evaluation import ConfusionMatrix, Predictor, iterate_batches, validate
 from utils.files import in_background, write_csv
 from utils.optimization import Optimization
 from utils.panels import save_mask
@@ -74,7 +74,7 @@ def train(
     config: Config, from_stage: int | None = None, fresh: bool = False, verify: bool = False
 ) -> None:
     """Run the six stages, or those that are left of them."""
-    info, notes = describe(config.dataset), list[str]()
+    info, notes = dataset_info(config.dataset), list[str]()
     splits = read_splits(config.dataset, lists_of(config.stages), notes.append)
     truth = read_truth(config.dataset, config.panels.truth)  # is drawn, nothing else
     refuse_batch_sizes(config, len(splits.labeled), len(splits.unlabeled))
@@ -115,7 +115,7 @@ def train(
 
 def train_supervised(stage: Stage, splits: Splits, index: QueryIndex | None) -> Report:
     """Stage 1: pairs of labeled images, cross entropy on both, and the consistency loss."""
-    config, streams = stage.config, Chance(stage.config.seed, stage.name)
+    config, streams = stage.config, RandomStreams(stage.config.seed, stage.name)
     net = _new_network(stage, streams)
     read = sample_reader(config.cache, splits.labeled, config.workers)
     shares = config.pairs_share_classes
@@ -133,7 +133,7 @@ def train_supervised(stage: Stage, splits: Splits, index: QueryIndex | None) -> 
         labeled_loss=_labeled_loss(config.ohem),
         consistency=config.supervised.consistency,
     )
-    objective = SupervisedObjective(loss, ClassPixels(len(describe(config.dataset).classes)))
+    objective = SupervisedObjective(loss, ClassPixels(len(dataset_info(config.dataset).classes)))
     return fit(stage, net, objective, TrainingData(pairs, splits.val), config.supervised)
 
 
@@ -142,7 +142,7 @@ def write_pseudo_labels(
     stage: Stage, teacher: Path, splits: Splits, unlabeled: Sequence[Sample]
 ) -> Report:
     """Stages 2 and 5: the most probable class of every pixel by teacher and votes, as PNGs."""
-    config, palette = stage.config, describe(stage.config.dataset).palette()
+    config, palette = stage.config, dataset_info(stage.config.dataset).palette()
     device, file = stage.device, checkpoint_of(teacher)
     labeler = PseudoLabeler(config, device, file, splits.labeled, partial(_say, stage))
     shown = {x.name for x in shown_samples(splits.unlabeled, config.panels.images)}
@@ -158,7 +158,7 @@ def write_pseudo_labels(
 
     with in_background(max(1, config.workers)) as write:  # while the next batches are predicted
         kept = []
-        for batch in passes(loader, stage.device, stage.name):
+        for batch in iterate_batches(loader, stage.device, stage.name):
             samples = [unlabeled[index] for index in batch.index.tolist()]
             opinions = labeler(batch.image, tuple(batch.label.shape[-2:]))
             for number, sample in enumerate(samples):
@@ -170,10 +170,10 @@ def write_pseudo_labels(
             ids = ids.where(probabilities >= config.pseudo_label.threshold, IGNORE)
             means = probabilities.mean(dim=(1, 2)).tolist()
             kept.append(write(keep, samples, ids.byte().cpu().numpy(), means))
-    done |= merged([batch.result() for batch in kept])
+    done |= gather_dict([batch.result() for batch in kept])
     confidences = {sample.name: done[sample.name] for sample in unlabeled}
     table = ("image", "confidence"), confidences.items()
-    by_first(write_csv)(stage.folder / "confidence.csv", *table)
+    on_rank_zero(write_csv)(stage.folder / "confidence.csv", *table)
     mean = sum(confidences.values()) / max(1, len(confidences))
     return {"images": len(confidences), "confidence": mean}
 
@@ -192,7 +192,7 @@ def retrain(
 ) -> Report:
     """Stages 4 and 6: a student on labeled and pseudo-labeled images."""
     config, settings = stage.config, stage.config.retrain
-    streams, teacher_file = Chance(config.seed, stage.name), checkpoint_of(source.teacher)
+    streams, teacher_file = RandomStreams(config.seed, stage.name), checkpoint_of(source.teacher)
     net = _new_network(stage, streams)
     if settings.start == "teacher":
         load_weights(net, teacher_file)
@@ -215,9 +215,9 @@ def retrain(
         retrain_loss, labeled_loss=_labeled_loss(config.ohem), dropout=settings.feature_dropout
     )
     shown = shown_samples(splits.unlabeled, config.panels.images)
-    by_votes = source.labeled_by if config.pseudo_label.votes else ()
+    by_votes = source.labeled_by if config.pseudo_label.neighbours else ()
     panels = Panels(stage, samples, shown, labeler, by_votes, source.truth)
-    seen = ClassPixels(len(describe(config.dataset).classes))
+    seen = ClassPixels(len(dataset_info(config.dataset).classes))
     objective = RetrainObjective(loss, seen, labeler, panels)
     outcome = fit(stage, net, objective, TrainingData(samples, splits.val), settings)
     return {"images": len(samples), **outcome}
@@ -309,7 +309,7 @@ class RetrainObjective:
         settings = self.labeler.settings
         labeled = 1 + settings.learn_partners
         views = settings.views + (settings.feature_dropout > 0)
-        return Crops(*(batch_size * each for each in (labeled, views, self.labeler.passes)))
+        return Crops(*(batch_size * each for each in (labeled, views, self.labeler.images_passed)))
 
     def draw(self, net: nn.Module, epoch: int, iteration: int) -> None:
         """Draw the panels."""
@@ -334,7 +334,7 @@ def supervised_loss(
 
     Source: docs/method.md, sections 3 and 9.
     """
-    pixels, partner_pixels, pairs = counted(
+    pixels, partner_pixels, pairs = all_reduce_count(
         batch.label != IGNORE, batch.partner_label != IGNORE, batch.shared_class != IGNORE
     )
     output = net(torch.cat([pair.image, pair.partner_image]))
@@ -373,7 +373,7 @@ def retrain_loss(
         maps.unbind(1) for maps in (part.labeled_label, part.view_label, part.view_weight)
     )
     masks = [*(batch.labeled_label != IGNORE).unbind(1), *(batch.view_label != IGNORE).unbind(1)]
-    pixels = counted(*masks)
+    pixels = all_reduce_count(*masks)
     labeled_pixels, view_pixels = pixels[: len(true)], pixels[len(true) :]
     passed = torch.cat([*part.labeled_image.unbind(1), *part.view_image.unbind(1)])
     dropped = (len(part.view_image), dropout) if dropout else ()
@@ -466,7 +466,10 @@ def fit(
         UserError: the loss or the gradient of a batch is not finite.
     """
     config, device, size = stage.config, stage.device, settings.batch_size
-    streams, steps = Chance(config.seed, stage.name), len(data.samples) // size  # steps an epoch
+    streams, steps = (
+        RandomStreams(config.seed, stage.name),
+        len(data.samples) // size,
+    )  # steps an epoch
     iterations = settings.iterations or steps * settings.epochs
     epochs = math.ceil(iterations / steps)  # the last one may be shorter
     average, seen = objective.average, objective.seen.to(device.torch_device)
@@ -477,7 +480,7 @@ def fit(
     step_of = TrainingStep(parallel(net), objective, optimization, device, settings.accumulate)
     stable = config.select.score == "stability" and stage.name.startswith("1")
     earlier = [math.ceil(epochs * share) for share in EARLIER if stable]
-    classes, best = describe(config.dataset).classes, config.evaluate.checkpoint == "best"
+    classes, best = dataset_info(config.dataset).classes, config.evaluate.checkpoint == "best"
     crops = objective.crops(size)
     bar = StageBar(stage.name, iterations, steps, crops.labeled + crops.unlabeled)
     with bar, Progress(stage, net, optimization, bar, seen) as at:
@@ -521,13 +524,13 @@ def _validate(stage: Stage, net: nn.Module, val: Sequence[Sample]) -> ConfusionM
     """Compare a network's predictions with the labels of a list. Collective."""
     loader = whole_images(stage.config, val, net.preprocessing)
     predict = Predictor(net.eval(), stage.device, stage.config.inference)
-    return validate(predict, loader, len(describe(stage.config.dataset).classes))
+    return validate(predict, loader, len(dataset_info(stage.config.dataset).classes))
 
 
-def _new_network(stage: Stage, streams: Chance) -> nn.Module:
+def _new_network(stage: Stage, streams: RandomStreams) -> nn.Module:
     """Build a network from the backbone's weights; the head is initialised at random."""
     torch.manual_seed(streams.torch_seed())
-    settings, info = stage.config.model, describe(stage.config.dataset)
+    settings, info = stage.config.model, dataset_info(stage.config.dataset)
     encoder = settings.pretrained if settings.init is None else None
     net = stage.device.place(network_of(settings, len(info.classes), encoder))
     weights, images = net.pretrained_from or "initialised at random", net.preprocessing
@@ -544,7 +547,7 @@ def _labeled_loss(ohem: OhemSection | None) -> LabeledLoss:
 
 
 def _querier(config: Config, splits: Splits, index: QueryIndex, read: SampleReader) -> Querier:
-    rule = QueryRule.of(config.query, describe(config.dataset))
+    rule = QueryRule.of(config.query, dataset_info(config.dataset))
     return Querier(splits.labeled, index, rule, config.augment, read)
 
 
@@ -554,7 +557,7 @@ def _say(stage: Stage, text: str) -> None:
 
 def _score(run: Run, stage: Path, samples: Sequence[Sample]) -> Report:
     """Score a stage's network on a list. Collective."""
-    classes = describe(run.config.dataset).classes
+    classes = dataset_info(run.config.dataset).classes
     predict, loader = _open_network(run, stage, samples)
     return validate(predict, loader, len(classes)).report(classes)
 
@@ -568,7 +571,7 @@ def _open_network(run: Run, stage: Path, samples: Sequence[Sample]) -> tuple[Pre
 
 def _keep_predictions(run: Run, val: Sequence[Sample], *stages: Path) -> None:
     """Keep the predictions of val by the networks of stages, and draw some of them."""
-    folder, info = run.folder / "val", describe(run.config.dataset)
+    folder, info = run.folder / "val", dataset_info(run.config.dataset)
     for stage in stages:
         made_from = run.digest(checkpoint_of(stage))
         opened = partial(_open_network, run, stage, val)
@@ -579,7 +582,7 @@ def _keep_predictions(run: Run, val: Sequence[Sample], *stages: Path) -> None:
 
 def main() -> None:
     """Read the command line and train; with ``torchrun``, as one of several processes."""
-    with joined():
+    with process_group():
         train(*read_arguments())
 
 

@@ -74,7 +74,7 @@ def _class_id(value: int | str | None, classes: Sequence[str]) -> int:
     raise UserError(f"dataset.class_map: {value!r} is no class; there are {known} (null: ignored)")
 
 
-class Kind(NamedTuple):
+class DatasetInfo(NamedTuple):
     """A data set."""
 
     classes: tuple[str, ...]  # names by class id
@@ -122,25 +122,25 @@ _CAMVID = (
 )  # each with its colour
 
 
-def _by_voc_colours(classes: tuple[str, ...], own: bool = False) -> Kind:
-    return Kind(classes, voc_colours(len(classes)), own=own)
+def _by_voc_colours(classes: tuple[str, ...], own: bool = False) -> DatasetInfo:
+    return DatasetInfo(classes, voc_colours(len(classes)), own=own)
 
 
 KINDS = {
     "pascal": _by_voc_colours(("background", *_PASCAL)),
-    "cityscapes": Kind(
+    "cityscapes": DatasetInfo(
         tuple(each.name for each in _CITYSCAPES),
         tuple(each.color for each in _CITYSCAPES),
         "leftImg8bit/{}_leftImg8bit.png",
         "gtFine/{}_gtFine_labelTrainIds.png",
     ),
-    "coco": Kind(
+    "coco": DatasetInfo(
         ("background", *_COCO),
         voc_colours(81),
         "train2017/{}.jpg",  # of training; lists name the images of val2017 by path
         "masks/{}.png",
     ),
-    "camvid": Kind(
+    "camvid": DatasetInfo(
         tuple(_CAMVID.split()[::2]),
         tuple(tuple(bytes.fromhex(colour)) for colour in _CAMVID.split()[1::2]),
     ),
@@ -148,7 +148,7 @@ KINDS = {
 }
 
 
-def describe(section: DatasetSection) -> Kind:
+def dataset_info(section: DatasetSection) -> DatasetInfo:
     """Look up the config's data set.
 
     Raises:

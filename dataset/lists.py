@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dataset.catalog import UNKNOWN, Kind, describe
+from dataset.catalog import UNKNOWN, DatasetInfo, dataset_info
 from dataset.published import published_list
 from dataset.reading import (
     AS_STORED,
@@ -42,7 +42,7 @@ class Sample(NamedTuple):
     name: str  # the image's path relative to the root; identifies the sample
     image: Path
     mask: Path | None  # of the label or pseudo label, if there is one
-    ids: bytes | None = None  # meaning of the ids in the mask, as in ``Kind``
+    ids: bytes | None = None  # meaning of the ids in the mask, as in ``DatasetInfo``
     pixels: Pixels = AS_STORED  # how the image is read
 
 
@@ -149,7 +149,7 @@ _BY_COMMA = re.compile(r"([^,;\s]+\.\w+)\s*[,;]\s*([^,;\s]+\.\w+)")
 _WORD = re.compile(r'"([^"]*)"|([^\s"]+)')
 
 
-def read_list(path: Path, root: Path, kind: Kind | None) -> list[Sample]:
+def read_list(path: Path, root: Path, kind: DatasetInfo | None) -> list[Sample]:
     """Read ``image [mask]`` lines, or bare ids as U2PL has them; blank lines do not count.
 
     Paths are relative to the root, with or without a leading slash, or whole paths in it; slashes
@@ -166,7 +166,9 @@ def read_list(path: Path, root: Path, kind: Kind | None) -> list[Sample]:
     return _samples_of(lines, path, root, kind)
 
 
-def _samples_of(lines: Iterable[str], path: Path, root: Path, kind: Kind | None) -> list[Sample]:
+def _samples_of(
+    lines: Iterable[str], path: Path, root: Path, kind: DatasetInfo | None
+) -> list[Sample]:
     samples: dict[str, Sample] = {}  # by name without suffix
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -187,7 +189,7 @@ def _samples_of(lines: Iterable[str], path: Path, root: Path, kind: Kind | None)
     return list(samples.values())
 
 
-def _read_line(line: str, place: str, root: Path, kind: Kind | None) -> Sample:
+def _read_line(line: str, place: str, root: Path, kind: DatasetInfo | None) -> Sample:
     if line.count('"') % 2:
         raise UserError(f"{place}: a double quote is not closed in {line!r}")
     words = [quoted or plain for quoted, plain in _WORD.findall(line.replace("\\", "/"))]
@@ -322,7 +324,7 @@ def read_splits(
         UserError: as ``read_lists``, or the first fault of ``find_faults``.
     """
     splits = read_lists(section, fields)
-    for fault in find_faults(splits, describe(section), note=note):
+    for fault in find_faults(splits, dataset_info(section), note=note):
         raise UserError(fault.line)
     return splits
 
@@ -357,7 +359,7 @@ def read_truth(section: DatasetSection, name: str | None) -> dict[str, Sample]:
     """
     if name is None:
         return {}
-    root, kind = find_root(section), describe(section)
+    root, kind = find_root(section), dataset_info(section)
     if not (root / name).is_file():
         raise UserError(
             f"panels.truth: {name} is not in {root}; set panels.truth=null, or name a whole path"
@@ -372,7 +374,7 @@ def read_lists(section: DatasetSection, fields: Sequence[str] = Splits._fields) 
     Raises:
         UserError: no root; a list that cannot be read; a published split beside lists of one's own.
     """
-    root, kind, lists = find_root(section), describe(section), {}
+    root, kind, lists = find_root(section), dataset_info(section), {}
     fields = [field for field in fields if field != "test" or section.test is not None]
     listed = [field for field in fields if field != "test"]  # no published split has one
     own = [x for x in listed if getattr(section, x) != DatasetSection.model_fields[x].default]
@@ -421,7 +423,7 @@ def _pictures_besides(others: Splits, root: Path, place: Path, pixels: Pixels) -
 
 def find_faults(
     splits: Splits,
-    kind: Kind,
+    kind: DatasetInfo,
     decode: bool = False,
     visit: Callable[[str, np.ndarray], None] | None = None,
     note: Note = _ignore,
@@ -538,7 +540,7 @@ def _look(where: str, sample: Sample, decode: bool) -> Fault | Traits | None:
 def _label_faults(
     where: str,
     samples: Sequence[Sample],
-    kind: Kind,
+    kind: DatasetInfo,
     decode: bool,
     seen: _Seen,
     visit: Callable[[str, np.ndarray], None] | None,
@@ -596,7 +598,9 @@ def _size_complaint(sample: Sample, size: tuple[int, int], of_mask: tuple[int, i
     )
 
 
-def _class_faults(where: str, pixels: Counter[int], kind: Kind, note: Note) -> Iterator[Fault]:
+def _class_faults(
+    where: str, pixels: Counter[int], kind: DatasetInfo, note: Note
+) -> Iterator[Fault]:
     """Judge the classes that a list shows, by the pixels of each id in its mask files."""
     table, shown = kind.table(), sorted(pixels)
     counting = [id_ for id_ in shown if table[id_] not in (UNKNOWN, IGNORE)]
@@ -633,7 +637,7 @@ def _class_faults(where: str, pixels: Counter[int], kind: Kind, note: Note) -> I
         note(f"dataset.labeled: no labeled image shows {names}, which will not be learnt")
 
 
-def _two_classes(first: str, second: str, kind: Kind) -> str:
+def _two_classes(first: str, second: str, kind: DatasetInfo) -> str:
     """Return the settings that make classes of two ids in mask files."""
     one, two = kind.classes if len(kind.classes) == 2 else ("background", "object")
     words = [f'"dataset.class_map={{{first}: {one}, {second}: {two}}}"', '"dataset.ignore=[]"']
@@ -642,7 +646,7 @@ def _two_classes(first: str, second: str, kind: Kind) -> str:
     return " ".join(words)
 
 
-def _without(absent: Sequence[str], kind: Kind) -> str:
+def _without(absent: Sequence[str], kind: DatasetInfo) -> str:
     """Return the way to train without some classes."""
     kept = [name for name in kind.classes if name not in absent]
     if kind.ids is not None or len(kind.classes) > _NAMED or len(kept) < 2:
@@ -659,7 +663,7 @@ def _bar(items: Iterable, where: str, total: int) -> tqdm:
     return tqdm(items, f"checking {where}", total, leave=False, disable=no_bar(), unit="image")
 
 
-def _complaint(unknown: Mapping[int, Path], kind: Kind) -> str:
+def _complaint(unknown: Mapping[int, Path], kind: DatasetInfo) -> str:
     """Name the ids that mean nothing, a mask that shows one, and what would give them a meaning."""
     ids = sorted(unknown)
     coloured = len(kind.ids or b"") > 2 * IDS

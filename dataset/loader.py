@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.lists import Sample, read_label, read_picture
-from dataset.reading import normalised, picture_size, to_pixels
+from dataset.reading import normalise, picture_size, to_pixels
 from utils import IGNORE, IMAGENET, Preprocessing
 from utils.config.schema import Config
-from utils.distributed import mine
+from utils.distributed import shard
 from utils.run.signals import ignore_interrupts
 
 Record = TypeVar("Record", bound=tuple)
@@ -28,7 +28,7 @@ class SampleKey(NamedTuple):
     index: int
 
 
-class Chance(NamedTuple):
+class RandomStreams(NamedTuple):
     """Random generators, as a function of the run's seed and the stage's name."""
 
     seed: int
@@ -46,7 +46,7 @@ class Chance(NamedTuple):
 
 
 def epoch_batches(
-    length: int, batch_size: int, epochs: range, chance: Chance, step: int = 0
+    length: int, batch_size: int, epochs: range, chance: RandomStreams, step: int = 0
 ) -> Iterator[list[SampleKey]]:
     """Shuffle the batches of all epochs; samples that do not fill a last batch are left out.
 
@@ -64,7 +64,7 @@ def training_batches(
     dataset: Dataset[Record],
     batch_size: int,
     epochs: range,
-    chance: Chance,
+    chance: RandomStreams,
     workers: int,
     step: int = 0,
 ) -> Iterator[Record]:
@@ -81,11 +81,11 @@ def training_batches(
         step: batch of the first epoch to begin with.
     """
     batches = epoch_batches(len(dataset), batch_size, epochs, chance, step)
-    return iter(_open_loader(dataset, map(mine, batches), workers))
+    return iter(_open_loader(dataset, map(shard, batches), workers))
 
 
 def batch_keys(
-    length: int, batch_size: int, epoch: int, step: int, chance: Chance
+    length: int, batch_size: int, epoch: int, step: int, chance: RandomStreams
 ) -> list[SampleKey]:
     """Return the keys of one batch of an epoch, as ``training_batches`` had them."""
     return next(epoch_batches(length, batch_size, range(epoch, epoch + 1), chance, step))
@@ -135,7 +135,7 @@ class WholeImages(Dataset[WholeImage]):
 
     def to_numbers(self, batch: WholeImage) -> WholeImage:
         """Return a batch with normalised images and long labels, on its device."""
-        image = normalised(batch.image, self.preprocessing)
+        image = normalise(batch.image, self.preprocessing)
         return batch._replace(image=image, label=batch.label.long())
 
 
@@ -157,7 +157,7 @@ def whole_images(
         for batch in _batches_of_one_size(samples, config.inference.batch_size)
         if not all(samples[index].name in done for index in batch)
     ]
-    return _open_loader(WholeImages(samples, preprocessing), mine(batches), config.workers)
+    return _open_loader(WholeImages(samples, preprocessing), shard(batches), config.workers)
 
 
 def _batches_of_one_size(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dataset.catalog import Kind
+from dataset.catalog import DatasetInfo
 from dataset.lists import Sample, mask_file, read_picture
 from dataset.reading import read_ids
-from utils.distributed import broadcast, by_first, merged
-from utils.evaluation import ConfusionMatrix, confusion_counts, passes
+from utils.distributed import broadcast, gather_dict, on_rank_zero
+from utils.evaluation import ConfusionMatrix, confusion_counts, iterate_batches
 from utils.files import in_background, write_csv, write_text
 from utils.panels import in_colour, panel, save, save_mask
 
@@ -24,7 +24,7 @@ def keep_predictions(
     stage: str,
     made_from: str,
     val: Sequence[Sample],
-    kind: Kind,
+    kind: DatasetInfo,
     open_network: Callable[[], tuple[Callable[[Tensor, tuple[int, int]], Tensor], Any]],
 ) -> None:
     """Predict whole images by a stage's network; write what tells where it is right. Collective.
@@ -47,7 +47,7 @@ def keep_predictions(
     predict, loader = open_network()
     counts, rows = ConfusionMatrix(classes), []  # rows of each batch
     with in_background(max(1, loader.num_workers)) as write:
-        for batch in passes(loader, predict.device, f"predicting {stage}"):
+        for batch in iterate_batches(loader, predict.device, f"predicting {stage}"):
             ids = predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
             of_images = confusion_counts(ids, batch.label, classes).cpu()
             masks, labels = (maps.byte().cpu().numpy() for maps in (ids, batch.label))
@@ -64,23 +64,23 @@ def keep_predictions(
                 shown = ["" if score != score else score for score in scores]
                 paths = sample.image.absolute(), true.relative_to(folder).as_posix()
                 rows[-1][index] = (sample.name, *shown, *paths)
-    table = [row for _, row in sorted(merged(rows).items())]
+    table = [row for _, row in sorted(gather_dict(rows).items())]
     columns = ("image", "miou", "pixel_accuracy", "picture", "label")
-    by_first(write_csv)(place / "images.csv", columns, table)
+    on_rank_zero(write_csv)(place / "images.csv", columns, table)
     named = zip(kind.classes, counts.reduce().counts.tolist(), strict=True)
     header = ("class", *kind.classes)
-    by_first(write_csv)(place / "confusion.csv", header, [(name, *row) for name, row in named])
-    by_first(os.sync)()  # the masks are on the disk before the file that says so
-    by_first(write_text)(place / "made_from", made_from)
+    on_rank_zero(write_csv)(place / "confusion.csv", header, [(name, *row) for name, row in named])
+    on_rank_zero(os.sync)()  # the masks are on the disk before the file that says so
+    on_rank_zero(write_text)(place / "made_from", made_from)
 
 
 def _content(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
-@by_first
+@on_rank_zero
 def draw_examples(
-    path: Path, folder: Path, stages: Sequence[str], val: Sequence[Sample], kind: Kind
+    path: Path, folder: Path, stages: Sequence[str], val: Sequence[Sample], kind: DatasetInfo
 ) -> None:
     """Draw a few validation images, their labels and the kept predictions of stages, as a PNG."""
     palette, rows = kind.palette(), []

@@ -4,7 +4,7 @@ from csv import DictReader
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.catalog import Kind, describe
+from dataset.catalog import DatasetInfo, dataset_info
 from dataset.lists import Sample, find_root, mask_file
 from utils.config.reading import read_config
 from utils.config.schema import Config
@@ -17,7 +17,7 @@ class PseudoLabels(NamedTuple):
     """What a run predicts of unlabeled images."""
 
     config: Config  # of the run
-    kind: Kind
+    kind: DatasetInfo
     root: Path  # of the data
     samples: list[Sample]  # by name, with their masks: class ids, 255 where they are doubtful
     confidence: dict[str, float]  # by name: mean probability of the pixels' classes
@@ -32,7 +32,7 @@ def read_pseudo_labels(run: Path) -> PseudoLabels:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: is no run folder (it has no config.yaml); name outdir/<name>")
     config = read_config(str(run / "config.yaml"))
-    kind, root = describe(config.dataset), find_root(config.dataset)
+    kind, root = dataset_info(config.dataset), find_root(config.dataset)
     samples, confidence = dict[str, Sample](), dict[str, float]()
     for table in (run / stage / "confidence.csv" for stage in STAGES):
         if not table.is_file():  # a stage that has not ended

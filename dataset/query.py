@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dataset.catalog import Kind
+from dataset.catalog import DatasetInfo
 from dataset.lists import Sample, SampleReader, read_label, read_sample
 from dataset.reading import to_input, to_label
 from dataset.transforms import random_view
@@ -27,7 +27,7 @@ class QueryRule(NamedTuple):
     excluded: frozenset[int]  # class ids that never count
 
     @classmethod
-    def of(cls, section: QuerySection, kind: Kind) -> "QueryRule":
+    def of(cls, section: QuerySection, kind: DatasetInfo) -> "QueryRule":
         """Read the rule off a config; a ``UserError`` if ``query.exclude`` names no class."""
         for name in {*section.exclude} - {*kind.classes}:
             known = ", ".join(kind.classes)

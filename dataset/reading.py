@@ -210,7 +210,7 @@ def orientation_of(path: Path) -> int:
 
 def to_input(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     """Return an RGB picture as the network takes it: (3, H, W) float32, normalised."""
-    return normalised(to_pixels(image), preprocessing)
+    return normalise(to_pixels(image), preprocessing)
 
 
 def to_pixels(image: Image.Image) -> Tensor:
@@ -218,7 +218,7 @@ def to_pixels(image: Image.Image) -> Tensor:
     return tf.pil_to_tensor(image).contiguous()  # planes now, as bytes, not later as floats
 
 
-def normalised(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Normalise (..., 3, H, W) RGB, uint8 in 0-255 or float in [0, 1]; the result is float32."""
     mean, std = list(preprocessing.mean), list(preprocessing.std)
     return tf.normalize(tf.to_dtype(pixels, torch.float32, scale=True), mean, std)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataset.lists import Sample, SampleReader, read_sample
-from dataset.loader import Chance, SampleKey
+from dataset.loader import RandomStreams, SampleKey
 from dataset.query import NoPartner, Partner, Querier
 from dataset.reading import to_input, to_label
 from dataset.transforms import random_view, recolour
@@ -60,7 +60,7 @@ class LabeledPairs(Dataset[LabeledPair]):
 
     labeled: Sequence[Sample]
     augment: AugmentSection
-    chance: Chance
+    chance: RandomStreams
     repeat: int = 1
     querier: Querier | None = None
     read: SampleReader = read_sample
@@ -104,7 +104,7 @@ class RetrainSamples(Dataset[RetrainSample]):
     unlabeled: Sequence[Sample]  # their masks are pseudo labels
     labeled: Sequence[Sample]
     augment: AugmentSection
-    chance: Chance
+    chance: RandomStreams
     views: int = 1
     strong_teacher: bool = False
     querier: Querier | None = None

@@ -11,7 +11,7 @@ from utils import IGNORE
 from utils.config.schema import AugmentSection, StrongSection
 
 
-class View(NamedTuple):
+class CropParams(NamedTuple):
     """Scale, crop and mirror, the same for an image and its mask."""
 
     scaled: tuple[int, int]  # (height, width) the whole image is resized to
@@ -70,7 +70,7 @@ def random_view(
     augment: AugmentSection,
     rng: np.random.Generator,
     target: tuple[int, int] | None = None,
-) -> View:
+) -> CropParams:
     """Draw a weak augmentation: long side to U(scale) x base_size, random crop, mirror.
 
     ``size`` is the image's (height, width), ``target`` the (row, column) of a pixel of it that the
@@ -86,7 +86,7 @@ def random_view(
             first = min(max(first, aim - augment.crop_size + 1), last)
             last = max(min(last, aim), first)
         corner.append(int(rng.integers(first, last, endpoint=True)))
-    return View(scaled, corner[0], corner[1], augment.crop_size, bool(rng.random() < 0.5))
+    return CropParams(scaled, corner[0], corner[1], augment.crop_size, bool(rng.random() < 0.5))
 
 
 def recolour(image: Image.Image, settings: StrongSection, rng: np.random.Generator) -> Image.Image:

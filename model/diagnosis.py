@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from dataset.catalog import describe
+from dataset.catalog import dataset_info
 from dataset.lists import (
     Sample,
     Splits,
@@ -27,7 +27,7 @@ from dataset.lists import (
     read_list,
     read_splits,
 )
-from dataset.loader import Chance, WholeImage, whole_images
+from dataset.loader import RandomStreams, WholeImage, whole_images
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.reading import read_mask, to_label
 from dataset.training import RetrainSample
@@ -38,9 +38,9 @@ from utils import IGNORE
 from utils.config.schema import Config
 from utils.device import Device
 from utils.diagnosis import WeightQuality, rank_correlation
-from utils.distributed import broadcast, by_first
+from utils.distributed import broadcast, on_rank_zero
 from utils.errors import UserError
-from utils.evaluation import ConfusionMatrix, base_size, passes, resize_images
+from utils.evaluation import ConfusionMatrix, base_size, iterate_batches, resize_images
 from utils.run.folder import read_scores, stage_again
 from utils.run.stages import checkpoint_of
 
@@ -66,7 +66,7 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> dict[str
     Raises:
         UserError: the list names no unlabeled image with a mask; a mask that training would refuse.
     """
-    info, splits = describe(config.dataset), read_splits(config.dataset)
+    info, splits = dataset_info(config.dataset), read_splits(config.dataset)
     unlabeled = {sample.name for sample in splits.unlabeled}
     listed = read_list(truth, Path(config.dataset.root), info)
     samples = [sample for sample in listed if sample.mask and sample.name in unlabeled]
@@ -129,15 +129,17 @@ def _judge(
     run: Judged, samples: Sequence[Sample]
 ) -> tuple[dict[str, ConfusionMatrix], dict[str, WeightQuality]]:
     """Judge teacher 1, votes and both; and every weight of the teacher's most probable classes."""
-    config, device, info = run.config, run.device, describe(run.config.dataset)
+    config, device, info = run.config, run.device, dataset_info(run.config.dataset)
     file = checkpoint_of(run.folder / "1_supervised")
-    labeler = PseudoLabeler(config, device, file, run.splits.labeled, by_first(print))
+    labeler = PseudoLabeler(config, device, file, run.splits.labeled, on_rank_zero(print))
     teacher = labeler.teacher
     anchors = class_anchors(config, device, teacher, run.splits.labeled)
-    querier, streams = _querier(run), Chance(config.seed, "diagnosis")
+    querier, streams = _querier(run), RandomStreams(config.seed, "diagnosis")
     matrices = defaultdict(partial(ConfusionMatrix, len(info.classes)))
     qualities = defaultdict(WeightQuality)
-    for batch in passes(whole_images(config, samples, teacher.preprocessing), device, "diagnosis"):
+    for batch in iterate_batches(
+        whole_images(config, samples, teacher.preprocessing), device, "diagnosis"
+    ):
         judged = labeler(batch.image, tuple(batch.label.shape[-2:]))
         opinions = judged._asdict() if labeler.voter else {"teacher": judged.teacher}
         for name, maps in opinions.items():
@@ -171,7 +173,7 @@ def _judge(
 
 def _querier(run: Judged) -> Querier:
     """Return what draws partners: from the index of stage 3, if it has one."""
-    info, selected = describe(run.config.dataset), run.folder / "3_select"
+    info, selected = dataset_info(run.config.dataset), run.folder / "3_select"
     rule = QueryRule.of(run.config.query, info)
     index = None
     if (selected / "stage.json").is_file():

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset.catalog import describe
+from dataset.catalog import dataset_info
 from dataset.lists import (
     Sample,
     find_pictures,
@@ -25,12 +25,12 @@ from dataset.reading import read_mask, to_label
 from model.segmenter import Segmenter
 from utils import IGNORE
 from utils.config.schema import Config
-from utils.distributed import by_first, merged
+from utils.distributed import gather_dict, on_rank_zero
 from utils.errors import UserError
-from utils.evaluation import ConfusionMatrix, confusion_counts, passes, validate
+from utils.evaluation import ConfusionMatrix, confusion_counts, iterate_batches, validate
 from utils.files import write_atomically
 from utils.panels import save_legend, save_mask, save_overlay
-from utils.scores import Scores, boundary_overlap, compared
+from utils.scores import Scores, boundary_overlap, compare_scores
 
 
 def evaluate(net: Segmenter, masks: Path | None = None) -> dict[str, Any]:
@@ -50,14 +50,14 @@ def scores_of(net: Segmenter, samples: Sequence[Sample]) -> Scores:
     """Score a network on every image of a list. Collective."""
     classes, rows = len(net.classes), []  # of each batch
     loader = whole_images(net.config, samples, net.preprocessing)
-    for batch in passes(loader, net.device, "evaluating"):
+    for batch in iterate_batches(loader, net.device, "evaluating"):
         ids = net.predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
         counts = confusion_counts(ids, batch.label, classes)
         pairs = zip(ids, batch.label, strict=True)
         overlaps = torch.stack([boundary_overlap(*pair, classes) for pair in pairs])
         of_images = zip(counts.cpu().numpy(), overlaps.cpu().numpy(), strict=True)
         rows.append(dict(zip(batch.index.tolist(), of_images, strict=True)))
-    confusion, boundary = zip(*(row for _, row in sorted(merged(rows).items())), strict=True)
+    confusion, boundary = zip(*(row for _, row in sorted(gather_dict(rows).items())), strict=True)
     return Scores([sample.name for sample in samples], np.stack(confusion), np.stack(boundary))
 
 
@@ -80,7 +80,7 @@ def compare(nets: Mapping[str, Segmenter]) -> dict[str, Any]:
                 "dataset.root=DIR or dataset.val=LIST for both"
             )
     found = {name: scores_of(net, lists[name]) for name, net in nets.items()}
-    return compared(found, nets[first].classes)
+    return compare_scores(found, nets[first].classes)
 
 
 def evaluate_masks(config: Config, folder: Path) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def evaluate_masks(config: Config, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: a mask is missing, has another size, or no class where its label has one.
     """
-    info, samples = describe(config.dataset), read_val(config.dataset)
+    info, samples = dataset_info(config.dataset), read_val(config.dataset)
     matrix = ConfusionMatrix(len(info.classes))
     for sample in samples:
         file = mask_file(folder, sample)
@@ -128,7 +128,7 @@ def segment(
     one_by_one = net.config.inference.model_copy(update={"batch_size": 1})
     config = net.config.model_copy(update={"inference": one_by_one})
     loader = whole_images(config, samples, net.preprocessing)
-    for batch in passes(loader, net.device, "segmenting"):
+    for batch in iterate_batches(loader, net.device, "segmenting"):
         probabilities = net.predict(batch.image, tuple(batch.image.shape[-2:]))[0]
         ids = probabilities.argmax(dim=0).byte().cpu().numpy()
         sample = samples[int(batch.index)]
@@ -138,7 +138,7 @@ def segment(
         overlay = mask_file(out / "overlays", sample).with_suffix(".jpg")
         save_overlay(overlay, read_picture(sample), ids, net.palette)
     legend = list(zip(net.classes, net.colours, strict=True))
-    by_first(save_legend)(out / "legend.png", legend)
+    on_rank_zero(save_legend)(out / "legend.png", legend)
     return len(samples), broken
 
 

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dataset.catalog import describe
-from dataset.reading import Pixels, normalised, read_image, to_input, upright
+from dataset.catalog import dataset_info
+from dataset.reading import Pixels, normalise, read_image, to_input, upright
 from model.networks import network_of
 from utils import checkpoint
 from utils.config.reading import config_from, read_config
@@ -66,7 +66,7 @@ class Segmenter:
         origin: Mapping[str, Any] | None = None,
         colours: Sequence[Colour] | None = None,
     ) -> None:
-        kind = describe(config.dataset)
+        kind = dataset_info(config.dataset)
         if colours is not None:
             kind = kind._replace(colours=_colours(colours, len(kind.classes)))
         self.pixels = kind.pixels
@@ -134,7 +134,7 @@ class Segmenter:
             raise UserError(
                 f"{path}: holds no config; name one with --config, or config= in Python"
             )
-        net = network_of(found.model, len(describe(found.dataset).classes), pretrained=None)
+        net = network_of(found.model, len(dataset_info(found.dataset).classes), pretrained=None)
         weights = checkpoint.weights_in(content, path)
         checkpoint.put_weights(net, weights, path, reset_classifier)
         origin = {key: content[key] for key in ("stage", "epoch") if key in content}
@@ -180,7 +180,7 @@ class Segmenter:
             UserError: the file is no picture, or the array is none of these.
         """
         if isinstance(image, Tensor):
-            images = normalised(_pixels(image), self.preprocessing)
+            images = normalise(_pixels(image), self.preprocessing)
             ids, confidence = self.segment(images if image.dim() == 4 else images.unsqueeze(0))
             return (ids, confidence) if image.dim() == 4 else (ids[0], confidence[0])
         picture = to_input(_picture(image, self.pixels), self.preprocessing)

@@ -19,7 +19,7 @@ from torch import multiprocessing
 from dataset.catalog import KINDS
 from dataset.demo.writing import write_demo
 from dataset.lists import Splits, read_splits
-from dataset.loader import Chance
+from dataset.loader import RandomStreams
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.training import RetrainSamples
 from utils.config.schema import AugmentSection, DatasetSection, InferenceSection, QuerySection
@@ -155,7 +155,7 @@ def querier(splits, augment) -> Querier:
 @pytest.fixture
 def retrain(splits, querier, augment) -> RetrainSamples:
     """A retraining set in which the true masks of val stand for pseudo labels."""
-    chance = Chance(0, "4_retrain")
+    chance = RandomStreams(0, "4_retrain")
     return RetrainSamples(splits.val, splits.labeled, augment, chance, querier=querier)
 
 

@@ -108,8 +108,8 @@ def test_program_as_typed(trained, tmp_path, run_program):
 @pytest.mark.parametrize(
     ("folder", "names", "told"),
     [
-        ("in", (), "holds no picture"),
-        ("in/x.png", (), "holds no picture"),  # a folder that is called like one
+        ("in", (), "no picture that Pillow reads"),
+        ("in/x.png", (), "no picture that Pillow reads"),  # a folder that is called like one
         ("in", ("a.jpg", "a.png"), "would share its mask"),
     ],
 )
@@ -172,7 +172,7 @@ def test_a_checkpoint_beside_another_programs_config(complaint, trained, tmp_pat
     path = Path(shutil.copy(trained, tmp_path / "weights"))
     assert "dataset.root: unknown is no folder" in complaint(eval_program, path)
     line = complaint(eval_program, path, "--images", tmp_path / "in", "--out", tmp_path / "out")
-    assert "holds no picture" in line
+    assert "no picture that Pillow reads" in line
 
 
 def test_a_changed_bit_is_found(complaint, trained, tmp_path):

@@ -6,9 +6,9 @@ import torch
 from conftest import SHARED, reading
 from PIL import Image
 
-from dataset.catalog import KINDS, describe, id_table, voc_colours
+from dataset.catalog import KINDS, dataset_info, id_table, voc_colours
 from dataset.lists import read_label, read_splits, read_val, with_pseudo_masks
-from dataset.loader import Chance, SampleKey, whole_images
+from dataset.loader import RandomStreams, SampleKey, whole_images
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.training import LabeledPairs
 from utils.config.schema import DatasetSection, QuerySection
@@ -35,7 +35,7 @@ def test_voc_colours_are_pascals():
     ],
 )
 def test_classes_stand_at_their_ids(kind, count, some):
-    classes = describe(DatasetSection(root="data", kind=kind)).classes
+    classes = dataset_info(DatasetSection(root="data", kind=kind)).classes
     assert len(classes) == len(set(classes)) == count
     assert {label: classes[label] for label in some} == some
 
@@ -53,7 +53,7 @@ def test_palette_gives_each_class_its_own_colour(kind):
 
 
 def test_custom_classes_come_from_the_config():
-    kind = describe(custom("data", classes=["cat", "dog"]))
+    kind = dataset_info(custom("data", classes=["cat", "dog"]))
     assert kind.classes == ("cat", "dog")
     assert kind.colours == ((0, 0, 0), (128, 0, 0))
 
@@ -68,13 +68,13 @@ def test_custom_classes_come_from_the_config():
 )
 def test_kind_and_classes_must_fit(keys, told):
     with pytest.raises(UserError, match=rf"^dataset\.{told}"):
-        describe(DatasetSection(root="data", **keys))
+        dataset_info(DatasetSection(root="data", **keys))
 
 
 def test_two_classes_of_one_name_are_refused():
     # Tables and the query index are keyed by name: the second would overwrite the first.
     with pytest.raises((UserError, ValueError), match="cat"):
-        describe(custom("data", classes=["cat", "dog", "cat"]))
+        dataset_info(custom("data", classes=["cat", "dog", "cat"]))
 
 
 CLASSES = ["ground", "thing"]
@@ -139,7 +139,7 @@ def test_labelmap_is_read_once_into_class_map(tmp_path):
     root = labelmap_root(tmp_path, "ground:0,0,0::\nthing: 128,0,16:arm,leg:run\n\n")
     section = custom(root, class_map="labelmap.txt")
     assert section.class_map == {"#000000": "ground", "#800010": "thing"}
-    assert describe(section) == describe(custom("gone", class_map=section.class_map))
+    assert dataset_info(section) == dataset_info(custom("gone", class_map=section.class_map))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_labelmap_is_read_once_into_class_map(tmp_path):
 )
 def test_labelmap_that_is_wrong(tmp_path, lines, told):
     with pytest.raises(UserError, match=told):
-        describe(custom(labelmap_root(tmp_path, lines), class_map="labelmap.txt"))
+        dataset_info(custom(labelmap_root(tmp_path, lines), class_map="labelmap.txt"))
 
 
 def test_labelmap_that_is_missing(tmp_path):
@@ -204,7 +204,7 @@ def test_colours_without_a_meaning_are_all_named(own):
 )
 def test_contradiction_is_told_before_a_file_is_opened(keys, message):
     with pytest.raises(UserError, match=rf"^dataset\.{message}"):
-        describe(custom("nowhere", **keys))
+        dataset_info(custom("nowhere", **keys))
 
 
 def test_ids_are_merged_and_dropped(own):
@@ -269,10 +269,10 @@ def test_pseudo_masks_hold_class_ids_whatever_the_files_hold(own, tmp_path):
 def test_training_and_queries_see_merged_classes(demo_root, augment):
     kind = {"kind": "custom", "root": str(demo_root), "classes": CLASSES}
     splits = read_splits(DatasetSection(**kind, class_map={0: "ground", "other": "thing"}))
-    rule = QueryRule.of(QuerySection(exclude=["ground"]), describe(custom(demo_root)))
+    rule = QueryRule.of(QuerySection(exclude=["ground"]), dataset_info(custom(demo_root)))
     assert build_query_index(splits.labeled, rule).keys() == {1}
     querier = Querier(splits.labeled, build_query_index(splits.labeled, rule), rule, augment)
-    pairs = LabeledPairs(splits.labeled, augment, Chance(0, "1_supervised"), 1, querier)
+    pairs = LabeledPairs(splits.labeled, augment, RandomStreams(0, "1_supervised"), 1, querier)
     pair = pairs[SampleKey(0, 0)]
     assert pair.shared_class == 1
     assert set(torch.cat([pair.label, pair.partner_label]).unique().tolist()) <= {0, 1, 255}

@@ -6,9 +6,9 @@ from conftest import refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset.catalog import describe
+from dataset.catalog import dataset_info
 from dataset.query import QueryRule
-from utils.config.reading import CONFIGS, METHODS, config_from, flat, read_config
+from utils.config.reading import CONFIGS, METHODS, config_from, flatten, read_config
 from utils.config.schema import Config
 from utils.errors import UserError
 
@@ -23,13 +23,13 @@ def test_every_shipped_config_loads_and_has_a_name_of_its_own(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     configs = [read_config(path.name) for path in CONFIGS.glob("*.yaml")]
     for config in configs:
-        QueryRule.of(config.query, describe(config.dataset))
+        QueryRule.of(config.query, dataset_info(config.dataset))
         assert config == config_from(config.model_dump(mode="json"), "checkpoint")
     assert len({config.name for config in configs}) == len(configs)
 
 
 def keys_of(file):
-    return flat(yaml.safe_load(file.read_text()) or {})
+    return flatten(yaml.safe_load(file.read_text()) or {})
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -60,7 +60,7 @@ def test_the_recipes_of_the_paper_are_the_paper():
         assert (config.method, config.stages) == ("cisc", [1, 2, 3, 4, 5, 6])
         assert (config.supervised.consistency, config.retrain.weight) == (1.0, "cisc_map")
         assert (config.retrain.start, config.retrain.mix) == ("encoder", "none")
-        assert not config.pseudo_label.votes
+        assert not config.pseudo_label.neighbours
     for name in ("demo", "custom", "animals_cpu", "camvid_cpu", "pascal_dinov2"):
         assert read_config(f"{name}.yaml").method == "cisc_patch"
 
@@ -71,8 +71,6 @@ def test_the_recipes_of_the_paper_are_the_paper():
         ("method=cisc_published", "method: 'cisc_published' is called 'cisc' now"),
         ("method=magic", "method: 'magic' is not one of cisc, cisc_patch"),
         ("relabel=both", "'relabel' is gone: stage 5 labels by the network of stage 4"),
-        ("pseudo_label.neighbours=false", "is called 'pseudo_label.votes' now"),
-        ("pseudo_label.neighbour_scales=[1]", "is called 'pseudo_label.vote_scales' now"),
         ("retrain.learn_queried=true", "is called 'retrain.learn_partners' now"),
         ("retrain.threshold_by_class=true", "'retrain.threshold_by_class' is gone"),
         ("retrain.weight=image", "retrain.weight: 'image' is called 'cisc_map' now"),
@@ -133,7 +131,7 @@ def test_methods_are_settings_over_a_config(method):
         ("augment.strong.blur=[1, 1.0e+9]", "less than or equal to 100"),
         ("model.channels=10000000", "less than or equal to 8192"),
         ("inference.scales=[1000]", "less than or equal to 16"),
-        ("pseudo_label.vote_scales=[1000]", "less than or equal to 16"),
+        ("pseudo_label.neighbour_scales=[1000]", "less than or equal to 16"),
         ("inference.long_side=1000000", "less than or equal to 65500"),
         ("inference.window.size=1", "greater than or equal to 32"),
         ("inference.window={size: 64, step: 1.0e-9}", r"greater than or equal to 0\.05"),
@@ -141,7 +139,7 @@ def test_methods_are_settings_over_a_config(method):
         ("retrain.views=1000000", "less than or equal to 64"),
         # The run folder would be outdir's parent, whose stages --from-stage removes.
         ("name=..", "is not allowed"),
-        ("pseudo_label={votes: false, adjustment: 0.5}", "needs pseudo_label.votes=true"),
+        ("pseudo_label={neighbours: false, adjustment: 0.5}", "needs pseudo_label.neighbours=true"),
     ],
 )
 def test_wrong_value_names_key_value_and_what_is_allowed(setting, message):

@@ -15,7 +15,7 @@ KEYS = sorted(_keys(Config))
 WITHOUT_EFFECT = {
     ("retrain.average_decay", 1),  # there is no running average
     *(("select.score", stage) for stage in (4, 6)),  # stage 1 alone keeps earlier networks
-    *(("pseudo_label.votes", stage) for stage in (4, 6)),  # panels draw them
+    *(("pseudo_label.neighbours", stage) for stage in (4, 6)),  # panels draw them
 }
 
 

@@ -17,9 +17,9 @@ from networks import FAMILIES, family
 from torch import nn
 
 import train
-from dataset.catalog import describe
+from dataset.catalog import dataset_info
 from dataset.lists import read_splits, with_pseudo_masks
-from dataset.loader import Chance, training_batches, whole_images
+from dataset.loader import RandomStreams, training_batches, whole_images
 from dataset.query import QueryRule, build_query_index
 from dataset.training import LabeledPair
 from eval import evaluate
@@ -35,7 +35,7 @@ from utils.device import Device
 from utils.errors import Stopped
 from utils.evaluation import ConfusionMatrix
 from utils.optimization import Optimization
-from utils.run.signals import stop_here, stopping_later
+from utils.run.signals import defer_signals, stop_here
 from utils.run.stages import Run
 
 
@@ -43,7 +43,7 @@ from utils.run.stages import Run
 def test_parts_lose_and_double_nothing_and_come_back_in_order(together, count):
     def work():
         return [
-            (dist.mine(range(n)), dist.gathered([i * i for i in dist.mine(range(n))]))
+            (dist.shard(range(n)), dist.gather_list([i * i for i in dist.shard(range(n))]))
             for n in range(8)
         ]
 
@@ -57,14 +57,16 @@ def test_parts_lose_and_double_nothing_and_come_back_in_order(together, count):
 
 def test_two_processes_decide_reduce_and_write_as_one(together, tmp_path):
     def work():
-        dist.by_first((tmp_path / "who").write_text)(str(dist.rank()))
+        dist.on_rank_zero((tmp_path / "who").write_text)(str(dist.rank()))
         matrix = ConfusionMatrix(2)
         matrix.update(torch.tensor([dist.rank()]), torch.tensor([1]))
         return {
-            "reduced": dist.reduced(torch.tensor(float(dist.rank() + 2))).item(),
+            "reduced": dist.all_reduce_sum(torch.tensor(float(dist.rank() + 2))).item(),
             "largest": dist.largest(7 * dist.rank()),
             "broadcast": dist.broadcast(os.getpid),
-            "merged": dist.merged([{number: dist.rank()} for number in dist.mine([10, 11, 12])]),
+            "merged": dist.gather_dict(
+                [{number: dist.rank()} for number in dist.shard([10, 11, 12])]
+            ),
             "counts": matrix.reduce().counts.tolist(),
             "place": (dist.rank(), dist.world(), dist.is_first()),
         }
@@ -119,7 +121,7 @@ def test_a_step_of_several_processes_is_that_of_one(together, name, kind, count,
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d | nn.Dropout | nn.Dropout2d):
                 module.eval()  # parts of a batch have statistics and noise of their own
-        loss, batch = kind(dist.mine([0, 1, 2, 3]))
+        loss, batch = kind(dist.shard([0, 1, 2, 3]))
         student = dist.parallel(net)  # gradients are averaged for as long as it lives
         device = Device("cpu", "fp32")
         optimization = Optimization(net, OptimizerSection(lr=0.01), 9, device.scaler())
@@ -127,7 +129,7 @@ def test_a_step_of_several_processes_is_that_of_one(together, name, kind, count,
         step = TrainingStep(student, as_objective(loss), optimization, device, count)
         terms, not_finite = step(batch, 0)
         assert not_finite is None
-        values = {name: dist.reduced(value) for name, value in terms.items()}
+        values = {name: dist.all_reduce_sum(value) for name, value in terms.items()}
         return {**values, **{name: weight.detach() for name, weight in net.named_parameters()}}
 
     (expected,) = together(1, step)
@@ -151,7 +153,7 @@ def test_a_loss_that_is_finite_for_one_process_alone_stops_all(together):
 
 def test_a_signal_to_one_process_stops_all_at_the_same_place(together):
     def work():
-        with stopping_later():
+        with defer_signals():
             stop_here()
             if dist.rank() == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -179,7 +181,7 @@ def test_every_image_is_read_by_one_process(together, config, count):
     def work():
         settings, done = reading(batch_size=2), {samples[0].name, samples[1].name}
         loaders = [whole_images(settings, samples, done=names) for names in ((), done)]
-        steps = training_batches(Keys(), 4, range(2), Chance(0, "x"), 0)
+        steps = training_batches(Keys(), 4, range(2), RandomStreams(0, "x"), 0)
         seen = [[batch.index.tolist() for batch in loader] for loader in loaders]
         return seen, [step.tolist() for step in steps]
 
@@ -211,7 +213,7 @@ def test_files_of_labeling_and_selection_are_those_of_one_process(together, conf
     def infer():
         settings = config(f"name=of{dist.world()}", "inference.batch_size=2", "query.exclude=[]")
         splits = read_splits(settings.dataset)
-        rule = QueryRule.of(settings.query, describe(settings.dataset))
+        rule = QueryRule.of(settings.query, dataset_info(settings.dataset))
         index = build_query_index(splits.labeled, rule)
         with Run(settings) as run:
             inputs = teacher, splits, splits.unlabeled

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import train
 from utils.config.reading import read_config
 from utils.errors import Stopped, UserError, exit_with_one_line
-from utils.run.signals import ignore_interrupts, stop_here, stopping_later
+from utils.run.signals import defer_signals, ignore_interrupts, stop_here
 
 
 def weights(stage):
@@ -145,9 +145,9 @@ def test_killed_runs_end_as_a_quiet_one(run_program):
 TWICE = """
 import os, signal, sys
 from utils.errors import exit_with_one_line
-from utils.run.signals import stopping_later
+from utils.run.signals import defer_signals
 def main():
-    with stopping_later():
+    with defer_signals():
         for number in sys.argv[1:]:
             os.kill(os.getpid(), int(number))
             print("still here", flush=True)
@@ -157,7 +157,7 @@ exit_with_one_line(main)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_at_the_next_place_and_not_before(number):
-    with stopping_later():
+    with defer_signals():
         stop_here()
         os.kill(os.getpid(), number)
         with pytest.raises(Stopped) as stopped:
@@ -168,7 +168,7 @@ def test_a_signal_stops_at_the_next_place_and_not_before(number):
 
 def test_outside_of_the_block_signals_are_as_before():
     before = signal.getsignal(signal.SIGINT)
-    with stopping_later():
+    with defer_signals():
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
     stop_here()
@@ -204,7 +204,7 @@ class Pids:
 
 def test_workers_outlive_an_interrupt_and_their_death_by_a_signal_to_all_is_a_stop():
     loader = DataLoader(Pids(), num_workers=1, worker_init_fn=ignore_interrupts)
-    with pytest.raises(Stopped) as stopped, stopping_later():  # noqa: PT012
+    with pytest.raises(Stopped) as stopped, defer_signals():  # noqa: PT012
         for count, pid in enumerate(loader):
             kill("INT", pid)
             if count == 3:
@@ -226,7 +226,7 @@ def test_an_error_in_a_worker_is_its_line():
 
 def test_a_worker_that_dies_alone_is_an_error():
     loader = DataLoader(Pids(), num_workers=1, worker_init_fn=ignore_interrupts)
-    with pytest.raises(RuntimeError, match="DataLoader worker"), stopping_later():  # noqa: PT012
+    with pytest.raises(RuntimeError, match="DataLoader worker"), defer_signals():  # noqa: PT012
         for pid in loader:
             kill("TERM", pid)
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from dataset.cache import Memory, sample_reader
 from dataset.lists import read_sample, read_splits, with_pseudo_masks
 from dataset.loader import (
-    Chance,
+    RandomStreams,
     SampleKey,
     epoch_batches,
     training_batches,
@@ -28,10 +28,10 @@ from utils.config.reading import read_config
 from utils.config.schema import DatasetSection
 from utils.device import Device
 from utils.errors import UserError
-from utils.evaluation import passes
+from utils.evaluation import iterate_batches
 from utils.run.stages import Run
 
-CHANCE = Chance(0, "4_retrain")
+CHANCE = RandomStreams(0, "4_retrain")
 
 
 @pytest.fixture
@@ -58,11 +58,14 @@ def same(one, other) -> bool:
 
 @given(st.integers(0, 2**40), st.lists(st.integers(0, 9), max_size=2), st.data())
 def test_chance_is_the_same_at_a_place_and_different_elsewhere(seed, place, data):
-    chance = Chance(seed, "1_supervised")
-    assert chance.torch_seed(*place) == Chance(seed, "1_supervised").torch_seed(*place)
+    chance = RandomStreams(seed, "1_supervised")
+    assert chance.torch_seed(*place) == RandomStreams(seed, "1_supervised").torch_seed(*place)
     elsewhere = data.draw(st.lists(st.integers(0, 9), max_size=2).filter(lambda p: p != place))
-    others = chance.torch_seed(*elsewhere), Chance(seed + 1, "1_supervised").torch_seed(*place)
-    others = *others, Chance(seed, "4_retrain").torch_seed(*place)
+    others = (
+        chance.torch_seed(*elsewhere),
+        RandomStreams(seed + 1, "1_supervised").torch_seed(*place),
+    )
+    others = *others, RandomStreams(seed, "4_retrain").torch_seed(*place)
     assert chance.torch_seed(*place) not in others
 
 
@@ -170,7 +173,7 @@ def test_every_image_is_normalised_by_the_encoders_record(splits, pairs, retrain
         pair = replace(pairs, preprocessing=record)[SampleKey(0, 0)]
         sample = replace(retrain, preprocessing=record)[SampleKey(0, 0)]
         loader = whole_images(reading(), splits.val, record)
-        (whole, *_) = passes(loader, Device("cpu", "fp32"), "reading")
+        (whole, *_) = iterate_batches(loader, Device("cpu", "fp32"), "reading")
         trained = [pair.image, pair.partner_image, sample.image, sample.student_image[0]]
         return [*trained, sample.labeled_image, sample.partner.image, whole.image[0]]
 
@@ -219,11 +222,11 @@ def test_bytes_become_numbers_on_the_device(splits, workers):
     here = whole_images(reading(batch_size=2), splits.val)
     assert not here.pin_memory
     assert {(batch.image.dtype, batch.label.dtype) for batch in here} == {(torch.uint8,) * 2}
-    expected = list(passes(here, Device("cpu", "fp32"), "reading"))
+    expected = list(iterate_batches(here, Device("cpu", "fp32"), "reading"))
     with simulated_cuda():
         loader = whole_images(reading(workers, batch_size=2), splits.val)
         assert loader.pin_memory
-        found = list(passes(loader, Device("cuda", "fp32"), "reading"))
+        found = list(iterate_batches(loader, Device("cuda", "fp32"), "reading"))
         assert {(str(b.image.device), str(b.label.device), str(b.index.device)) for b in found} == {
             ("cuda:0", "cuda:0", "cpu")
         }

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from utils.config.reading import read_config
 from utils.progress import clock
-from utils.run.loggers import TensorBoard, open_loggers, tagged
+from utils.run.loggers import TensorBoard, add_tags, open_loggers
 
 
 def events(folder):
@@ -27,7 +27,7 @@ def test_times_are_minutes_and_hours():
 
 def test_numbers_have_the_tags_of_their_kind():
     numbers = {"ce": 1.0, "weight": 0.5, "lr": 0.1, "miou": 0.4}
-    assert tagged("4_retrain", numbers, {"cat": 0.3, "dog": None}) == {
+    assert add_tags("4_retrain", numbers, {"cat": 0.3, "dog": None}) == {
         **{"loss/ce": 1.0, "weight": 0.5, "lr": 0.1, "miou": 0.4, "iou/cat": 0.3, "stage": 4}
     }
 

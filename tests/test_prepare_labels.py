@@ -16,7 +16,7 @@ from dataset.prepare.labels.drawing import draw, fill_polygons
 from dataset.prepare.labels.records import Notes, Region, Source
 from dataset.reading import read_ids
 from utils.config.schema import DatasetSection
-from utils.panels import encoded
+from utils.panels import encode
 
 pycocotools = pytest.importorskip("pycocotools.coco", reason="pycocotools draws polygons")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -158,7 +158,7 @@ def corners(left, top, right, bottom):
 def test_labelme_by_hand(source, labels):
     """labelme draws the pixels on a border too, and later shapes over earlier ones."""
     part = Image.fromarray(np.array([[True, False], [True, True]]))
-    mask = base64.b64encode(encoded(part)).decode()
+    mask = base64.b64encode(encode(part)).decode()
     labelme(
         source,
         "a",

@@ -29,7 +29,7 @@ from dataset.reading import (
     to_label,
     upright,
 )
-from dataset.transforms import View, random_view, recolour
+from dataset.transforms import CropParams, random_view, recolour
 from tests.benchmarks.loader import whole_then_crop
 from utils import IMAGENET, Preprocessing
 from utils.config.schema import AugmentSection, StrongSection
@@ -378,7 +378,7 @@ def views(draw):
     size, scale, crop = (draw(SIDES), draw(SIDES)), draw(SCALES), draw(st.integers(1, 80))
     scaled = tuple(max(1, round(side * scale)) for side in size)
     top, left = (draw(st.integers(0, max(0, side - crop))) for side in scaled)
-    return size, View(scaled, top, left, crop, draw(st.booleans()))
+    return size, CropParams(scaled, top, left, crop, draw(st.booleans()))
 
 
 @given(views())

@@ -19,7 +19,7 @@ from utils.errors import UserError, _line_of
 from utils.evaluation import describe_mean
 from utils.run import stages
 from utils.run.results import stage_table
-from utils.run.stages import Run, Stage, locked
+from utils.run.stages import Run, Stage, lock_folder
 
 
 def config(tmp_path, *words):
@@ -144,7 +144,7 @@ def test_every_setting_that_full_memory_advises_may_change_in_a_finished_run(tmp
     keys = re.findall(r"[a-z_]+[.][a-z_]+", advice)
     assert set(keys) == set(HOW)
     values = {"supervised.accumulate": 2, "retrain.accumulate": 2, "inference.batch_size": 1}
-    values |= {"inference.window": "{size: 512}", "pseudo_label.vote_scales": "[1.0]"}
+    values |= {"inference.window": "{size: 512}", "pseudo_label.neighbour_scales": "[1.0]"}
     words = [f"{key}={values[key]}" for key in keys]
     assert run_stages(config(tmp_path, *words)) == []
     log = (tmp_path / "demo" / "log.txt").read_text()
@@ -393,7 +393,7 @@ def holder(tmp_path):
     """Another process that holds the lock; a child of it, as a worker is, outlives it by 1 s."""
 
     def hold(ready):
-        with locked(tmp_path):
+        with lock_folder(tmp_path):
             child = os.fork()
             if child:
                 ready.set()
@@ -411,7 +411,7 @@ def holder(tmp_path):
 
 
 def test_a_second_run_is_refused_with_the_holder(tmp_path, holder):
-    assert refusal(locked(tmp_path, patience=0.1).__enter__) == (
+    assert refusal(lock_folder(tmp_path, patience=0.1).__enter__) == (
         f"{tmp_path / 'lock'}: another run works in this folder (pid {holder.pid} on "
         f"{platform.node()}); wait for it, stop it, or set name=... for another run"
     )
@@ -420,9 +420,9 @@ def test_a_second_run_is_refused_with_the_holder(tmp_path, holder):
 def test_the_lock_of_a_killed_run_becomes_free(tmp_path, holder):
     holder.kill()
     holder.join()
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         pass
-    with locked(tmp_path, patience=0.1):  # and so is one that was released
+    with lock_folder(tmp_path, patience=0.1):  # and so is one that was released
         pass
 
 

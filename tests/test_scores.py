@@ -17,10 +17,10 @@ from utils.scores import (
     as_markdown,
     blocks_of,
     boundary_overlap,
-    compared,
-    laid_out,
+    compare_scores,
+    lay_out_comparison,
     miou_interval,
-    resampled,
+    resample,
     sequence_of,
 )
 
@@ -93,15 +93,15 @@ def test_blocks_follow_the_frames_of_a_video():
         **{"a1_0001.png": "a1_0002.png", "a1_0002.png": "a1_0003.png"},
         **{"a1_0003.png": "a1_0004.png", "a1_0004.png": "a1_0001.png"},
     }
-    drawn = resampled(blocks, 500)
+    drawn = resample(blocks, 500)
     assert (drawn.sum(axis=1) == 5).all()
     assert np.allclose(drawn.mean(axis=0), 1, atol=0.15)
 
 
 def test_images_of_their_own_are_drawn_independently():
-    drawn = resampled(blocks_of([f"{number}.png" for number in range(50)]), 4000)
+    drawn = resample(blocks_of([f"{number}.png" for number in range(50)]), 4000)
     assert drawn.var(axis=0).mean() == pytest.approx(1 - 1 / 50, abs=0.03)  # multinomial
-    again = resampled(blocks_of([f"{number}.png" for number in range(50)]), 4000)
+    again = resample(blocks_of([f"{number}.png" for number in range(50)]), 4000)
     assert np.array_equal(drawn, again)
 
 
@@ -117,7 +117,7 @@ def scores_of_shares(shares, names=None):
 
 def test_intervals_of_images_that_are_alike_have_no_width():
     scores = scores_of_shares([0.8] * 10)
-    drawn = resampled(blocks_of(scores.names))
+    drawn = resample(blocks_of(scores.names))
     expected = (0.8 + 1000 / 1200) / 2
     assert miou_interval(scores.overlaps(), drawn) == pytest.approx((expected,) * 3)
     assert miou_interval(scores.overlaps(), drawn, scores.overlaps()) == (0, 0, 0)
@@ -128,7 +128,7 @@ def test_the_interval_is_that_of_the_normal_approximation():
     rng = np.random.default_rng(0)
     shares = rng.normal(0.5, 0.05, 400).clip(0, 1)
     scores = scores_of_shares(shares)
-    found = miou_interval(scores.overlaps(), resampled(blocks_of(scores.names)))
+    found = miou_interval(scores.overlaps(), resample(blocks_of(scores.names)))
     mean, step = shares.mean(), 1e-4
     slope = (1 / (2 - mean - step) - 1 / (2 - mean)) / step  # of the other class
     error = (1 + slope) / 2 * shares.std() / math.sqrt(len(shares))
@@ -144,7 +144,7 @@ def test_frames_of_a_video_have_a_wider_interval_than_independent_images():
     widths = []
     for name in ("0001AB_{:05d}.png", "{}.png"):
         scores = scores_of_shares(shares, [name.format(number) for number in range(400)])
-        found = miou_interval(scores.overlaps(), resampled(blocks_of(scores.names)))
+        found = miou_interval(scores.overlaps(), resample(blocks_of(scores.names)))
         widths.append(found.high - found.low)
     assert widths[0] > 2 * widths[1]
 
@@ -152,7 +152,9 @@ def test_frames_of_a_video_have_a_wider_interval_than_independent_images():
 def test_differences_are_of_the_same_images():
     """Images differ much from one another, the networks by the same little on each."""
     shares = np.random.default_rng(2).uniform(0.1, 0.9, 100)
-    found = compared({"a": scores_of_shares(shares), "b": scores_of_shares(shares + 0.05)}, "xy")
+    found = compare_scores(
+        {"a": scores_of_shares(shares), "b": scores_of_shares(shares + 0.05)}, "xy"
+    )
     one, other = found["networks"]
     change = other["difference"]["miou"]
     assert change["value"] == pytest.approx(other["miou"]["value"] - one["miou"]["value"])
@@ -163,13 +165,15 @@ def test_differences_are_of_the_same_images():
 
 
 def test_tables_by_hand():
-    found = compared({"p/a.pth": scores_of_shares([0.5]), "b.pth": scores_of_shares([1.0])}, "xy")
-    rows = [line.split() for line in laid_out(found).splitlines()]
+    found = compare_scores(
+        {"p/a.pth": scores_of_shares([0.5]), "b.pth": scores_of_shares([1.0])}, "xy"
+    )
+    rows = [line.split() for line in lay_out_comparison(found).splitlines()]
     assert rows[0] == ["A", "p/a.pth"]
     assert ["mIoU", "58.33", "100.00", "+41.67"] in rows
     assert ["x", "50.00", "100.00", "+50.00"] in rows
     assert ["boundary", "IoU", "50.00", "50.00", "+0.00"] in rows
-    text = laid_out(found, markdown=True)
+    text = lay_out_comparison(found, markdown=True)
     assert "| mIoU | 58.33 | 100.00 | +41.67 |" in text
     assert "| x | 50.0 | 50.0 |" in text  # of A's confusion matrix
     assert as_markdown([["a|b", "c"], ["d", "1"]]).splitlines()[0] == "| a\\|b | c |"

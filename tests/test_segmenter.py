@@ -13,7 +13,7 @@ from PIL import Image
 
 from model import Segmenter
 from utils import checkpoint
-from utils.panels import encoded
+from utils.panels import encode
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,7 @@ def test_every_kind_of_image_gives_the_bits_of_eval(net, weights, pixels, tmp_pa
     _, of_floats = net(batch / 255)  # within their rounding
     assert np.allclose(of_floats, confidences[:1], atol=1e-4)
     assert 1 / 7 <= confidences[0].min() <= confidences[0].max() <= 1
-    drawn = encoded(net.overlay(pixels, expected), "JPEG", quality=92)
+    drawn = encode(net.overlay(pixels, expected), "JPEG", quality=92)
     assert (out / "overlays" / "a.jpg").read_bytes() == drawn
     assert np.array_equal(np.asarray(net.picture(torch.from_numpy(expected.copy()))), expected)
 

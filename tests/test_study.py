@@ -15,7 +15,7 @@ from conftest import refusal
 
 from dataset.lists import read_splits
 from utils import study
-from utils.config.reading import METHODS, flat, read_config
+from utils.config.reading import METHODS, flatten, read_config
 from utils.errors import Stopped, UserError
 
 
@@ -49,18 +49,18 @@ def test_stage_1_is_shared_where_its_settings_agree(jobs):
 
 
 def test_a_method_may_have_settings_of_its_own(tmp_path):
-    method = "cisc_patch stages=[1,2,6] pseudo_label.votes=false"
+    method = "cisc_patch stages=[1,2,6] pseudo_label.neighbours=false"
     (job,) = plan([f"{method} tried=3"], [f"outdir={tmp_path}"])
     assert (job.row.title, job.row.tried) == (method, 3)
-    assert not job.config.pseudo_label.votes
+    assert not job.config.pseudo_label.neighbours
     assert job.config.retrain.iterations == 2 * read_config("demo.yaml").retrain.iterations
-    assert job.folder.name == "cisc_patch-stages-1-2-6-pseudo_label.votes-false_0"
+    assert job.folder.name == "cisc_patch-stages-1-2-6-pseudo_label.neighbours-false_0"
     assert job.log.name == f"{job.folder.name}.log"
 
 
 def test_the_ladder_changes_one_thing_a_row_from_the_paper_to_ours(tmp_path):
     """Every row trains as many iterations on as many crops; the last one is ``cisc_patch``."""
-    rows = [flat(job.config.model_dump()) for job in plan(["ladder"], [f"outdir={tmp_path}"])]
+    rows = [flatten(job.config.model_dump()) for job in plan(["ladder"], [f"outdir={tmp_path}"])]
     changes = [
         {key for key in row if row[key] != before[key]} - {"name"} for before, row in pairwise(rows)
     ]
@@ -68,7 +68,7 @@ def test_the_ladder_changes_one_thing_a_row_from_the_paper_to_ours(tmp_path):
         {"retrain.start"},
         {"retrain.mix", "pseudo_label.threshold"},
         {"retrain.weight"},
-        {"pseudo_label.votes"},
+        {"pseudo_label.neighbours"},
         {"method", "supervised.consistency"},
     ]
     assert rows[0] | {"name": ""} == plain("cisc", tmp_path)
@@ -77,7 +77,7 @@ def test_the_ladder_changes_one_thing_a_row_from_the_paper_to_ours(tmp_path):
 
 def plain(method, outdir):
     config = read_config("demo.yaml", [f"outdir={outdir / 'demo_study'}"], method)
-    return flat(config.model_dump()) | {"name": ""}
+    return flatten(config.model_dump()) | {"name": ""}
 
 
 def test_a_study_may_be_named(tmp_path):

@@ -13,7 +13,7 @@ from conftest import same
 from PIL import Image
 
 import train
-from dataset.catalog import describe
+from dataset.catalog import dataset_info
 from dataset.lists import read_label, read_splits
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.reading import read_image, to_input, to_label
@@ -122,7 +122,7 @@ def test_labeled_images_vote_for_their_own_labels(demo_root, tmp_path, tiny_sett
     labeled = read_splits(read_config("demo.yaml", words).dataset).labeled
 
     def voter(scales):
-        config = read_config("demo.yaml", [*words, f"pseudo_label.vote_scales={scales}"])
+        config = read_config("demo.yaml", [*words, f"pseudo_label.neighbour_scales={scales}"])
         return PatchVoter(config, Device("cpu", "fp32"), labeled, said.append)
 
     both = voter([1, 6])
@@ -193,9 +193,9 @@ def test_the_index_of_the_paper_names_labeled_images_only(demo_root, tmp_path, t
     train.train(config)
     labeled = {line.split()[0] for line in (demo_root / "labeled.txt").read_text().splitlines()}
     index = json.loads((tmp_path / "paper" / "3_select" / "query_index.json").read_text())
-    rule = QueryRule.of(config.query, describe(config.dataset))
+    rule = QueryRule.of(config.query, dataset_info(config.dataset))
     full = build_query_index(read_splits(config.dataset).labeled, rule)
-    classes = describe(config.dataset).classes
+    classes = dataset_info(config.dataset).classes
     assert "background" not in index
     for name, images in index.items():
         everything = full[classes.index(name)]

@@ -162,7 +162,7 @@ def test_a_teacher_passes_only_where_it_is_asked():
         section = RetrainSection(**settings)
         teacher = "net" if needs_teacher(section) else None
         average = "net" if section.labels == "average" else None
-        return Labeler(section, teacher, average).passes
+        return Labeler(section, teacher, average).images_passed
 
     assert asked() == 0
     assert asked(threshold=0.5) == 1

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.distributed import reduced
+from utils.distributed import all_reduce_sum
 from utils.evaluation import lay_out_ious
 
 BINS = 1000  # of the weights, for the ranking
@@ -37,7 +37,7 @@ class WeightQuality:
 
     def reduce(self) -> "WeightQuality":
         """Sum the counts over the processes; return itself. Collective."""
-        self.counts, self.sums = reduced(self.counts), reduced(self.sums)
+        self.counts, self.sums = all_reduce_sum(self.counts), all_reduce_sum(self.sums)
         return self
 
     def auroc(self) -> float:

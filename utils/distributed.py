@@ -44,12 +44,12 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def mine(items: Sequence[T]) -> Sequence[T]:
+def shard(items: Sequence[T]) -> Sequence[T]:
     """Return this process's part: every ``world()``-th item."""
     return items[rank() :: world()] if world() > 1 else items
 
 
-def gathered(rows: list[T]) -> list[T]:
+def gather_list(rows: list[T]) -> list[T]:
     """Gather the results of every process's ``mine``, in the order of the items. Collective."""
     if world() == 1:
         return rows
@@ -58,12 +58,12 @@ def gathered(rows: list[T]) -> list[T]:
     return [parts[i % world()][i // world()] for i in range(sum(map(len, parts)))]
 
 
-def merged(rows: list[dict[K, T]]) -> dict[K, T]:
+def gather_dict(rows: list[dict[K, T]]) -> dict[K, T]:
     """Unite the dicts of all processes' items, in the order of ``gathered``. Collective."""
-    return {key: value for row in gathered(rows) for key, value in row.items()}
+    return {key: value for row in gather_list(rows) for key, value in row.items()}
 
 
-def reduced(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum a tensor over the processes. No gradient. Collective."""
     if world() == 1:
         return tensor
@@ -72,9 +72,9 @@ def reduced(tensor: Tensor) -> Tensor:
     return summed
 
 
-def counted(*masks: Tensor) -> Tensor:
+def all_reduce_count(*masks: Tensor) -> Tensor:
     """Count the true values of bool masks over all processes: (masks,) float32. Collective."""
-    return reduced(torch.stack([mask.sum() for mask in masks]).float())
+    return all_reduce_sum(torch.stack([mask.sum() for mask in masks]).float())
 
 
 def largest(number: int) -> int:
@@ -95,7 +95,7 @@ def broadcast(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     return outcome[0]
 
 
-def by_first(work: Callable[P, None]) -> Callable[P, None]:
+def on_rank_zero(work: Callable[P, None]) -> Callable[P, None]:
     """Call a function on rank 0 alone, such as one that writes a common file."""
 
     @wraps(work)
@@ -143,7 +143,7 @@ def averaging(net: nn.Module, last: bool) -> AbstractContextManager:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Connect the processes that ``torchrun`` started, if it did, while the block runs.
 
     A process that fails prints its error; ``torchrun`` then ends the others.

@@ -96,7 +96,7 @@ def _line_of(error: RuntimeError | MemoryError | OSError) -> str | None:
     ):
         return (
             f"memory: {what or 'there is no more'}; raise supervised.accumulate in stage 1, "
-            "retrain.accumulate in stages 4 and 6, lower pseudo_label.vote_scales in stages 2 "
+            "retrain.accumulate in stages 4 and 6, lower pseudo_label.neighbour_scales in stages 2 "
             "and 5, lower inference.batch_size or set inference.window={size: 512}; the same "
             "command with these settings continues"
         )

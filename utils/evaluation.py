@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from utils.config.schema import InferenceSection, PseudoLabelSection, WindowSection
 from utils.device import Device
-from utils.distributed import reduced, world
+from utils.distributed import all_reduce_sum, world
 from utils.progress import no_bar
 from utils.run.signals import stop_here
 
@@ -36,7 +36,7 @@ class ConfusionMatrix:
 
     def reduce(self) -> "ConfusionMatrix":
         """Sum the counts over the processes; return itself. Collective."""
-        self.counts = reduced(self.counts)
+        self.counts = all_reduce_sum(self.counts)
         return self
 
     def iou(self) -> Tensor:
@@ -83,7 +83,7 @@ def confusion_counts(prediction: Tensor, label: Tensor, num_classes: int) -> Ten
     return counts[:, :cells].reshape(count, num_classes, num_classes)
 
 
-def passes(loader: DataLoader, device: Device, title: str) -> Iterator[Any]:
+def iterate_batches(loader: DataLoader, device: Device, title: str) -> Iterator[Any]:
     """Iterate over batches of whole images, on the device, with a progress bar. Collective.
 
     Args:
@@ -223,7 +223,7 @@ def validate(
         The matrix over the images of all processes.
     """
     matrix = ConfusionMatrix(num_classes, predict.device.torch_device)
-    for batch in passes(loader, predict.device, "evaluating"):
+    for batch in iterate_batches(loader, predict.device, "evaluating"):
         ids = predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
         matrix.update(ids, batch.label)
         if keep is not None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from utils.config.schema import OptimizerSection
-from utils.distributed import reduced, world
+from utils.distributed import all_reduce_sum, world
 
 _BLOCK = re.compile(r"\bblocks\.(\d+)\.")
 
@@ -71,7 +71,7 @@ class Optimization:
         Returns:
             None after an update; else the loss of the batch, and training should stop.
         """
-        loss, self._loss = reduced(torch.as_tensor(self._loss)), 0.0
+        loss, self._loss = all_reduce_sum(torch.as_tensor(self._loss)), 0.0
         if self._scaler.is_enabled():
             finite = loss.isfinite() and self._scaler.get_scale() >= 1.0
         else:

@@ -62,7 +62,7 @@ def in_grey(values: np.ndarray) -> Image.Image:
     return Image.fromarray((values * 255).round().astype(np.uint8)).convert("RGB")
 
 
-def marked(image: Image.Image, places: np.ndarray) -> Image.Image:
+def mark_places(image: Image.Image, places: np.ndarray) -> Image.Image:
     """Return an RGB picture in pale grey, with the places of (H, W) bool in red."""
     pale = Image.blend(image.convert("L"), Image.new("L", image.size, 255), 0.5).convert("RGB")
     pale.paste(_RED, mask=Image.fromarray(places.astype(np.uint8) * 255))
@@ -118,7 +118,7 @@ def save(picture: Image.Image, path: Path, kind: str = "PNG", **options: int) ->
     write_atomically(path, lambda partial: picture.save(partial, kind, **options))
 
 
-def encoded(picture: Image.Image, kind: str = "PNG", **options: int) -> bytes:
+def encode(picture: Image.Image, kind: str = "PNG", **options: int) -> bytes:
     """Return the content of a picture's file."""
     content = io.BytesIO()
     picture.save(content, kind, **options)

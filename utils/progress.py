@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.distributed import is_first, reduced
+from utils.distributed import all_reduce_sum, is_first
 
 
 def no_bar() -> bool | None:
@@ -78,7 +78,7 @@ class StageBar(AbstractContextManager):
         Collective.
         """
         self._steps, self._lr = self._steps + 1, lr
-        values = reduced(torch.stack(list(terms.values())))
+        values = all_reduce_sum(torch.stack(list(terms.values())))
         for name, value in zip(terms, values, strict=True):
             self._sums[name] = value + self._sums.get(name, 0.0)
         # Reading a scalar waits for the device: only when the bar is redrawn.

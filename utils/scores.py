@@ -36,7 +36,7 @@ class Scores(NamedTuple):
         return np.stack([hits, self.confusion.sum(axis=1) + self.confusion.sum(axis=2) - hits], 2)
 
 
-def spread(values: Sequence[float], sign: str = "") -> str:
+def mean_and_spread(values: Sequence[float], sign: str = "") -> str:
     """Return mean ± sample standard deviation with one decimal; of one value, the value."""
     around = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.1f}{around}"
@@ -128,7 +128,7 @@ def blocks_of(names: Sequence[str]) -> Blocks:
     return Blocks(following, lengths)
 
 
-def resampled(blocks: Blocks, count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+def resample(blocks: Blocks, count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """Draw images with replacement: (count, N) int, how often each is in each resample of N.
 
     Blocks begin at random images, such that each image is drawn equally often. Source: circular
@@ -175,7 +175,7 @@ def _mean(overlaps: np.ndarray) -> np.ndarray:
     return np.nanmean(_iou(overlaps), axis=-1)
 
 
-def compared(
+def compare_scores(
     networks: Mapping[str, Scores], classes: Sequence[str], seed: int = 0
 ) -> dict[str, Any]:
     """Compare networks on the images of one list.
@@ -192,7 +192,7 @@ def compared(
     """
     first = next(iter(networks.values()))
     blocks = blocks_of(first.names)
-    drawn, reports = resampled(blocks, seed=seed), []
+    drawn, reports = resample(blocks, seed=seed), []
     for name, scores in networks.items():
         boundary = _iou(scores.boundary.sum(axis=0))
         counts = scores.confusion.sum(axis=0)
@@ -226,7 +226,7 @@ def _by_class(values: np.ndarray, classes: Sequence[str]) -> dict[str, float | N
     return dict(zip(classes, numbers, strict=True))
 
 
-def laid_out(comparison: Mapping[str, Any], markdown: bool = False) -> str:
+def lay_out_comparison(comparison: Mapping[str, Any], markdown: bool = False) -> str:
     """Lay out what ``compared`` returns, in percent; in Markdown with confusion matrices."""
     reports = comparison["networks"]
     letters = [

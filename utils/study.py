@@ -39,7 +39,7 @@ from utils.files import read_json, read_records, sha256, write_json, write_text
 from utils.outputs import Output, refuse_outputs
 from utils.run.comparison import differing_keys
 from utils.run.folder import read_kept
-from utils.scores import spread
+from utils.scores import mean_and_spread
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 LENGTHS = (1, 2, 4)  # of supervised training; the best one is what other methods are compared with
@@ -52,7 +52,7 @@ LADDER = (
     "retrain.start=teacher",  # on equal terms with what starts from stage 1
     "retrain.mix=unlabeled pseudo_label.threshold=0.6",
     "retrain.weight=ones",
-    "pseudo_label.votes=true",
+    "pseudo_label.neighbours=true",
 )
 
 
@@ -389,10 +389,10 @@ def table(jobs: Sequence[Job]) -> str:
         lines.append(
             (
                 row.title,
-                spread([*mious[row].values()]),
-                "" if row == best or not best else spread(differences, "+"),
-                spread(highest) if highest else "",
-                spread(tests) if tests else "",
+                mean_and_spread([*mious[row].values()]),
+                "" if row == best or not best else mean_and_spread(differences, "+"),
+                mean_and_spread(highest) if highest else "",
+                mean_and_spread(tests) if tests else "",
                 starts[row],
                 *map(str, crops),
                 f"{seconds:.0f}",

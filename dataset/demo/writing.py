@@ -10,7 +10,7 @@ from dataset.demo.objects import CLASSES
 from dataset.demo.scene import draw_scene
 from utils.errors import UserError
 from utils.files import write_atomically, write_text, writing
-from utils.panels import encoded, in_colour
+from utils.panels import encode, in_colour
 
 VERSION = 3  # of the drawing: raise it when a seed draws something else
 _DRAWING = b"{}\n"  # demo.json until all is drawn
@@ -68,8 +68,8 @@ def write_demo(
             name, masked = f"{part}{number:03d}", number < masks
             photo = f"JPEGImages/{name}.jpg"
             mask = f"{'SegmentationClass' if masked else 'Truth'}/{name}.png"
-            _add(root / photo, encoded(Image.fromarray(image), "JPEG", quality=92))
-            _add(root / mask, encoded(in_colour(ids, palette)))
+            _add(root / photo, encode(Image.fromarray(image), "JPEG", quality=92))
+            _add(root / mask, encode(in_colour(ids, palette)))
             lines[split].append(f"{photo} {mask}" if masked else photo)
             lines["truth"] += [] if masked else [f"{photo} {mask}"]
     lines |= {"labeled": lines["train"][:labeled], "unlabeled": lines["train"][labeled:]}

@@ -10,7 +10,7 @@ import re
 from fractions import Fraction
 from pathlib import Path
 
-from dataset.catalog import describe
+from dataset.catalog import dataset_info
 from dataset.lists import find_root
 from dataset.query import QueryRule
 from dataset.splits.check import audit, table_of
@@ -59,7 +59,7 @@ def make(typed: argparse.Namespace, settings: list[str]) -> None:
     root, kind, rule = Path(), None, None
     if typed.config is not None:
         config = read_config(typed.config, settings)
-        kind = describe(config.dataset)
+        kind = dataset_info(config.dataset)
         if typed.stratify:
             root, rule = find_root(config.dataset), QueryRule.of(config.query, kind)
     elif typed.stratify or settings:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.catalog import describe
+from dataset.catalog import dataset_info
 from dataset.lists import Splits, find_faults, find_root, lists_of, read_lists
 from dataset.query import QueryRule
 from utils import IGNORE
@@ -29,7 +29,7 @@ def audit(config: Config) -> dict[str, Any]:
     Raises:
         UserError: no root; a query rule that names an unknown class.
     """
-    kind = describe(config.dataset)
+    kind = dataset_info(config.dataset)
     rule = QueryRule.of(config.query, kind)
     find_root(config.dataset)
     splits, lines = Splits([], [], []), defaultdict(list)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.catalog import Kind
+from dataset.catalog import DatasetInfo
 from dataset.lists import ABSENT, Sample, Splits, find_faults, line_of, read_list, write_lists
 from dataset.query import QueryRule
 from utils.errors import UserError
@@ -24,7 +24,7 @@ def make_lists(
     seed: int,
     folder: Path,
     root: Path = Path(),
-    kind: Kind | None = None,
+    kind: DatasetInfo | None = None,
     keep_classes: QueryRule | None = None,
 ) -> list[str]:
     """Write ``labeled.txt`` and ``unlabeled.txt``; what is labeled does not depend on list order.
@@ -94,7 +94,7 @@ def cover(shown: Sequence[Shown]) -> list[int]:
     return chosen
 
 
-def _shown(samples: Sequence[Sample], rule: QueryRule, kind: Kind) -> list[Shown]:
+def _shown(samples: Sequence[Sample], rule: QueryRule, kind: DatasetInfo) -> list[Shown]:
     shown: list[Shown] = []
 
     def note(_: str, label: np.ndarray) -> None:
@@ -107,7 +107,7 @@ def _shown(samples: Sequence[Sample], rule: QueryRule, kind: Kind) -> list[Shown
     return shown
 
 
-def _lost(shown: Sequence[Shown], rule: QueryRule, kind: Kind) -> Iterator[str]:
+def _lost(shown: Sequence[Shown], rule: QueryRule, kind: DatasetInfo) -> Iterator[str]:
     """Say which classes none of these labels shows, or none shows enough of for a query."""
     seen = frozenset().union(*shown)
     for enough, how in ((False, ""), (True, f" on {rule.min_area:g} of its pixels")):

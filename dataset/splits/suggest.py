@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from dataset.catalog import Kind
+from dataset.catalog import DatasetInfo
 from dataset.lists import Sample, line_of, read_lists, read_sample, write_lists
 from dataset.pseudo_labels import read_pseudo_labels
 from utils.errors import UserError
@@ -157,7 +157,7 @@ def write_suggestions(run: Path, count: int, out: Path) -> list[str]:
     ]
 
 
-def _sheet(samples: Sequence[Sample], notes: Sequence[str], kind: Kind) -> Image.Image:
+def _sheet(samples: Sequence[Sample], notes: Sequence[str], kind: DatasetInfo) -> Image.Image:
     palette, rows = kind.palette(), []
     for sample, note in zip(samples, notes, strict=True):
         image, mask = read_sample(sample)

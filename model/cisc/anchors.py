@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dataset.catalog import describe
+from dataset.catalog import dataset_info
 from dataset.lists import Sample, Splits
 from dataset.loader import whole_images
 from dataset.query import QueryIndex
@@ -27,14 +27,14 @@ from model.networks import load_frozen
 from utils.config.batches import count_kept
 from utils.config.schema import Config
 from utils.device import Device
-from utils.distributed import broadcast, gathered, merged
+from utils.distributed import broadcast, gather_dict, gather_list
 from utils.errors import UserError
 from utils.evaluation import (
     ConfusionMatrix,
     Predictor,
     base_size,
     confusion_counts,
-    passes,
+    iterate_batches,
     resize_images,
 )
 from utils.files import read_json, write_csv, write_json, write_text
@@ -81,12 +81,14 @@ def select(
                 scores = reliability(features, label, anchors)
                 ranked = image_reliability(scores, settings.score == "mean").tolist()
                 images.append(dict(zip(names, ranked, strict=True)))
-    by_name, by_class = merged(images), merged(partners)
+    by_name, by_class = gather_dict(images), gather_dict(partners)
     scored = {sample.name: by_name[sample.name] for sample in splits.unlabeled}
     reliable = broadcast(write_selection, stage.folder, scored, settings.keep)
     if index is not None:
         kept = keep_reliable_partners(index, by_class, settings.keep)
-        broadcast(write_partners, stage.folder, kept, by_class, describe(config.dataset).classes)
+        broadcast(
+            write_partners, stage.folder, kept, by_class, dataset_info(config.dataset).classes
+        )
     return {"images": reliable}
 
 
@@ -98,12 +100,12 @@ def class_anchors(
 
     NaN for a class that no label shows. Source: docs/method.md, section 7.
     """
-    classes, sums = len(describe(config.dataset).classes), []
+    classes, sums = len(dataset_info(config.dataset).classes), []
     for _, features, label in features_of(config, device, net, labeled, "anchors"):
         prototypes, present = class_prototypes(features, label, classes)
         # (C, D + 1): the prototypes, and how many images have one
         sums.append(torch.cat([prototypes, present.unsqueeze(2)], dim=2).sum(dim=0).cpu())
-    summed = torch.stack(gathered(sums)).sum(dim=0).to(device.torch_device)
+    summed = torch.stack(gather_list(sums)).sum(dim=0).to(device.torch_device)
     return summed[:, :-1] / summed[:, -1:]
 
 
@@ -112,7 +114,7 @@ def features_of(
 ) -> Iterator[tuple[list[str], Tensor, Tensor]]:
     """Pass whole images through a network; yield names, features and labels by batch."""
     loader = whole_images(config, samples, net.preprocessing)
-    for batch in passes(loader, device, title):
+    for batch in iterate_batches(loader, device, title):
         size = base_size(batch.image.shape[-2:], config.inference.long_side)
         images = resize_images(batch.image, size, net.preprocessing.interpolation)
         with device.autocast():
@@ -127,12 +129,12 @@ def _stability(
 
     Source: ST++ (Yang et al., CVPR 2022, section 3.3). Deviates: predictions without views.
     """
-    config, classes = stage.config, len(describe(stage.config.dataset).classes)
+    config, classes = stage.config, len(dataset_info(stage.config.dataset).classes)
     files = [teacher / f"earlier_{number}.pth" for number in range(1, len(EARLIER) + 1)]
     nets = [load_frozen(config, stage.device, file) for file in files]
     predictors = [Predictor(net, stage.device, config.inference) for net in nets]
     loader = whole_images(config, pseudo_labeled, nets[0].preprocessing)
-    for batch in passes(loader, stage.device, f"{stage.name} unlabeled"):
+    for batch in iterate_batches(loader, stage.device, f"{stage.name} unlabeled"):
         scores = dict.fromkeys((pseudo_labeled[index].name for index in batch.index), 0.0)
         for predict in predictors:
             ids = predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from dataset.catalog import describe
+from dataset.catalog import dataset_info
 from dataset.lists import Sample, mask_file, read_label, read_picture, read_sample
 from dataset.loader import SampleKey
 from dataset.query import Partner
@@ -26,7 +26,7 @@ from dataset.training import RetrainSample, RetrainSamples
 from model.cisc.students import Labeler
 from model.cisc.votes import Opinions, PseudoLabeler
 from utils import IGNORE
-from utils.distributed import by_first
+from utils.distributed import on_rank_zero
 from utils.evaluation import Predictor, base_size
 from utils.files import read_json, write_json
 from utils.panels import (
@@ -34,7 +34,7 @@ from utils.panels import (
     as_picture,
     in_colour,
     in_grey,
-    marked,
+    mark_places,
     overlay,
     panel,
     save,
@@ -66,7 +66,7 @@ def keep_opinions(
     """Keep what the panels show of an image, (1, 3, h, w), of which (1, C, H, W) opinions are."""
     voters = [(one.name, share) for one, share in labeler.voter.voters_of(image, SHOWN_VOTERS)]
     maps = (_ids(maps[0].argmax(dim=0)) for maps in (opinions.teacher, opinions.votes))
-    palette = describe(labeler.config.dataset).palette()
+    palette = dataset_info(labeler.config.dataset).palette()
     keep_votes(folder, sample, Evidence(*maps, voters), palette)
 
 
@@ -114,12 +114,12 @@ class Panels:
     ) -> None:
         self._stage, self._samples, self._labeler = stage, samples, labeler
         self._labeled_by, self._truth = labeled_by, truth
-        self._info = describe(stage.config.dataset)
+        self._info = dataset_info(stage.config.dataset)
         self._labeled = {sample.name: sample for sample in samples.labeled}
         numbers = {sample.name: number for number, sample in enumerate(samples.unlabeled)}
         self._numbers = [numbers[sample.name] for sample in shown if sample.name in numbers]
 
-    @by_first
+    @on_rank_zero
     @torch.no_grad()
     def draw(self, net: nn.Module, epoch: int, iteration: int) -> None:
         """Draw the images with a network's predictions after so many epochs and iterations."""
@@ -211,7 +211,7 @@ class Panels:
 def _mark_errors(image: Image.Image, ids: np.ndarray, true: np.ndarray) -> Picture:
     counted = (true != IGNORE) & (ids != IGNORE)
     wrong = counted & (true != ids)
-    return marked(image, wrong), f"{wrong.sum() / max(1, counted.sum()):.0%}"
+    return mark_places(image, wrong), f"{wrong.sum() / max(1, counted.sum()):.0%}"
 
 
 def _ids(label: Tensor) -> np.ndarray:

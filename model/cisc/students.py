@@ -27,7 +27,7 @@ from model.cisc.maps import (
 from model.ops.layers import full_size
 from utils import IGNORE
 from utils.config.schema import RetrainSection
-from utils.distributed import reduced
+from utils.distributed import all_reduce_sum
 
 
 class StudentBatch(NamedTuple):
@@ -103,7 +103,7 @@ class Labeler:
         return label, weight
 
     @property
-    def passes(self) -> int:
+    def images_passed(self) -> int:
         """Images that pass the teacher and the running average for each unlabeled one."""
         partners = self.settings.weight == "cisc_map"
         return (self.teacher is not None) + partners + (self.average is not None)
@@ -165,7 +165,7 @@ class ClassPixels(nn.Module):
         classes = len(self.pixels)
         # 255 is counted beyond the classes: cutting it out would wait for the device.
         places = torch.cat([label.where(label != IGNORE, classes).flatten() for label in labels])
-        self.pixels += reduced(torch.bincount(places, minlength=classes + 1)[:classes])
+        self.pixels += all_reduce_sum(torch.bincount(places, minlength=classes + 1)[:classes])
 
 
 def random_boxes(like: Tensor) -> Tensor:

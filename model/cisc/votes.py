@@ -23,18 +23,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataset.catalog import describe
+from dataset.catalog import dataset_info
 from dataset.lists import Sample
-from dataset.loader import Chance, whole_images
+from dataset.loader import RandomStreams, whole_images
 from model.networks import largest_stride, load_frozen, network_of
 from model.ops.bilinear import resize
 from model.ops.frozen import freeze
 from utils.checkpoint import load
 from utils.config.schema import Config
 from utils.device import Device
-from utils.distributed import broadcast, gathered
+from utils.distributed import broadcast, gather_list
 from utils.errors import UserError
-from utils.evaluation import Predictor, base_size, passes, resize_images
+from utils.evaluation import Predictor, base_size, iterate_batches, resize_images
 
 VOTERS, PATCHES = 512, 20_000  # labeled images and patches that vote on pseudo labels, at most
 NEIGHBOURS = 30  # patches that vote
@@ -227,7 +227,7 @@ class PatchVoter:
         config: of the run.
         device: where the patches are compared.
         labeled: patches of at most ``VOTERS`` images, drawn at random, vote, ``PATCHES`` in all.
-        say: is told which of ``pseudo_label.vote_scales`` fits the labeled images best.
+        say: is told which of ``pseudo_label.neighbour_scales`` fits the labeled images best.
 
     Attributes:
         prior: (C,) float, the classes' shares of the patches.
@@ -243,25 +243,25 @@ class PatchVoter:
         self, config: Config, device: Device, labeled: Sequence[Sample], say: Callable[[str], None]
     ) -> None:
         self._config, self._device = config, device
-        chance = Chance(config.seed, "1_supervised")
+        chance = RandomStreams(config.seed, "1_supervised")
         # The network with which stage 1 began, as its encoder was pretrained: not dilated.
         torch.manual_seed(chance.torch_seed())
         self._stride = largest_stride(config.model.backbone)
         model = config.model.model_copy(update={"output_stride": self._stride})
-        classes = len(describe(config.dataset).classes)
+        classes = len(dataset_info(config.dataset).classes)
         net = freeze(network_of(model, classes, config.model.pretrained), device)
         self._encoder, self._preprocessing = net.backbone, net.preprocessing
         drawn = chance.of(0, 0, 0).permutation(len(labeled))[:VOTERS]
         self._labeled = [labeled[number] for number in sorted(drawn)]
         fits = []
-        for scale in config.pseudo_label.vote_scales:
+        for scale in config.pseudo_label.neighbour_scales:
             patches = self._cut_patches(scale, classes, chance)
             if len(patches.image):
                 fits.append((broadcast(calibrate, patches), scale, patches))
         if not fits:
             raise UserError(
-                "pseudo_label.votes: no patch of the labeled images is labeled on more than half "
-                "of its pixels; set pseudo_label.votes=false"
+                "pseudo_label.neighbours: no patch of the labeled images is labeled on more than half "
+                "of its pixels; set pseudo_label.neighbours=false"
             )
         fit, self._scale, self._patches = min(fits, key=lambda each: each[0].cross_entropy)
         self._exponent, self.prior = fit.exponent, self._patches.prior()
@@ -283,16 +283,16 @@ class PatchVoter:
         rows = zip(most.indices.tolist(), most.values.tolist(), strict=True)
         return [(self._labeled[number], share) for number, share in rows]
 
-    def _cut_patches(self, scale: float, classes: int, chance: Chance) -> LabeledPatches:
+    def _cut_patches(self, scale: float, classes: int, chance: RandomStreams) -> LabeledPatches:
         labeled, found = self._labeled, []
         loader = whole_images(self._config, labeled, self._preprocessing)
-        for batch in passes(loader, self._device, "labeled patches"):
+        for batch in iterate_batches(loader, self._device, "labeled patches"):
             limit = math.ceil(PATCHES * len(batch.index) / len(labeled))
             rng = chance.of(int(batch.index[0]))
             maps = self._maps(batch.image, scale)
             patches = labeled_patches(maps, batch.label, batch.index, classes, limit, rng)
             found.append([rows.cpu() for rows in patches])
-        columns = map(torch.cat, zip(*gathered(found), strict=True))
+        columns = map(torch.cat, zip(*gather_list(found), strict=True))
         return LabeledPatches(*(rows.to(self._device.torch_device) for rows in columns))
 
     def _maps(self, images: Tensor, scale: float) -> Tensor:
@@ -343,7 +343,7 @@ class PseudoLabeler:
         self.teacher = load_frozen(config, device, checkpoint)
         self._predict = Predictor(self.teacher, device, config.inference, config.pseudo_label)
         self.voter, self._prior = None, None
-        if config.pseudo_label.votes:
+        if config.pseudo_label.neighbours:
             self.voter = PatchVoter(config, device, labeled, say)
             pixels = load(checkpoint).get("class_pixels")
             if pixels is not None:

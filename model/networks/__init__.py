@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from dataset.catalog import describe
+from dataset.catalog import dataset_info
 from model.networks.deeplabv2 import DeepLabV2
 from model.networks.deeplabv3plus import DeepLabV3Plus
 from model.networks.dpt import DPT
@@ -129,7 +129,7 @@ def network_of(
 
 def load_network(config: Config, file: Path) -> nn.Module:
     """Build the network that a config describes, with a checkpoint's weights."""
-    net = network_of(config.model, len(describe(config.dataset).classes), pretrained=None)
+    net = network_of(config.model, len(dataset_info(config.dataset).classes), pretrained=None)
     load_weights(net, file)
     return net
 

@@ -35,14 +35,14 @@ from dataset.cache import Memory
 from dataset.catalog import KINDS
 from dataset.demo.writing import write_demo
 from dataset.lists import Sample, SampleReader, Splits, read_sample, read_splits
-from dataset.loader import Chance, SampleKey, training_batches
+from dataset.loader import RandomStreams, SampleKey, training_batches
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.training import RetrainSamples
-from dataset.transforms import View, random_view
+from dataset.transforms import CropParams, random_view
 from tests.benchmarks.timing import seconds, table
 from utils.config.schema import AugmentSection, DatasetSection
 
-BATCH, CHANCE = 4, Chance(0, "4_retrain")
+BATCH, CHANCE = 4, RandomStreams(0, "4_retrain")
 
 
 class Case(NamedTuple):
@@ -60,7 +60,7 @@ CASES = {
 
 
 def whole_then_crop(
-    view: View, picture: Image.Image, resample: Image.Resampling, padding: int
+    view: CropParams, picture: Image.Image, resample: Image.Resampling, padding: int
 ) -> Image.Image:
     """Cut as usually written: scale all of the picture, then keep the window."""
     height, width = (min(view.crop, side) for side in view.scaled)
@@ -76,7 +76,7 @@ FORMS = {
         "image": lambda view, image, _="": whole_then_crop(view, image, Image.BILINEAR, 0),
         "mask": lambda view, mask: whole_then_crop(view, mask, Image.NEAREST, 255),
     },
-    "window": {"image": View.image, "mask": View.mask},
+    "window": {"image": CropParams.image, "mask": CropParams.mask},
 }
 
 
@@ -109,14 +109,14 @@ def resample_milliseconds(splits: Splits, case: Case, pairs: int) -> dict[str, l
     pictures = [read_sample(sample) for sample in splits.labeled + splits.val] * case.batches
     rng, result = np.random.default_rng(0), defaultdict(list)
 
-    def cut_all(views: list[View]) -> None:
+    def cut_all(views: list[CropParams]) -> None:
         for view, (image, mask) in zip(views, pictures, strict=True):
             view.image(image), view.mask(mask)
 
     for _ in range(pairs):
         views = [random_view(case.size, case.augment, rng) for _ in pictures]
         for form, cut in FORMS.items():
-            with patch.multiple(View, **cut):
+            with patch.multiple(CropParams, **cut):
                 result[form].append(1e3 * seconds(partial(cut_all, views)) / len(views))
     return result
 
@@ -127,7 +127,7 @@ def samples_a_second(splits: Splits, case: Case, pairs: int, workers: int) -> di
     forms = {form: (cut, read_sample) for form, cut in FORMS.items()}
     forms["window, cache: ram"] = FORMS["window"], memory
     for form, (cut, read) in [*forms.items()] * pairs:
-        with patch.multiple(View, **cut):  # forked workers inherit it
+        with patch.multiple(CropParams, **cut):  # forked workers inherit it
             dataset = build_set(splits, case, read)
             stream = training_batches(dataset, BATCH, range(10**6), CHANCE, workers)
             list(islice(stream, max(1, 2 * workers)))

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train
-from dataset.catalog import describe
+from dataset.catalog import dataset_info
 from dataset.demo.writing import write_demo
 from dataset.lists import read_splits
-from dataset.loader import Chance, training_batches
+from dataset.loader import RandomStreams, training_batches
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.training import LabeledPairs, RetrainSamples
 from eval import evaluate
@@ -50,7 +50,7 @@ from utils.run.log import Log
 from utils.run.stages import Stage, Stopwatch, checkpoint_of
 
 SCALES, IMAGES = [0.5, 0.75, 1.0, 1.5, 2.0], 4
-CHANCE = Chance(0, "benchmark")
+CHANCE = RandomStreams(0, "benchmark")
 
 
 class Row(NamedTuple):
@@ -88,13 +88,13 @@ class Bench:
             f"dataset.root={root}",
             f"model={{backbone: {typed.backbone}, output_stride: 8, channels: null}}",
             f"augment={{base_size: 480, crop_size: {typed.crop}}}",
-            f"pseudo_label={{scales: {SCALES}, votes: false}}",
+            f"pseudo_label={{scales: {SCALES}, neighbours: false}}",
             f"inference.batch_size={max(IMAGES, typed.batch)}",
             "query.exclude=[]",
             f"workers={typed.workers}",
         ]
         self.config = read_config("demo.yaml", words)
-        kind = describe(self.config.dataset)
+        kind = dataset_info(self.config.dataset)
         count = max(self.images, typed.batch)
         write_demo(root, kind.palette(), 2 * count, count, count, 1, size=self.size)
         self.device = Device(typed.device, typed.precision)

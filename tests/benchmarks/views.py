@@ -22,7 +22,7 @@ from model.networks import load_frozen
 from utils import checkpoint
 from utils.config.reading import config_from
 from utils.device import Device
-from utils.evaluation import Predictor, passes
+from utils.evaluation import Predictor, iterate_batches
 
 SHARES = (1.0, 0.5, 0.25)
 
@@ -45,7 +45,7 @@ def main() -> None:
         predictors[share] = Predictor(net, device, settings, config.pseudo_label)
     equal, seconds, pixels = dict.fromkeys(SHARES, 0), dict.fromkeys(SHARES, 0.0), 0
     loader = whole_images(config, samples, net.preprocessing)
-    for number, batch in enumerate(passes(loader, device, "views")):
+    for number, batch in enumerate(iterate_batches(loader, device, "views")):
         ids, size = {}, tuple(batch.label.shape[-2:])
         for share in SHARES[:: -1 if number % 2 else 1]:  # none is always the first, and cold
             start = time.perf_counter()

@@ -22,8 +22,6 @@ METHODS = sorted(file.stem for file in (CONFIGS / "methods").glob("*.yaml"))
 _RENAMED_METHODS = {"cisc_published": "cisc"}
 _RENAMED_KEYS = {
     "relabel": "is gone: stage 5 labels by the network of stage 4",
-    "pseudo_label.neighbours": "is called 'pseudo_label.votes' now",
-    "pseudo_label.neighbour_scales": "is called 'pseudo_label.vote_scales' now",
     "retrain.learn_queried": "is called 'retrain.learn_partners' now",
     "retrain.threshold_by_class": "is gone: thresholds by class gained nothing",
 }
@@ -121,12 +119,12 @@ def config_from(values: Mapping[str, Any], source: str, overrides: Sequence[str]
     return _checked([(source, values)], overrides)
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return settings by dotted key, such as ``dataset.root``; empty sections have none."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
         inner = isinstance(value, dict)
-        found.update(flat(value, f"{prefix}{key}.") if inner else {prefix + key: value})
+        found.update(flatten(value, f"{prefix}{key}.") if inner else {prefix + key: value})
     return found
 
 

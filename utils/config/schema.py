@@ -273,10 +273,10 @@ class PseudoLabelSection(Section):
     flip: bool = True
     # Combine the teacher's probabilities with the votes of the nearest labeled patches in the
     # features of the encoder as it was before training. Whole images pass, without windows.
-    votes: bool = True
+    neighbours: bool = True
     # Factors by which images are enlarged before their patches are compared: the one that fits the
     # labeled images best is taken, the first one if there is only one labeled image.
-    vote_scales: Scales = [1.0, 2.0, 3.0]
+    neighbour_scales: Scales = [1.0, 2.0, 3.0]
     # Probabilities of both together are divided by the class's share of the labeled patches to this
     # power: more labels of rare classes, and more wrong ones. 0: as they are.
     adjustment: float = Field(0.0, ge=0, le=1)
@@ -381,8 +381,8 @@ class Config(Section):
     def _labels_have_a_source(self) -> "Config":
         if 2 not in self.stages and 6 in self.stages and self.retrain.labels == "stored":
             raise ValueError("stages without 2 store no pseudo labels; set retrain.labels=average")
-        if self.pseudo_label.adjustment and not self.pseudo_label.votes:
-            raise ValueError("pseudo_label.adjustment needs pseudo_label.votes=true")
+        if self.pseudo_label.adjustment and not self.pseudo_label.neighbours:
+            raise ValueError("pseudo_label.adjustment needs pseudo_label.neighbours=true")
         if 2 not in self.stages and self.retrain.learn_partners:
             raise ValueError(
                 "retrain.learn_partners queries by stored pseudo labels, which stages without 2 "

@@ -45,7 +45,7 @@ HOW = (
     "retrain.accumulate",
     "inference.batch_size",
     "inference.window",
-    "pseudo_label.vote_scales",
+    "pseudo_label.neighbour_scales",
 )
 
 

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from utils import IGNORE
-from utils.panels import encoded, in_colour, marked
+from utils.panels import encode, in_colour, mark_places
 from utils.report import figures
 from utils.report.reading import (
     PredictedImage,
@@ -21,7 +21,7 @@ from utils.report.reading import (
     read_mask,
     read_picture,
 )
-from utils.scores import confusion_rows, spread
+from utils.scores import confusion_rows, mean_and_spread
 
 _SHOWN, _FALLEN = 12, 6  # best and worst images; images that fell most
 _SIDE = 200  # pixels of a picture, the longer side
@@ -59,10 +59,12 @@ def _comparison(runs: Sequence[RunFolder]) -> dict[str, Any]:
     rows = []
     for name, seeds in last.items():
         paired = [seeds[s] - last[best][s] for s in seeds if s in last[best]] if best else []
-        against = spread(paired, "+") if paired and name != best else ""
+        against = mean_and_spread(paired, "+") if paired and name != best else ""
         numbers = ", ".join(map(str, sorted(seeds)))
         first = [next(iter(run.mious.values())) for run in groups[name]]
-        rows.append([name, numbers, spread(first), spread([*seeds.values()]), against])
+        rows.append(
+            [name, numbers, mean_and_spread(first), mean_and_spread([*seeds.values()]), against]
+        )
     names = sorted(means, key=means.__getitem__, reverse=True)
     if best is None:
         told = (
@@ -345,7 +347,7 @@ def _figure(
         found, palette = read_mask(path, size)
         views.append((title, in_colour(found, palette)))
     if errors:
-        views.append(("wrong in red", marked(photograph, (found != true) & (true != IGNORE))))
+        views.append(("wrong in red", mark_places(photograph, (found != true) & (true != IGNORE))))
     shown = [{"title": title, "source": _picture(view)} for title, view in views]
     return {"caption": caption, "pictures": shown}
 
@@ -355,11 +357,11 @@ def _picture(picture: Image.Image, side: int = _SIDE) -> str:
     if picture.mode == "P":
         scale = min(1.0, side / max(picture.size))
         size = [max(1, round(scale * length)) for length in picture.size]
-        content = encoded(picture.resize(size, Image.Resampling.NEAREST), optimize=True)
+        content = encode(picture.resize(size, Image.Resampling.NEAREST), optimize=True)
         return f"data:image/png;base64,{base64.b64encode(content).decode()}"
     picture = picture.convert("RGB")
     picture.thumbnail((side, side))
-    content = encoded(picture, "WEBP", quality=80)
+    content = encode(picture, "WEBP", quality=80)
     return f"data:image/webp;base64,{base64.b64encode(content).decode()}"
 
 

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from utils.config.reading import flat, read_config
+from utils.config.reading import flatten, read_config
 from utils.config.schema import Config
 from utils.config.stages import READERS, readers, saves_memory
 from utils.device import Device
@@ -84,7 +84,7 @@ def _of(stages: Sequence[str], numbers: Sequence[int]) -> list[str]:
 
 def differing_keys(one: Config, other: Config) -> dict[str, Any]:
     """Return the settings of ``one`` that can change a result and differ from ``other``'s."""
-    there, here = (flat(config.model_dump(mode="json")) for config in (one, other))
+    there, here = (flatten(config.model_dump(mode="json")) for config in (one, other))
     keys = sorted((there.keys() | here.keys()) - _RESOLVED - _COMPARED_AS_LISTS)
     changed = [key for key in keys if there.get(key) != here.get(key) and readers(key)]
     return {key: there.get(key) for key in changed}

@@ -12,9 +12,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.config.schema import Config
-from utils.distributed import by_first
+from utils.distributed import on_rank_zero
 from utils.files import append_text, read_records, write_text
-from utils.run.loggers import Logger, open_loggers, tagged
+from utils.run.loggers import Logger, add_tags, open_loggers
 
 Numbers = dict[str, float]
 
@@ -30,18 +30,18 @@ class Log:
         self._text, self._metrics = folder / "log.txt", folder / "metrics.jsonl"
         self._folder, self._loggers = folder, list[Logger]()
 
-    @by_first
+    @on_rank_zero
     def open(self, config: Config) -> None:
         """Open the loggers that the config names; without it there are none."""
         self._loggers = open_loggers(self._folder, config)
 
-    @by_first
+    @on_rank_zero
     def close(self) -> None:
         """Close the loggers."""
         for logger in self._loggers:
             logger.close()
 
-    @by_first
+    @on_rank_zero
     def say(self, text: str) -> None:
         """Print a line above any progress bar, and keep it in log.txt."""
         try:
@@ -52,7 +52,7 @@ class Log:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         append_text(self._text, f"{now} {text}\n")
 
-    @by_first
+    @on_rank_zero
     def record(
         self,
         stage: str,
@@ -73,23 +73,23 @@ class Log:
         line = json.dumps({"stage": stage, "epoch": epoch, **numbers})
         append_text(self._metrics, line + "\n")
         for logger in self._loggers:
-            logger.scalars(tagged(stage, numbers, ious), iteration)
+            logger.scalars(add_tags(stage, numbers, ious), iteration)
         shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
         self.say(f"{stage}  epoch {epoch}  {shown}")
 
-    @by_first
+    @on_rank_zero
     def show(self, tag: str, picture: Image.Image, iteration: int) -> None:
         """Show a picture in the loggers."""
         for logger in self._loggers:
             logger.picture(tag, picture, iteration)
 
-    @by_first
+    @on_rank_zero
     def result(self, miou: float) -> None:
         """Give the loggers the run's mIoU, in [0, 1]."""
         for logger in self._loggers:
             logger.result(miou)
 
-    @by_first
+    @on_rank_zero
     def tidy(self, stage: str = "", epochs: int = 0) -> None:
         """Remove a stage's epochs after the first ``epochs``, and broken lines; sort by stage."""
         kept = [

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from utils.config.reading import flat
+from utils.config.reading import flatten
 from utils.config.schema import Config
 from utils.errors import UserError
 from utils.files import write_text, writing
@@ -48,7 +48,7 @@ def open_loggers(folder: Path, config: Config) -> list[Logger]:
     return loggers + ([] if config.wandb is None else [WeightsAndBiases(folder, config)])
 
 
-def tagged(
+def add_tags(
     stage: str, numbers: Mapping[str, float], ious: Mapping[str, float | None]
 ) -> dict[str, float]:
     """Name an epoch's numbers for loggers.
@@ -167,5 +167,5 @@ class WeightsAndBiases:
 
 def _hyperparameters(config: Config) -> dict[str, Any]:
     """Return the settings as TensorBoard takes them: numbers, booleans and text by dotted key."""
-    settings = flat(config.model_dump(mode="json"))
+    settings = flatten(config.model_dump(mode="json"))
     return {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}

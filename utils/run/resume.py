@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from utils import checkpoint
-from utils.distributed import by_first, rank
+from utils.distributed import on_rank_zero, rank
 from utils.errors import Stopped, UserError
 from utils.files import append_text, read_records
 from utils.optimization import Optimization
@@ -87,7 +87,7 @@ class Progress:
         self._save()
         stop_here()
 
-    @by_first
+    @on_rank_zero
     def _save(self) -> None:
         state = {
             "net": self._net.state_dict(),

@@ -22,7 +22,7 @@ class _StopLater:
 
 
 @contextmanager
-def stopping_later() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """Hold SIGINT and SIGTERM back until the program calls ``stop_here``.
 
     Raises:

@@ -22,7 +22,7 @@ from torch import nn
 from utils import checkpoint
 from utils.config.schema import Config
 from utils.device import Device
-from utils.distributed import barrier, broadcast, by_first, is_first
+from utils.distributed import barrier, broadcast, is_first, on_rank_zero
 from utils.errors import Stopped, UserError
 from utils.files import (
     read_json,
@@ -38,7 +38,7 @@ from utils.run.comparison import portable, refuse_other_run
 from utils.run.folder import STAGES
 from utils.run.log import Log, Numbers
 from utils.run.results import environment, stage_table
-from utils.run.signals import stopping_later
+from utils.run.signals import defer_signals
 
 Report = dict[str, Any]  # what results.json says of a stage
 _UNFINISHED = "unfinished"  # folder in a stage's
@@ -84,7 +84,7 @@ class Stopwatch:
         """The seconds until now."""
         return round(self._earlier + time.monotonic() - self._start, 1)
 
-    @by_first
+    @on_rank_zero
     def note(self) -> None:
         """Save the seconds."""
         write_atomically(self._path, lambda path: path.write_text(str(self.seconds)), durable=False)
@@ -107,7 +107,7 @@ class Stage:
         """The folder of what resuming needs; removed when the stage ends."""
         return self.folder / _UNFINISHED
 
-    @by_first
+    @on_rank_zero
     def save(
         self, net: nn.Module, epoch: int, class_pixels: list[float], name: str = "checkpoint.pth"
     ) -> None:
@@ -241,7 +241,7 @@ def _remove_empty(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path, patience: float = 10.0) -> Iterator[None]:
+def lock_folder(folder: Path, patience: float = 10.0) -> Iterator[None]:
     """Let no other run work in a folder while the block runs.
 
     Args:
@@ -314,12 +314,12 @@ class Run:
         """Lock the folder, compare settings, open the logs."""
         with ExitStack() as opened:
             if is_first():
-                opened.enter_context(locked(self.folder))
+                opened.enter_context(lock_folder(self.folder))
                 self._prepare()
                 self.log.open(self.config)
                 opened.callback(self.log.close)
             opened.push(self._log_stop)
-            opened.enter_context(stopping_later())
+            opened.enter_context(defer_signals())
             barrier()
             self._opened = opened.pop_all()
         self.log.say(f"{self.folder} on {self.device}")
@@ -364,7 +364,7 @@ class Run:
         """Return the sha256 of a finished stage's file."""
         return self._files[path.relative_to(self.folder).as_posix()]
 
-    @by_first
+    @on_rank_zero
     def finish(self) -> None:
         """Write results.json: the last stage's mIoU, every stage's report, every file's sha256."""
         self.log.tidy()
@@ -383,7 +383,7 @@ class Run:
         self.log.result(last["miou"])
         self.log.say(stage_table(self.stages, self.config.evaluate.checkpoint))
 
-    @by_first
+    @on_rank_zero
     def add_result(self, name: str, report: Report) -> None:
         """Add a report to results.json, which ``finish`` has written."""
         file = self.folder / "results.json"
@@ -409,8 +409,8 @@ class Run:
         folder = self.folder / name
         with writing(folder):
             folder.mkdir(exist_ok=True)
-        by_first(write_json)(self.folder / "environment.json", environment(self.device))
-        by_first(write_text)(folder / _UNFINISHED / "made_from", made_from)
+        on_rank_zero(write_json)(self.folder / "environment.json", environment(self.device))
+        on_rank_zero(write_text)(folder / _UNFINISHED / "made_from", made_from)
         watch = Stopwatch(folder / _UNFINISHED / "seconds")
         before = sum(report.get("iterations", 0) for report in self.stages.values())
         stage = Stage(name, folder, self.config, self.device, self.log, watch, before)
@@ -422,7 +422,7 @@ class Run:
             raise
         barrier()  # every process has written its files
         seconds = watch.seconds
-        by_first(_finish)(folder, {**report, "seconds": seconds}, made_from)
+        on_rank_zero(_finish)(folder, {**report, "seconds": seconds}, made_from)
         self.log.say(f"{name} done in {clock(seconds)}")
 
     def _prepare(self) -> None:

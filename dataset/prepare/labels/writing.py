@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from dataset.catalog import Kind, voc_colours
+from dataset.catalog import DatasetInfo, voc_colours
 from dataset.lists import Sample, line_of, write_lists
 from dataset.prepare.labels.drawing import OVERLAPS, draw
 from dataset.prepare.labels.records import (
@@ -121,7 +121,7 @@ def _write(
             return _Written(where, None, Notes([str(why)]))
         if BACKGROUND in classes and (ids == classes.index(BACKGROUND)).all():
             notes["labeled images of background alone"] += 1
-        _save(mask, ids, Kind(tuple(classes), voc_colours(len(classes))).palette())
+        _save(mask, ids, DatasetInfo(tuple(classes), voc_colours(len(classes))).palette())
         sample = sample._replace(mask=mask)
     _copy(image.path, sample.image)
     return _Written(where, sample, notes, contested)
