@@ -260,8 +260,8 @@ class PatchVoter:
                 fits.append((broadcast(calibrate, patches), scale, patches))
         if not fits:
             raise UserError(
-                "pseudo_label.neighbours: no patch of the labeled images is labeled on more than half "
-                "of its pixels; set pseudo_label.neighbours=false"
+                "pseudo_label.neighbours: no patch of the labeled images is labeled on more than "
+                "half of its pixels; set pseudo_label.neighbours=false"
             )
         fit, self._scale, self._patches = min(fits, key=lambda each: each[0].cross_entropy)
         self._exponent, self.prior = fit.exponent, self._patches.prior()
