@@ -46,8 +46,9 @@ def test_commands_and_options_exist(path):
         if program is None:
             continue  # not ours: pip, venv, pytest, torch.distributed.run
         assert program.is_file(), f"{path.name} names {program.name}"
-        beside = program.parent.glob("*.py") if program.parent.name == "benchmarks" else [program]
-        text = "".join(file.read_text("utf-8") for file in beside)
+        whole = program.name == "__main__.py" or program.parent.name == "benchmarks"
+        files = program.parent.rglob("*.py") if whole else [program]
+        text = "".join(file.read_text("utf-8") for file in files)
         for word in words:
             if re.fullmatch(r"--[a-z][\w-]*", word):
                 option = word.replace("--no-", "--", 1)  # of BooleanOptionalAction

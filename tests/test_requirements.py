@@ -8,13 +8,14 @@ from conftest import ROOT
 
 OWN = {"dataset", "model", "utils", "train", "eval"}
 # Distributions that are not called as what is imported from them.
-MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
+MODULES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-image": "skimage"}
 # Imported where a user asks for it, with an error that names the package.
 OPTIONAL = {
     "onnx": "eval.py --export net.onnx",
     "onnxruntime": "eval.py --export net.onnx",
     "onnxscript": "eval.py --export net.onnx",
-    "pycocotools": "dataset.prepare coco",
+    "pycocotools": "dataset.prepare coco, labels",
+    "scikit-image": "dataset.prepare export-labels",
     "scipy": "dataset.prepare pascal",
     "tifffile": "dataset.bands of a TIFF that Pillow does not read",
     "wandb": "the setting 'wandb'",
@@ -50,7 +51,8 @@ def required(name):
 
 def test_what_is_imported_is_required_and_the_other_way_round():
     needed = required("requirements.txt") - INDIRECT.keys()
-    assert imported() - OPTIONAL.keys() == {MODULES.get(name, name) for name in needed}
+    modules = {MODULES.get(name, name) for name in needed}
+    assert imported() - {MODULES.get(name, name) for name in OPTIONAL} == modules
 
 
 def test_what_is_optional_is_installed_for_tests():
