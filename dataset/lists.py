@@ -3,8 +3,8 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from glob import glob
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from glob import escape, glob
 from itertools import combinations, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
@@ -65,11 +65,18 @@ def read_sample(sample: Sample) -> tuple[Image.Image, Image.Image]:
 SampleReader = Callable[[Sample], tuple[Image.Image, Image.Image]]  # ``read_sample``, or its like
 
 
-def find_pictures(place: Path, pixels: Pixels = AS_STORED) -> list[Sample]:
+def find_pictures(
+    place: Path, pixels: Pixels = AS_STORED, taken: Set[object] = frozenset()
+) -> list[Sample]:
     """List pictures by name: a file; those below a folder; or those that a pattern fits.
 
     Files that are no pictures, and hidden ones, do not count. Names begin in the folder that holds
     them all.
+
+    Args:
+        place: the file, folder or pattern.
+        pixels: how they are read.
+        taken: files that are left out, by ``_file_at``.
 
     Raises:
         UserError: no such place, no picture, or two whose names differ in the suffix alone.
@@ -86,6 +93,7 @@ def find_pictures(place: Path, pixels: Pixels = AS_STORED) -> list[Sample]:
             f"{place}: no such file or folder, or no picture that Pillow reads; a pattern such as "
             "'photos/*.jpg' stands in quotes"
         )
+    found = [path for path in found if _file_at(path) not in taken]
     for one, other in pairwise(sorted(found, key=lambda path: path.with_suffix(""))):
         if one.with_suffix("") == other.with_suffix(""):
             raise UserError(f"{other}: {one.name} has this name too and would share its mask")
@@ -405,15 +413,14 @@ def _place_of_pictures(name: str, root: Path) -> Path | None:
         return None
     if not place.is_relative_to(root) or ".." in place.parts[len(root.parts) :]:
         raise UserError(f"dataset.unlabeled: {name} is not below dataset.root, {root}")
-    return place
+    return place if place.is_dir() else Path(escape(str(root))) / place.relative_to(root)
 
 
 def _pictures_besides(others: Splits, root: Path, place: Path, pixels: Pixels) -> list[Sample]:
     """List the pictures of a place that are no image and no mask of other lists."""
     known = [sample for samples in others for sample in samples]
-    taken = {_file_of(sample) for sample in known}
-    taken |= {_file_of(sample._replace(image=sample.mask)) for sample in known if sample.mask}
-    found = [x for x in find_pictures(place, pixels) if _file_of(x) not in taken]
+    taken = {_file_at(path) for x in known for path in (x.image, x.mask) if path}
+    found = find_pictures(place, pixels, taken)
     if not found:
         raise UserError(
             f"dataset.unlabeled: {place} has no picture besides those of the other lists"
@@ -493,7 +500,7 @@ def _notes_on(seen: Mapping[str, _Seen]) -> Iterator[str]:
 
 
 def _overlaps(splits: Splits) -> Iterator[Fault]:
-    files = [{_file_of(sample): sample.name for sample in samples} for samples in splits]
+    files = [{_file_at(sample.image): sample.name for sample in samples} for samples in splits]
     for (one, ours), (other, theirs) in combinations(zip(Splits._fields, files, strict=True), 2):
         both = sorted(ours[file] for file in ours.keys() & theirs.keys())
         for _ in both:
@@ -505,13 +512,13 @@ def _overlaps(splits: Splits) -> Iterator[Fault]:
             )
 
 
-def _file_of(sample: Sample) -> object:
+def _file_at(path: Path) -> object:
     """Follow links of both kinds: one picture under two names is one picture."""
     try:
-        found = sample.image.stat()
-        return (found.st_dev, found.st_ino) if found.st_ino else sample.image.resolve()
+        found = path.stat()
+        return (found.st_dev, found.st_ino) if found.st_ino else path.resolve()
     except (OSError, RuntimeError, ValueError):  # no path: reading it says what is wrong
-        return sample.image
+        return path
 
 
 def _image_faults(

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from dataset.catalog import DatasetInfo, dataset_info
 from dataset.lists import Sample, find_root, mask_file
-from utils.config.reading import read_config
 from utils.config.schema import Config
 from utils.errors import UserError
+from utils.run.folder import read_kept
 
 STAGES = ("2_pseudo_label", "5_relabel")  # the later one counts where it has an image
 
@@ -29,9 +29,7 @@ def read_pseudo_labels(run: Path) -> PseudoLabels:
     Raises:
         UserError: no run, no data, or no pseudo labels.
     """
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run}: is no run folder (it has no config.yaml); name outdir/<name>")
-    config = read_config(str(run / "config.yaml"))
+    config = read_kept(run)
     kind, root = dataset_info(config.dataset), find_root(config.dataset)
     samples, confidence = dict[str, Sample](), dict[str, float]()
     for table in (run / stage / "confidence.csv" for stage in STAGES):

@@ -368,6 +368,18 @@ def test_masks_of_the_other_lists_are_not_unlabeled(tmp_path):
     assert sample.name == "b.png"
 
 
+@pytest.mark.parametrize("name", [".", "*"])
+def test_pictures_beside_masks_of_their_names_in_a_root_with_brackets(tmp_path, name):
+    root = tmp_path / "mine [2]"
+    root.mkdir()
+    for file in ("a.jpg", "a.png", "b.jpg", "c.jpg", "c.png"):
+        Image.new("L", (4, 3)).save(root / file)
+    for field, stem in (("labeled", "a"), ("val", "c")):
+        (root / f"{field}.txt").write_text(f"{stem}.jpg {stem}.png")
+    (sample,) = read_lists(section(root, unlabeled=name)).unlabeled
+    assert sample.name == "b.jpg"
+
+
 def test_unlabeled_folder_that_gives_nothing(demo_root, demo_copy):
     def read(root, name):
         return refusal(read_lists, section(root, unlabeled=name), ("unlabeled",))
