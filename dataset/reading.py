@@ -65,7 +65,7 @@ def read_image(path: Path, pixels: Pixels = AS_STORED) -> Image.Image:
                 return upright(image, path, pixels)
         except UnidentifiedImageError:
             values, orientation = _tiff_values(path)
-            return _turned(_as_rgb(values, pixels, path), orientation)
+            return _turn_upright(_as_rgb(values, pixels, path), orientation)
 
 
 def upright(image: Image.Image, name: str | Path, pixels: Pixels = AS_STORED) -> Image.Image:
@@ -87,7 +87,7 @@ def upright(image: Image.Image, name: str | Path, pixels: Pixels = AS_STORED) ->
         values, orientation = _values(image)
         rgb = _as_rgb(values, pixels, name)
     rgb.info.clear()
-    return _turned(rgb, orientation)
+    return _turn_upright(rgb, orientation)
 
 
 def examine(path: Path, pixels: Pixels = AS_STORED) -> Traits:
@@ -315,7 +315,7 @@ def _band_count(image: Image.Image) -> int:
     return image.tag_v2.get(_SAMPLES_PER_PIXEL, 1) * pages
 
 
-def _turned(image: Image.Image, orientation: int) -> Image.Image:
+def _turn_upright(image: Image.Image, orientation: int) -> Image.Image:
     turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 

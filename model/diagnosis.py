@@ -75,7 +75,7 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> dict[str
     for fault in find_faults(Splits([], [], samples), info):
         raise UserError(fault.line)
     labels, mious = _score_labels(run, info.classes, samples)
-    matrices, qualities = _judge(Judged(run, config, device, splits), samples)
+    matrices, qualities = _judge(FinishedRun(run, config, device, splits), samples)
     ranking, scores = {}, read_scores(run)
     if scores:
         known = [name for name in scores if math.isfinite(mious.get(name, math.nan))]
@@ -116,8 +116,8 @@ def _score_labels(
     return labels, mious["2_pseudo_label"]
 
 
-class Judged(NamedTuple):
-    """The run that is judged."""
+class FinishedRun(NamedTuple):
+    """A run and what its config names."""
 
     folder: Path
     config: Config
@@ -126,7 +126,7 @@ class Judged(NamedTuple):
 
 
 def _judge(
-    run: Judged, samples: Sequence[Sample]
+    run: FinishedRun, samples: Sequence[Sample]
 ) -> tuple[dict[str, ConfusionMatrix], dict[str, WeightQuality]]:
     """Judge teacher 1, votes and both; and every weight of the teacher's most probable classes."""
     config, device, info = run.config, run.device, dataset_info(run.config.dataset)
@@ -171,7 +171,7 @@ def _judge(
     )
 
 
-def _querier(run: Judged) -> Querier:
+def _querier(run: FinishedRun) -> Querier:
     """Return what draws partners: from the index of stage 3, if it has one."""
     info, selected = dataset_info(run.config.dataset), run.folder / "3_select"
     rule = QueryRule.of(run.config.query, info)

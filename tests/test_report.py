@@ -12,7 +12,7 @@ import yaml
 from conftest import refusal
 
 import utils.report.__main__ as report_program
-from utils.report.page import judged, page
+from utils.report.page import explain_diagnosis, page
 from utils.report.reading import by_method, read_run
 
 CHROMIUM = next(
@@ -120,7 +120,7 @@ def test_the_page_answers_the_questions(run):
 def test_judgement_of_weights_by_hand(run):
     config = read_run(run).config
     rule = config.retrain.model_copy(update={"weight": "confidence"})
-    told = judged(config.model_copy(update={"retrain": rule}), DIAGNOSIS)
+    told = explain_diagnosis(config.model_copy(update={"retrain": rule}), DIAGNOSIS)
     # Right pixels: 0.1 at weight 0.2, 0.6 at 0.9; wrong ones: 0.3 at 0.2.
     assert f"'confidence', is {(0.1 * 0.2 + 0.6 * 0.9) / 0.7:.2f} on right pixels" in told[-1]
     assert "0.20 on wrong ones" in told[-1]

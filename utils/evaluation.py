@@ -129,11 +129,13 @@ class Predictor:
         """
         images, views = self.device.move(images), self.views or self.settings
         count = len(views.scales) * (2 if views.flip else 1)
-        common = size if count == 1 else _scaled(size, self.settings.average_at)
+        common = size if count == 1 else _scale_size(size, self.settings.average_at)
         base = base_size(images.shape[-2:], self.settings.long_side)
         summed = 0.0
         for scale in views.scales:  # each view is resized once from the file's own pixels
-            view = resize_images(images, _scaled(base, scale), self.net.preprocessing.interpolation)
+            view = resize_images(
+                images, _scale_size(base, scale), self.net.preprocessing.interpolation
+            )
             if views.flip:
                 both = self._probabilities(torch.cat([view, view.flip(-1)]), common)
                 straight, mirrored = both.chunk(2)
@@ -234,10 +236,10 @@ def validate(
 
 def base_size(size: Sequence[int], long_side: int | None) -> tuple[int, int]:
     """Return the size at scale 1: the image's own, shrunk to ``long_side`` where it is larger."""
-    return _scaled(size, 1.0 if long_side is None else min(1.0, long_side / max(size)))
+    return _scale_size(size, 1.0 if long_side is None else min(1.0, long_side / max(size)))
 
 
-def _scaled(size: Sequence[int], scale: float) -> tuple[int, int]:
+def _scale_size(size: Sequence[int], scale: float) -> tuple[int, int]:
     return tuple(max(1, round(side * scale)) for side in size)
 
 

@@ -254,7 +254,7 @@ def lay_out_comparison(comparison: Mapping[str, Any], markdown: bool = False) ->
         add(name, *pick("per_class_iou", name))
     named = [f"{letter}  {each['network']}" for letter, each in zip(letters, reports, strict=True)]
     if not markdown:
-        return "\n".join([*named, "", _aligned(rows), "", comparison["resamples"]])
+        return "\n".join([*named, "", _align(rows), "", comparison["resamples"]])
     parts = ["\n".join(f"- {line}" for line in named), as_markdown(rows), comparison["resamples"]]
     for letter, report in zip(letters, reports, strict=True):
         parts.append(f"Confusion matrix of {letter}, % of the pixels of each true class:")
@@ -278,7 +278,7 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def _align(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         f"{row[0]:<{widths[0]}}"

@@ -46,7 +46,7 @@ class Xception65(nn.Module):
         for number in range(3, 21):
             x, _ = self.get_submodule(f"block{number}")(x)
         for conv in (self.conv3, self.conv4, self.conv5):
-            x = conv.activated(x)
+            x = conv.activate(x)
         return low_level, x
 
 
@@ -95,7 +95,7 @@ class SeparableConv(nn.Module):
         """Convolve without a ReLU: inside blocks it comes before."""
         return self.bn2(self.pointwise(self.bn1(self.depthwise(x))))
 
-    def activated(self, x: Tensor) -> Tensor:
+    def activate(self, x: Tensor) -> Tensor:
         """Convolve with a ReLU after each batch norm, as the exit flow does."""
         x = self.relu(self.bn1(self.depthwise(x)))
         return self.relu(self.bn2(self.pointwise(x)))

@@ -95,7 +95,7 @@ def read_config(path: str, overrides: Sequence[str] = (), method: str | None = N
     own = [] if method is None else [(_COMMAND_LINE, {"method": method})]
     layers = [*_file_layers(path), *own]
     overlay = f"methods/{_chosen_method([*layers, *map(_override, overrides)])}.yaml"
-    return _checked([*_file_layers(overlay), *layers], overrides)
+    return _validate([*_file_layers(overlay), *layers], overrides)
 
 
 def _chosen_method(layers: Sequence[Layer]) -> str:
@@ -116,7 +116,7 @@ def config_from(values: Mapping[str, Any], source: str, overrides: Sequence[str]
     Raises:
         UserError: an unknown key or a wrong value, with the source.
     """
-    return _checked([(source, values)], overrides)
+    return _validate([(source, values)], overrides)
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -128,23 +128,23 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _checked(layers: list[Layer], overrides: Sequence[str]) -> Config:
+def _validate(layers: list[Layer], overrides: Sequence[str]) -> Config:
     """Merge layers, later over earlier, key by key, and check the result."""
     layers = [*layers, *map(_override, overrides)]
     merged: dict[str, Any] = {}
     for _, values in layers:
-        merged = _merged(merged, values)
+        merged = _merge(merged, values)
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
         raise UserError(_explain(error, layers)) from None
 
 
-def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(lower)
     for key, value in upper.items():
         both = isinstance(value, dict) and isinstance(lower.get(key), dict)
-        merged[key] = _merged(lower[key], value) if both else value
+        merged[key] = _merge(lower[key], value) if both else value
     return merged
 
 

@@ -26,7 +26,7 @@ Scale = Annotated[float, Field(ge=0.01, le=16)]  # of a side: 16 makes 256 times
 Scales = Annotated[list[Scale], Field(min_length=1, max_length=32)]  # each is one more pass
 
 
-def _ordered(numbers: tuple[float, float]) -> tuple[float, float]:
+def _refuse_disorder(numbers: tuple[float, float]) -> tuple[float, float]:
     if numbers[0] > numbers[1]:
         raise ValueError("the smaller number comes first")
     return numbers
@@ -87,8 +87,8 @@ def _runnable(stages: list[int]) -> list[int]:
 Folder = Annotated[str, AfterValidator(expanduser)]
 Stages = Annotated[list[int], AfterValidator(_runnable)]
 Sigma = Annotated[float, Field(gt=0, le=100)]
-SigmaRange = Annotated[tuple[Sigma, Sigma], AfterValidator(_ordered)]
-ScaleRange = Annotated[tuple[Scale, Scale], AfterValidator(_ordered)]
+SigmaRange = Annotated[tuple[Sigma, Sigma], AfterValidator(_refuse_disorder)]
+ScaleRange = Annotated[tuple[Scale, Scale], AfterValidator(_refuse_disorder)]
 
 ClassNames = Annotated[list[str], AfterValidator(_distinct)]
 FileId = Annotated[int, Field(ge=0, le=65535)]

@@ -89,7 +89,7 @@ def _run(run: RunFolder) -> dict[str, Any]:
         "folder": str(run.folder),
         "gain": _gain(run),
         "classes": _classes(reports),
-        "fallen": _fallen(reports),
+        "fallen": _find_fallen(reports),
         "rectification": _rectification(run),
         "curves": figures.curves(run.epochs, run.stages) if run.epochs else "",
         "confusion": _confusion(reports[-1]) if reports else None,
@@ -135,7 +135,7 @@ def _classes(reports: Sequence[Predictions]) -> dict[str, Any]:
     }
 
 
-def _fallen(reports: Sequence[Predictions]) -> dict[str, Any]:
+def _find_fallen(reports: Sequence[Predictions]) -> dict[str, Any]:
     if len(reports) < 2:
         return {
             "told": "Not known: this needs the predictions of two stages in val/.",
@@ -175,7 +175,9 @@ def _rectification(run: RunFolder) -> dict[str, Any]:
     weights = {} if found is None else found["weights"]
     shown = {name: weights[name] for name in weights if weights[name]["curve"]}
     return {
-        "told": [_DIAGNOSE.format(run=run.folder)] if found is None else judged(run.config, found),
+        "told": [_DIAGNOSE.format(run=run.folder)]
+        if found is None
+        else explain_diagnosis(run.config, found),
         "panels": panels,
         "labels": _label_rows(found),
         "weights": _weight_rows(weights),
@@ -195,7 +197,7 @@ def _without_score(count: int, total: int) -> str:
     )
 
 
-def judged(config: Any, found: Mapping[str, Any]) -> list[str]:
+def explain_diagnosis(config: Any, found: Mapping[str, Any]) -> list[str]:
     """Say what pseudo labels were corrected and weighed down, and whether that was right.
 
     Args:
