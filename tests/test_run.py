@@ -447,3 +447,14 @@ def test_a_mean_over_some_of_the_classes_says_so():
     )
     assert stage_table(stages, "last").splitlines()[2:] == [said]
     assert describe_mean({"ground": 0.9, "ball": 0.0}) is None
+
+
+def test_a_run_from_before_methods_were_named_is_refused_with_the_new_names(tmp_path):
+    run_stages(config(tmp_path))
+    kept = tmp_path / "demo" / "config.yaml"
+    text = re.sub(r"(?m)^method: .*\n", "", kept.read_text())
+    kept.write_text(text.replace("  weight: ones\n", "  weight: image\n") + "relabel: second\n")
+    line = refusal(run_stages, config(tmp_path))
+    assert "its method 'cisc' is called 'cisc_patch' now, and 'cisc_published' is called" in line
+    assert "set name=... for another run, or start this one over with --from-stage 1" in line
+    run_stages(config(tmp_path), from_stage=1)
