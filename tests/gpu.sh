@@ -18,7 +18,7 @@ if [ "${1:-}" = tiny ]; then
     drawn="8, 4, 4, 1, size=(36, 48)"
     train=(model.backbone=resnet18 device=cpu workers=1 augment.crop_size=33 augment.base_size=48
         supervised.iterations=2 retrain.iterations=2 supervised.batch_size=2 retrain.batch_size=2
-        'pseudo_label={scales: [1.0], vote_scales: [1.0], flip: false}')
+        'pseudo_label={scales: [1.0], neighbour_scales: [1.0], flip: false}')
 else
     patience=1
     tests=(-k "not compile") compiled=(-k compile)

@@ -145,7 +145,8 @@ def test_pictures_are_shown_at_their_iteration(tmp_path, demo_overrides):
     ("project", "told"), [("mine", "No API key configured"), ("a/b", "Invalid project name 'a/b'")]
 )
 def test_wandb_that_refuses_is_told(demo_overrides, tmp_path, monkeypatch, project, told):
-    pytest.importorskip("wandb", reason="wandb is not installed")
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    wandb.teardown()  # else it keeps the mode of an earlier test in this process
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
