@@ -7,7 +7,7 @@ python train.py --config pascal.yaml [--method NAME] [section.key=value ...]
 import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -35,17 +35,18 @@ from dataset.query import Querier, QueryIndex, QueryRule, build_query_index
 from dataset.training import LabeledPair, LabeledPairs, RetrainSample, RetrainSamples, parts
 from model import refuse_crop, start_from
 from model.cisc.anchors import EARLIER, read_selection, select
+from model.cisc.calibration import FOLD_LENGTH, draw_folds
 from model.cisc.maps import consistency_loss
 from model.cisc.panels import Panels, keep_opinions, shown_samples
+from model.cisc.pseudo_labels import FoldTeacher, Opinions, PseudoLabeler, fit_votes
 from model.cisc.students import ClassPixels, Labeler, StudentBatch, needs_teacher, student_batch
-from model.cisc.votes import Opinions, PseudoLabeler
 from model.losses import cross_entropy, ohem_cross_entropy, rectified_cross_entropy
 from model.networks import load_frozen, load_network, network_of
 from utils import IGNORE
 from utils.checkpoint import load_weights
-from utils.config.batches import count_repeats, refuse_batch_sizes
+from utils.config.batches import count_iterations, count_repeats, count_samples, refuse_batch_sizes
 from utils.config.reading import METHODS, read_config
-from utils.config.schema import Config, OhemSection, TrainingSection
+from utils.config.schema import Config, EvaluateSection, OhemSection, SelectSection, TrainingSection
 from utils.device import Device, fixed_order
 from utils.distributed import (
     all_reduce_count,
@@ -67,6 +68,7 @@ from utils.progress import StageBar
 from utils.run.resume import Journal, Progress
 from utils.run.stages import Report, Run, Stage, checkpoint_of
 
+_AT_THE_END = EvaluateSection(every=1_000_000)  # a fold says nothing on the way
 LabeledLoss = Callable[..., Tensor]  # of logits, labels and the valid pixels of the batch
 
 
@@ -91,8 +93,10 @@ def train(
         first = final = run.stage("1_supervised", train_supervised, splits, index)
         teacher, labeled_by, pseudo_labeled = first, [], splits.unlabeled
         if 2 in config.stages:
-            stage = "2_pseudo_label"
-            labeled_by = [run.stage(stage, write_pseudo_labels, first, splits, splits.unlabeled)]
+            voting = config.pseudo_label.neighbours
+            votes = fit_votes_beside_teachers(run, splits) if voting else None
+            labeling, stage = Labeling(first, votes), "2_pseudo_label"
+            labeled_by = [run.stage(stage, write_pseudo_labels, labeling, splits, splits.unlabeled)]
             pseudo_labeled = with_pseudo_masks(splits.unlabeled, labeled_by[0] / "masks")
         if 3 in config.stages:
             partners = index if config.retraining_queries else None
@@ -101,8 +105,8 @@ def train(
             pseudo_labeled = with_pseudo_masks(reliable, labeled_by[0] / "masks")
             source = RetrainSource(first, index, labeled_by, truth)
             teacher = run.stage("4_retrain", retrain, splits, pseudo_labeled, source)
-            stage = "5_relabel"
-            labeled_by.append(run.stage(stage, write_pseudo_labels, teacher, splits, unreliable))
+            labeling, stage = Labeling(teacher, votes), "5_relabel"
+            labeled_by.append(run.stage(stage, write_pseudo_labels, labeling, splits, unreliable))
             pseudo_labeled += with_pseudo_masks(unreliable, labeled_by[1] / "masks")
         if 6 in config.stages:
             source = RetrainSource(teacher, index, labeled_by, truth)
@@ -137,14 +141,48 @@ def train_supervised(stage: Stage, splits: Splits, index: QueryIndex | None) -> 
     return fit(stage, net, objective, TrainingData(pairs, splits.val), config.supervised)
 
 
+def train_fold(stage: Stage, splits: Splits, fold: Sequence[Sample]) -> Report:
+    """Train as stage 1 does, shorter and without a fold of the labeled images, its validation."""
+    config, settings = stage.config, stage.config.supervised
+    rest = [sample for sample in splits.labeled if sample not in fold]
+    iterations = count_iterations(settings, count_samples(settings, len(splits.labeled)))
+    shorter = {"iterations": math.ceil(FOLD_LENGTH * iterations)}
+    own = {"supervised": settings.model_copy(update=shorter), "evaluate": _AT_THE_END}
+    stage = replace(stage, config=config.model_copy(update={**own, "select": SelectSection()}))
+    rule = QueryRule.of(config.query, dataset_info(config.dataset))
+    index = build_query_index(rest, rule) if config.pairs_share_classes else None
+    return train_supervised(stage, splits._replace(labeled=rest, val=fold), index)
+
+
+def fit_votes_beside_teachers(run: Run, splits: Splits) -> Path:
+    """Find out how far votes are to be believed, by teachers that leave labeled images out."""
+    config, settings = run.config, run.config.supervised
+    folds = draw_folds(splits.labeled, config.dataset.groups, RandomStreams(config.seed, "folds"))
+    fewest = len(splits.labeled) - max(map(len, folds), default=0)
+    if settings.batch_size > count_samples(settings, fewest):
+        folds = []
+    teachers = [
+        FoldTeacher(run.stage(f"1_fold_{number}", train_fold, splits, fold), fold)
+        for number, fold in enumerate(folds, start=1)
+    ]
+    return run.stage("2_votes", fit_votes, splits.labeled, teachers)
+
+
+class Labeling(NamedTuple):
+    """What labels images."""
+
+    teacher: Path  # folder of the training stage
+    votes: Path | None  # folder of the stage that fitted votes
+
+
 @torch.inference_mode()
 def write_pseudo_labels(
-    stage: Stage, teacher: Path, splits: Splits, unlabeled: Sequence[Sample]
+    stage: Stage, labeling: Labeling, splits: Splits, unlabeled: Sequence[Sample]
 ) -> Report:
     """Stages 2 and 5: the most probable class of every pixel by teacher and votes, as PNGs."""
     config, palette = stage.config, dataset_info(stage.config.dataset).palette()
-    device, file = stage.device, checkpoint_of(teacher)
-    labeler = PseudoLabeler(config, device, file, splits.labeled, partial(_say, stage))
+    device, file = stage.device, checkpoint_of(labeling.teacher)
+    labeler = PseudoLabeler(config, device, file, splits.labeled, labeling.votes)
     shown = {x.name for x in shown_samples(splits.unlabeled, config.panels.images)}
     journal = Journal(stage)
     done = broadcast(journal.read)
@@ -470,7 +508,7 @@ def fit(
         RandomStreams(config.seed, stage.name),
         len(data.samples) // size,
     )  # steps an epoch
-    iterations = settings.iterations or steps * settings.epochs
+    iterations = count_iterations(settings, len(data.samples))
     epochs = math.ceil(iterations / steps)  # the last one may be shorter
     average, seen = objective.average, objective.seen.to(device.torch_device)
     optimization = Optimization(
@@ -549,10 +587,6 @@ def _labeled_loss(ohem: OhemSection | None) -> LabeledLoss:
 def _querier(config: Config, splits: Splits, index: QueryIndex, read: SampleReader) -> Querier:
     rule = QueryRule.of(config.query, dataset_info(config.dataset))
     return Querier(splits.labeled, index, rule, config.augment, read)
-
-
-def _say(stage: Stage, text: str) -> None:
-    stage.log.say(f"{stage.name}: {text}")
 
 
 def _score(run: Run, stage: Path, samples: Sequence[Sample]) -> Report:

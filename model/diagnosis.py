@@ -33,12 +33,12 @@ from dataset.reading import read_mask, to_label
 from dataset.training import RetrainSample
 from model.cisc.anchors import class_anchors, read_selection
 from model.cisc.maps import class_region, cross_image_weight, masked_average_pooling, similarity_map
-from model.cisc.votes import PseudoLabeler
+from model.cisc.pseudo_labels import PseudoLabeler
 from utils import IGNORE
 from utils.config.schema import Config
 from utils.device import Device
 from utils.diagnosis import WeightQuality, rank_correlation
-from utils.distributed import broadcast, on_rank_zero
+from utils.distributed import broadcast
 from utils.errors import UserError
 from utils.evaluation import ConfusionMatrix, base_size, iterate_batches, resize_images
 from utils.run.folder import read_scores, stage_again
@@ -131,7 +131,8 @@ def _judge(
     """Judge teacher 1, votes and both; and every weight of the teacher's most probable classes."""
     config, device, info = run.config, run.device, dataset_info(run.config.dataset)
     file = checkpoint_of(run.folder / "1_supervised")
-    labeler = PseudoLabeler(config, device, file, run.splits.labeled, on_rank_zero(print))
+    votes = run.folder / "2_votes" if config.pseudo_label.neighbours else None
+    labeler = PseudoLabeler(config, device, file, run.splits.labeled, votes)
     teacher = labeler.teacher
     anchors = class_anchors(config, device, teacher, run.splits.labeled)
     querier, streams = _querier(run), RandomStreams(config.seed, "diagnosis")

@@ -23,8 +23,8 @@ from dataset.loader import SampleKey
 from dataset.query import Partner
 from dataset.reading import read_ids, to_input
 from dataset.training import RetrainSample, RetrainSamples
+from model.cisc.pseudo_labels import Opinions, PseudoLabeler
 from model.cisc.students import Labeler
-from model.cisc.votes import Opinions, PseudoLabeler
 from utils import IGNORE
 from utils.distributed import on_rank_zero
 from utils.evaluation import Predictor, base_size

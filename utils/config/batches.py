@@ -2,9 +2,19 @@
 
 import math
 
-from utils.config.schema import Config, SupervisedSection
+from utils.config.schema import Config, SupervisedSection, TrainingSection
 from utils.distributed import world
 from utils.errors import UserError
+
+
+def count_iterations(settings: TrainingSection, samples: int) -> int:
+    """Return how often a stage updates the weights, with so many samples an epoch."""
+    return settings.iterations or samples // settings.batch_size * settings.epochs
+
+
+def count_samples(settings: SupervisedSection, labeled: int) -> int:
+    """Return how many samples an epoch of stage 1 has, with so many labeled images."""
+    return labeled * count_repeats(settings, labeled)
 
 
 def count_repeats(settings: SupervisedSection, labeled: int) -> int:
@@ -23,7 +33,7 @@ def refuse_batch_sizes(config: Config, labeled: int, unlabeled: int) -> None:
     Raises:
         UserError: a batch exceeds an epoch, or is no equal share for each process.
     """
-    labeled *= count_repeats(config.supervised, labeled)
+    labeled = count_samples(config.supervised, labeled)
     unlabeled = count_kept(unlabeled, config.select.keep) if 3 in config.stages else unlabeled
     mixed = 6 in config.stages and config.retrain.mix == "unlabeled"
     if mixed and config.retrain.batch_size < 2 * world():

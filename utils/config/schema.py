@@ -123,6 +123,9 @@ class DatasetSection(Section):
     test: str | None = None  # image and mask a line; scored once, when a run ends; null: none
     # Names of a custom kind, by class id.
     classes: ClassNames | None = None
+    # Expression that finds an image's group in its name, as 'patient\d+' that of a volume's slices:
+    # votes are fitted on whole groups left out. null: every image is one.
+    groups: str | None = None
     # Id in mask files, or colour such as "#ff0000" (in quotes), to class name, class id, or null
     # for ignored; 'other' stands for all that neither class_map nor ignore names. A file name is
     # CVAT's labelmap.txt in the root. null: ids in files are class ids.

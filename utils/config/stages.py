@@ -22,6 +22,7 @@ READERS: Mapping[str, tuple[int, ...]] = {
     "dataset": ALL,
     "dataset.unlabeled": (2, 3, 4, 5, 6),
     "dataset.val": TRAINING,
+    "dataset.groups": LABELING,
     "dataset.test": (),  # scored when the run ends
     "augment": TRAINING,
     "augment.strong": STUDENTS,

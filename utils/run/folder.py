@@ -13,7 +13,13 @@ from utils.config.schema import Config
 from utils.errors import UserError
 from utils.files import read_json, read_records
 
-STAGES = ("1_supervised", "2_pseudo_label", "3_select", "4_retrain", "5_relabel", "6_retrain")
+# 1_fold_1 and 1_fold_2 train teachers that leave a part of the labeled images out, 2_votes fits how
+# far votes are believed; both are there only where labeled patches vote.
+STAGES = (
+    *("1_supervised", "1_fold_1", "1_fold_2", "2_votes", "2_pseudo_label"),
+    *("3_select", "4_retrain", "5_relabel", "6_retrain"),
+)
+VOTES_FILE = "votes.json"  # of 2_votes
 # What a run makes beside its stages; other names in its folder are the user's.
 _FILES = (
     *("config.yaml", "lists.json", "environment.json", "log.txt", "metrics.jsonl", "results.json"),
@@ -69,6 +75,24 @@ class _Diagnosis(_Record):
     classes: dict[str, _Scored]
     weights: dict[str, _Weight]
     rank_correlation: Share = None  # absent without stage 3
+
+
+class _Fit(_Record):
+    teacher: float
+    votes: float
+    cross_entropy: float
+    cross_entropy_alone: float
+    gain: float
+    error: float
+    miou: Share
+    miou_alone: Share
+
+
+class _Votes(_Record):
+    factor: float = Field(gt=0)
+    teacher: float = Field(ge=0)
+    votes: float = Field(ge=0)
+    fit: _Fit | None = None
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -186,6 +210,15 @@ def read_table(path: Path, columns: Sequence[str], again: str) -> tuple[list[str
         if len(row) != len(head):
             raise UserError(f"{path}:{number}: has not {len(head)} cells; {again}")
     return head, rows
+
+
+def read_votes(folder: Path) -> dict[str, Any]:
+    """Read what ``fit_votes`` left in a stage's folder.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    return _read_object(folder / VOTES_FILE, _Votes, stage_again(folder.name))
 
 
 def read_scores(folder: Path) -> dict[str, float]:

@@ -46,6 +46,7 @@ _CONTINUED = ("stage.json", f"{_UNFINISHED}/resume.pth", f"{_UNFINISHED}/masks.*
 # What stages leave in their folders; other files there are the user's.
 _MADE = (
     *("checkpoint.pth", "earlier_[12].pth", "masks/**/*.png", "confidence.csv", "reliable.txt"),
+    "votes.json",
     *("unreliable.txt", "query_index.json", "unlabeled_scores.csv", "labeled_scores.csv"),
 )
 # What they draw; it is neither compared nor counted as what later stages are made from.
@@ -161,6 +162,11 @@ class Stage:
             f"{self.name}, epoch {epoch + 1}, iteration {step + 1}: the loss is {loss:.4g}{but} on "
             f"{', '.join(images)}; {_LOWER}"
         )
+
+
+def _numbered(numbers: range) -> list[str]:
+    """Return the names of the stages that have one of some numbers."""
+    return [name for name in STAGES if int(name[0]) in numbers]
 
 
 def checkpoint_of(folder: Path) -> Path:
@@ -400,7 +406,7 @@ class Run:
             then = begun.read_text(encoding="utf-8")
         if then != made_from:
             self.log.say(f"{folder.name}: was made from other files of earlier stages; done again")
-            self._remove_stages(int(folder.name[0]))
+            self._remove_stages(folder.name)
         return done.is_file()
 
     def _work(
@@ -434,7 +440,8 @@ class Run:
                 self.folder, kept, self.config, lists, self.device, self.log.say
             )
         if is_new or self._first is not None:
-            self._remove_stages(1 if is_new else self._first)  # 1: a kill may have left parts
+            first = 1 if is_new else self._first  # 1: a kill may have left parts
+            self._remove_stages(_numbered(range(first, 7))[0])
         if self._first == 1:
             _remove(self.folder / "wandb" / "id")  # another run there
         if self._fresh:
@@ -446,14 +453,14 @@ class Run:
 
     def _kept(self) -> list[str]:
         """Return the stages before ``from_stage`` that are done, or begun so far that it counts."""
-        earlier = STAGES if self._first is None else STAGES[: self._first - 1]
+        earlier = STAGES if self._first is None else _numbered(range(1, self._first))
         patterns = product(earlier, _CONTINUED)
         found = {name for name, made in patterns if any(self.folder.glob(f"{name}/{made}"))}
         return sorted(found)
 
-    def _remove_stages(self, first: int) -> None:
-        """Remove what stages made, their results and numbers; files of others stay."""
-        folders = [self.folder / name for name in STAGES[first - 1 :]]
+    def _remove_stages(self, first: str) -> None:
+        """Remove what a stage and later ones made, results and numbers; files of others stay."""
+        folders = [self.folder / name for name in STAGES[STAGES.index(first) :]]
         made = {folder: _made_in(folder) for folder in folders}
         _remove(*(path for pattern in _OF_RUN for path in self.folder.glob(pattern)))
         _remove(*(folder / "stage.json" for folder in reversed(folders)))

@@ -1,0 +1,258 @@
+"""Pseudo labels of whole images: a teacher's, corrected by votes of labeled patches (section 10).
+
+``fit_votes`` is the stage that finds out how far votes are to be believed, ``PseudoLabeler`` what
+stages 2 and 5 label with, ``combine`` the rule.
+
+To change how pseudo labels are made, this is the file.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dataset.lists import Sample
+from dataset.loader import RandomStreams, whole_images
+from model.cisc.calibration import Exponents, Fit, HeldOut, fit_exponents, group_of
+from model.cisc.votes import PatchVoter, as_prior, cut_patches
+from model.networks import load_frozen
+from utils import IGNORE
+from utils.checkpoint import load
+from utils.config.schema import Config
+from utils.device import Device
+from utils.distributed import gather_list, on_rank_zero
+from utils.evaluation import Predictor, iterate_batches
+from utils.files import write_json
+from utils.run.folder import VOTES_FILE, read_votes
+from utils.run.stages import Report, Stage, checkpoint_of
+
+_PIXELS = 4000  # of each labeled image, by which exponents are fitted
+_JUDGED = 256  # labeled images of a fold by which they are fitted, at most
+
+
+class FoldTeacher(NamedTuple):
+    """A teacher that has not seen a fold of the labeled images."""
+
+    folder: Path  # of its training stage
+    fold: Sequence[Sample]
+
+
+@torch.inference_mode()
+def fit_votes(stage: Stage, labeled: Sequence[Sample], teachers: Sequence[FoldTeacher]) -> Report:
+    """Fit how far votes are believed beside a teacher, and write ``votes.json``.
+
+    Args:
+        stage: where it works.
+        labeled: all labeled images.
+        teachers: one a fold; none: there are too few images to leave some out, and votes count as
+            much as they say.
+
+    Returns:
+        The factor by which images are enlarged, the exponents of teacher and votes, and what both
+        make of the images left out.
+
+    Raises:
+        UserError: no patch is labeled on more than half of its pixels.
+    """
+    config = stage.config
+    voters = cut_patches(config, stage.device, labeled, config.pseudo_label.neighbour_scales)
+    batches = [batch for one in teachers for batch in _judge_fold(stage, voters, one)]
+    fitted = {"factor": voters[0].factor, **Exponents(1.0, 1.0)._asdict()}
+    if batches:
+        teacher, ratios, label, image = (torch.cat(x) for x in zip(*batches, strict=True))
+        pixels = [HeldOut(teacher, ratios[:, n], label, image) for n in range(len(voters))]
+        fits = {v.factor: fit_exponents(x) for v, x in zip(voters, pixels, strict=True)}
+        fitted = _choose(fits)
+    on_rank_zero(write_json)(stage.folder / VOTES_FILE, fitted)
+    stage.log.say(f"{stage.name}: {describe(fitted)}")
+    return fitted
+
+
+def _choose(fits: Mapping[float, Fit]) -> dict[str, Any]:
+    """Return the fit of the factor that explains the labels best; without votes if none helps."""
+    factor, best = min(fits.items(), key=lambda item: item[1].cross_entropy)
+    used = best.exponents if best.helps else Exponents()
+    return {"factor": factor, **used._asdict(), "fit": best.report()}
+
+
+def describe(fitted: Mapping[str, Any]) -> str:
+    """Say in a line what ``fit_votes`` found."""
+    if "fit" not in fitted:
+        return "too few labeled images to leave some out; votes count as much as they say"
+    fit = fitted["fit"]
+    what = f"exponents {fit['teacher']:.2f} of the teacher, {fit['votes']:.2f} of the votes"
+    found = (
+        f"cross entropy {fit['cross_entropy_alone']:.3f} -> {fit['cross_entropy']:.3f} "
+        f"(less by {fit['gain']:.3f} +- {fit['error']:.3f}), "
+        f"mIoU {100 * fit['miou_alone']:.1f} -> {100 * fit['miou']:.1f} on labeled images left out"
+    )
+    if fitted["votes"]:
+        return f"votes on images enlarged {fitted['factor']:g} times, {what}: {found}"
+    return f"votes do not help and are left out: {found} ({what})"
+
+
+def _judge_fold(
+    stage: Stage, voters: Sequence[PatchVoter], teacher: FoldTeacher
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Let a teacher, and the patches of other folds, judge pixels of its fold's images. Collective.
+
+    Returns:
+        A batch of images each, on the CPU: log probabilities (N, C), log ratios (N, voters, C),
+        labels (N,), and a number of the image or its group (N,).
+    """
+    config, device = stage.config, stage.device
+    others = [voter.without(teacher.fold) for voter in voters]
+    if not all(len(voter.patches.image) for voter in others):
+        return []
+    judge = Teacher(config, device, checkpoint_of(teacher.folder))
+    labeled = voters[0].labeled
+    judged = [sample for sample in labeled if sample in teacher.fold][:_JUDGED]
+    groups = [group_of(sample, config.dataset.groups) for sample in labeled]
+    streams, rows = RandomStreams(config.seed, teacher.folder.name), []
+    loader = whole_images(config, judged, judge.net.preprocessing)
+    for batch in iterate_batches(loader, device, stage.name):
+        size, columns = tuple(batch.label.shape[-2:]), []
+        own = judge.log_posterior(judge(batch.image, size), voters[0].prior)
+        ratios = torch.stack([voter.log_ratios(batch.image, size) for voter in others], dim=1)
+        for place, index in enumerate(batch.index.tolist()):
+            label = batch.label[place].flatten().cpu()
+            known = (label != IGNORE).nonzero().flatten().numpy()
+            chosen = torch.from_numpy(streams.of(index).permutation(known)[:_PIXELS])
+            group = groups.index(group_of(judged[index], config.dataset.groups))
+            columns.append(
+                (
+                    own[place].flatten(1).cpu()[:, chosen].T,
+                    ratios[place].flatten(2).cpu()[..., chosen].permute(2, 0, 1),
+                    label[chosen],
+                    torch.full_like(chosen, group),
+                )
+            )
+        rows.append(tuple(torch.cat(column) for column in zip(*columns, strict=True)))
+    return gather_list(rows)
+
+
+class Teacher:
+    """A frozen network that labels.
+
+    Args:
+        config: of the run.
+        device: where it works.
+        checkpoint: of the network.
+
+    Attributes:
+        net: the network.
+        prior: (C,) positive float, sum 1, which its probabilities hold: the classes' shares of what
+            it was trained on. None in checkpoints that do not say.
+    """
+
+    def __init__(self, config: Config, device: Device, checkpoint: Path) -> None:
+        self.net = load_frozen(config, device, checkpoint)
+        self._predict = Predictor(self.net, device, config.inference, config.pseudo_label)
+        pixels = load(checkpoint).get("class_pixels")
+        counts = None if pixels is None else torch.tensor(pixels, device=device.torch_device)
+        self.prior = None if counts is None else as_prior(counts)
+
+    def __call__(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """Predict (B, 3, h, w) normalised images: (B, C, H, W) probabilities, sum 1 over C."""
+        return self._predict(images, size)
+
+    def log_posterior(self, probability: Tensor, prior: Tensor) -> Tensor:
+        """Put the prior of the labels, (C,), in place of the network's: log, not normalised."""
+        shift = 0.0 if self.prior is None else (prior / self.prior).log().view(-1, 1, 1)
+        return probability.clamp_min(1e-6).log() + shift
+
+
+class Opinions(NamedTuple):
+    """Class probabilities of unlabeled images, (B, C, H, W) float32, each sums to 1 over C."""
+
+    teacher: Tensor
+    votes: Tensor | None  # None without votes
+    both: Tensor  # what pseudo labels are the most probable class of
+
+
+def combine(log_posterior: Tensor, log_ratio: Tensor, exponents: Exponents) -> Tensor:
+    """Combine a teacher's opinion with what votes add to it.
+
+    Args:
+        log_posterior: (B, C, H, W) float: logarithms of the teacher's probabilities.
+        log_ratio: the same shape: the votes' log likelihood ratios; 0 where they tell nothing.
+        exponents: of both. (1, 1) is Bayes' rule for opinions that are independent given the class.
+
+    Returns:
+        (B, C, H, W) float32, sums to 1 over C.
+
+    Source: docs/method.md, section 10.
+    """
+    return (exponents.teacher * log_posterior + exponents.votes * log_ratio).softmax(dim=1)
+
+
+def adjust(probability: Tensor, prior: Tensor, share: float) -> Tensor:
+    """Divide probabilities by a prior to a power, for rare classes.
+
+    Args:
+        probability: (B, C, H, W) float, sums to 1 over C.
+        prior: (C,) positive float, sum 1, that they hold.
+        share: the power. 0: as they are; 1: all classes are equally probable without evidence.
+
+    Returns:
+        As ``probability``, normalised again.
+
+    Source: logit adjustment (Menon et al., ICLR 2021, section 4.1).
+    """
+    if share == 0:
+        return probability
+    return (probability.clamp_min(1e-12).log() - share * prior.log().view(-1, 1, 1)).softmax(dim=1)
+
+
+class PseudoLabeler:
+    """Makes pseudo labels of whole images: by the teacher, and by votes where they help.
+
+    Args:
+        config: of the run.
+        device: where both work.
+        checkpoint: the teacher's.
+        labeled: images that vote.
+        votes: folder of the stage that fitted how far votes are believed; None: no votes.
+
+    Attributes:
+        config: the same.
+        voter: None without votes, and where they do not help.
+
+    Raises:
+        UserError: ``votes.json`` is missing or damaged; a checkpoint of another network.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        device: Device,
+        checkpoint: Path,
+        labeled: Sequence[Sample],
+        votes: Path | None,
+    ) -> None:
+        self.config, self._teacher, self.voter = config, Teacher(config, device, checkpoint), None
+        fitted = None if votes is None else read_votes(votes)
+        if fitted is not None and fitted["votes"]:
+            self._exponents = Exponents(fitted["teacher"], fitted["votes"])
+            (voter,) = cut_patches(config, device, labeled, [fitted["factor"]])
+            self.voter = replace(voter, patches=voter.patches.project())
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The network that labels, frozen."""
+        return self._teacher.net
+
+    def __call__(self, images: Tensor, size: tuple[int, int]) -> Opinions:
+        """Judge (B, 3, h, w) normalised images, of their files' size, at (H, W)."""
+        teacher, adjustment = self._teacher(images, size), self.config.pseudo_label.adjustment
+        if self.voter is None:
+            own = self._teacher.prior
+            both = teacher if own is None else adjust(teacher, own, adjustment)
+            return Opinions(teacher, None, both)
+        prior, ratio = self.voter.prior, self.voter.log_ratios(images, size)
+        both = combine(self._teacher.log_posterior(teacher, prior), ratio, self._exponents)
+        votes = combine(prior.log().view(1, -1, 1, 1), ratio, Exponents(1.0, self._exponents.votes))
+        return Opinions(teacher, votes, adjust(both, prior, adjustment))

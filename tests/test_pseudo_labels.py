@@ -1,0 +1,41 @@
+"""Teacher and votes together: by hand."""
+
+import pytest
+import torch
+
+from model.cisc.calibration import Exponents
+from model.cisc.pseudo_labels import adjust, combine, describe
+
+
+def test_bayes_rule_multiplies_probabilities_and_likelihood_ratios():
+    probability = torch.tensor([0.8, 0.2]).view(1, 2, 1, 1)
+    ratio = torch.tensor([0.3 / 0.9, 0.7 / 0.1]).view(1, 2, 1, 1)
+    both = combine(probability.log(), ratio.log(), Exponents(1.0, 1.0)).flatten()
+    assert (both[0] / both[1]).item() == pytest.approx((0.8 / 0.2) * (0.3 / 0.9) / (0.7 / 0.1))
+    half = combine(probability.log(), ratio.log(), Exponents(2.0, 0.5)).flatten()
+    expected = (0.8 / 0.2) ** 2 * ((0.3 / 0.9) / (0.7 / 0.1)) ** 0.5
+    assert (half[0] / half[1]).item() == pytest.approx(expected)
+    silent = combine(probability.log(), ratio.log(), Exponents())
+    torch.testing.assert_close(silent, probability)
+
+
+def test_adjustment_divides_the_prior_out():
+    prior = torch.tensor([0.9, 0.09, 0.01])
+    probability = torch.rand(2, 3, 4, 5).softmax(dim=1)
+    expected = probability.double() / prior.double().sqrt().view(-1, 1, 1)
+    expected /= expected.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(adjust(probability, prior, 0.5), expected.float())
+    assert adjust(probability, prior, 0.0) is probability
+    certain = torch.full((1, 3, 1, 1), 1 / 3)  # without evidence, all classes alike at 1
+    torch.testing.assert_close(adjust(prior.view(1, 3, 1, 1), prior, 1.0), certain)
+
+
+def test_the_log_says_what_votes_do():
+    fit = {"teacher": 0.9, "votes": 0.4, "cross_entropy": 0.4, "cross_entropy_alone": 0.5}
+    fit |= {"gain": 0.1, "error": 0.01, "miou": 0.6, "miou_alone": 0.5}
+    used = describe({"factor": 2.0, "teacher": 0.9, "votes": 0.4, "fit": fit})
+    assert "enlarged 2 times" in used
+    assert "mIoU 50.0 -> 60.0" in used
+    silent = describe({"factor": 2.0, "teacher": 1.0, "votes": 0.0, "fit": fit})
+    assert silent.startswith("votes do not help and are left out")
+    assert "too few labeled images" in describe({"factor": 2.0, "teacher": 1.0, "votes": 1.0})
