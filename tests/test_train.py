@@ -1,7 +1,6 @@
 """Whole runs, as a user types them, on a tiny demo set."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
