@@ -1,5 +1,6 @@
-"""Augmentation: a random view (scale, crop, mirror), and strong colours."""
+"""Augmentation: a random view (scale, crop, mirror, turns), and strong colours."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -10,48 +11,88 @@ from torchvision.transforms import v2
 from utils import IGNORE
 from utils.config.schema import AugmentSection, StrongSection
 
+_QUARTER_TURNS = (
+    None,
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_270,
+)
+
 
 class CropParams(NamedTuple):
-    """Scale, crop and mirror, the same for an image and its mask."""
+    """Scale, crop and turns, the same for an image and its mask."""
 
     scaled: tuple[int, int]  # (height, width) the whole image is resized to
-    top: int  # of the kept window, in pixels of the scaled image
+    top: int  # of the kept window, in pixels of the scaled image; rotated, it may be outside
     left: int
-    crop: int  # side of the square result, padded at the bottom and right
+    crop: int  # side of the square result, padded at the bottom and right; rotated, all around
     flip: bool  # mirror left and right
+    vertical: bool = False  # mirror up and down
+    quarters: int = 0  # quarter turns counterclockwise, after mirroring
+    angle: float = 0.0  # degrees counterclockwise about the window's centre, before mirroring
 
     def image(self, image: Image.Image, interpolation: str = "bilinear") -> Image.Image:
-        """Cut an RGB picture: resize ('bilinear' or 'bicubic', antialiased), crop, pad by 0.
+        """Cut an RGB picture: resize ('bilinear' or 'bicubic', antialiased), crop, turn, pad by 0.
 
         The kept window alone is resampled: equal within rounding.
         """
-        height, width = self._window
+        top, left, bottom, right = self._window
         rows, columns = image.height / self.scaled[0], image.width / self.scaled[1]
         box = (
-            self.left * columns,
-            self.top * rows,
-            min((self.left + width) * columns, image.width),
-            min((self.top + height) * rows, image.height),
+            left * columns,
+            top * rows,
+            min(right * columns, image.width),
+            min(bottom * rows, image.height),
         )
-        window = image.resize((width, height), Image.Resampling[interpolation.upper()], box)
-        if self.flip:
-            window = window.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        border = (0, 0, self.crop - width, self.crop - height)  # none if the window fills it
-        return ImageOps.expand(window, border, fill=0)
+        resample = Image.Resampling[interpolation.upper()]
+        return self._turn(image.resize((right - left, bottom - top), resample, box), resample, 0)
 
     def mask(self, mask: Image.Image) -> Image.Image:
-        """Cut a mask by nearest neighbour: exactly resize, then crop; padding is 255."""
-        height, width = self._window
-        rows = _nearest(mask.height, self.scaled[0])[self.top : self.top + height]
-        columns = _nearest(mask.width, self.scaled[1])[self.left : self.left + width]
-        ids = np.full((self.crop, self.crop), IGNORE, np.uint8)
-        ids[:height, :width] = np.asarray(mask)[rows][:, columns[::-1] if self.flip else columns]
-        return Image.fromarray(ids)
+        """Cut a mask by nearest neighbour: exactly resize, crop, then turn; padding is 255."""
+        top, left, bottom, right = self._window
+        rows = _nearest(mask.height, self.scaled[0])[top:bottom]
+        columns = _nearest(mask.width, self.scaled[1])[left:right]
+        window = Image.fromarray(np.asarray(mask)[rows][:, columns])
+        return self._turn(window, Image.Resampling.NEAREST, IGNORE)
 
     @property
-    def _window(self) -> tuple[int, int]:
-        """(height, width) of what the scaled image has for the crop."""
-        return min(self.crop, self.scaled[0]), min(self.crop, self.scaled[1])
+    def _window(self) -> tuple[int, int, int, int]:
+        """(top, left, bottom, right) of what the scaled image has for the crop."""
+        # Corners of a rotated square are beyond it; interpolation looks two pixels further.
+        more = math.ceil(self.crop / 2 * (_diagonal(self.angle) - 1)) + 2 if self.angle else 0
+        top, left = max(0, self.top - more), max(0, self.left - more)
+        bottom = min(self.top + self.crop + more, self.scaled[0])
+        right = min(self.left + self.crop + more, self.scaled[1])
+        return top, left, bottom, right
+
+    def _turn(self, window: Image.Image, resample: Image.Resampling, fill: int) -> Image.Image:
+        """Rotate the window, mirror it, turn it by quarters, and pad it to the crop's size."""
+        if self.angle:
+            sine, cosine = _sine_cosine(self.angle)
+            half, (top, left, *_) = self.crop / 2, self._window
+            x = self.left - left + half - (cosine * half - sine * half)
+            y = self.top - top + half - (sine * half + cosine * half)
+            matrix = (cosine, -sine, x, sine, cosine, y)  # from the crop to the window
+            size, affine = (self.crop, self.crop), Image.Transform.AFFINE
+            window = window.transform(size, affine, matrix, resample, fillcolor=fill)
+        turns = (
+            Image.Transpose.FLIP_LEFT_RIGHT if self.flip else None,
+            Image.Transpose.FLIP_TOP_BOTTOM if self.vertical else None,
+            _QUARTER_TURNS[self.quarters],
+        )
+        for turn in turns:
+            window = window if turn is None else window.transpose(turn)
+        border = (0, 0, self.crop - window.width, self.crop - window.height)
+        return ImageOps.expand(window, border, fill=fill)  # of none if the window fills it
+
+
+def _sine_cosine(degrees: float) -> tuple[float, float]:
+    return math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
+
+
+def _diagonal(degrees: float) -> float:
+    """Return the sides of the square around a rotated square of side 1: from 1 to 1.41."""
+    return sum(map(abs, _sine_cosine(degrees)))
 
 
 def _nearest(length: int, scaled: int) -> np.ndarray:
@@ -71,22 +112,33 @@ def random_view(
     rng: np.random.Generator,
     target: tuple[int, int] | None = None,
 ) -> CropParams:
-    """Draw a weak augmentation: long side to U(scale) x base_size, random crop, mirror.
+    """Draw a weak augmentation: long side to U(scale) x base_size, random crop, mirror, turns.
 
     ``size`` is the image's (height, width), ``target`` the (row, column) of a pixel of it that the
-    window must show. Source: docs/method.md, sections 5 and 13; aiming replaces unbounded retries.
+    window must show. Turns that the settings leave out draw no numbers.
+    Source: docs/method.md, sections 5 and 13; aiming replaces unbounded retries.
     """
+    crop = augment.crop_size
     long_side = rng.uniform(*augment.scale) * augment.base_size
     scaled = tuple(max(1, round(side * long_side / max(size))) for side in size)
+    angle = rng.uniform(-augment.rotate, augment.rotate) if augment.rotate else 0.0
     corner = []
     for axis in (0, 1):
-        first, last = 0, max(0, scaled[axis] - augment.crop_size)
+        spare = scaled[axis] - crop
+        first, last = 0, max(0, spare)
+        if angle and spare < 0:
+            first = last = spare // 2  # a small picture rotates in the middle
         if target is not None:
             aim = int((target[axis] + 0.5) * scaled[axis] / size[axis])
-            first = min(max(first, aim - augment.crop_size + 1), last)
-            last = max(min(last, aim), first)
+            # The window that centres it, and by how much it may be off, to both sides at once.
+            middle, reach = aim - (crop - 1) / 2, (crop - 1) / 2 / _diagonal(angle)
+            lowest, highest = math.ceil(middle - reach), math.floor(middle + reach)
+            first, last = (min(max(end, lowest), highest) for end in (first, last))
         corner.append(int(rng.integers(first, last, endpoint=True)))
-    return CropParams(scaled, corner[0], corner[1], augment.crop_size, bool(rng.random() < 0.5))
+    flip = bool(rng.random() < 0.5)
+    vertical = augment.vertical and bool(rng.random() < 0.5)
+    quarters = int(rng.integers(4)) if augment.quarter_turns else 0
+    return CropParams(scaled, corner[0], corner[1], crop, flip, vertical, quarters, angle)
 
 
 def recolour(image: Image.Image, settings: StrongSection, rng: np.random.Generator) -> Image.Image:

@@ -128,6 +128,7 @@ def test_methods_are_settings_over_a_config(method):
         ("augment.crop_size=100000", "less than or equal to 8192"),
         ("augment.scale=[0.5, 1000]", "less than or equal to 16"),
         ("augment.scale=[1.0e-9, 1]", r"greater than or equal to 0\.01"),
+        ("augment.rotate=181", r"augment\.rotate: 181 is not allowed: .*equal to 180"),
         ("augment.strong.blur=[1, 1.0e+9]", "less than or equal to 100"),
         ("model.channels=10000000", "less than or equal to 8192"),
         ("inference.scales=[1000]", "less than or equal to 16"),

@@ -164,11 +164,15 @@ class StrongSection(Section):
 
 
 class AugmentSection(Section):
-    """Weak augmentation: scale, random crop, mirror with probability 0.5."""
+    """Weak augmentation: scale, random crop, mirror left and right with probability 0.5."""
 
     base_size: Pixels  # the long side at scale 1
     scale: ScaleRange = (0.5, 2.0)  # the long side is base_size times a number in here
     crop_size: int = Field(gt=0, le=8192)  # pixels, square: at 8192 an image has 0.8 GB of floats
+    vertical: bool = False  # mirror up and down too, with probability 0.5
+    quarter_turns: bool = False  # turn by 0, 90, 180 or 270 degrees, equally likely
+    # Rotate by up to so many degrees either way; corners come from the image as far as it reaches.
+    rotate: float = Field(0.0, ge=0, le=180)
     strong: StrongSection = StrongSection()
 
     @model_validator(mode="after")
