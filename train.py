@@ -22,6 +22,7 @@ from dataset.lists import (
     Sample,
     SampleReader,
     Splits,
+    count_class_pixels,
     lists_of,
     mask_file,
     read_splits,
@@ -40,13 +41,21 @@ from model.cisc.maps import consistency_loss
 from model.cisc.panels import Panels, keep_opinions, shown_samples
 from model.cisc.pseudo_labels import FoldTeacher, Opinions, PseudoLabeler, fit_votes
 from model.cisc.students import ClassPixels, Labeler, StudentBatch, needs_teacher, student_batch
-from model.losses import cross_entropy, ohem_cross_entropy, rectified_cross_entropy
+from model.losses import (
+    balanced_weights,
+    cross_entropy,
+    dice_loss,
+    ohem_cross_entropy,
+    rectified_cross_entropy,
+    rectified_dice_loss,
+    refuse_class_weights,
+)
 from model.networks import load_frozen, load_network, network_of
 from utils import IGNORE
 from utils.checkpoint import load_weights
 from utils.config.batches import count_iterations, count_repeats, count_samples, refuse_batch_sizes
 from utils.config.reading import METHODS, read_config
-from utils.config.schema import Config, EvaluateSection, OhemSection, SelectSection, TrainingSection
+from utils.config.schema import Config, EvaluateSection, SelectSection, TrainingSection
 from utils.device import Device, fixed_order
 from utils.distributed import (
     all_reduce_count,
@@ -70,6 +79,7 @@ from utils.run.stages import Report, Run, Stage, checkpoint_of
 
 _AT_THE_END = EvaluateSection(every=1_000_000)  # a fold says nothing on the way
 LabeledLoss = Callable[..., Tensor]  # of logits, labels and the valid pixels of the batch
+PseudoLoss = Callable[..., Tensor]  # of logits, pseudo labels, weights and the valid pixels
 
 
 def train(
@@ -80,6 +90,7 @@ def train(
     splits = read_splits(config.dataset, lists_of(config.stages), notes.append)
     truth = read_truth(config.dataset, config.panels.truth)  # is drawn, nothing else
     refuse_batch_sizes(config, len(splits.labeled), len(splits.unlabeled))
+    refuse_class_weights(config.loss, info.classes)
     refuse_crop(config.model.backbone, config.augment.crop_size)
     rule = QueryRule.of(config.query, info)
     queries = config.pairs_share_classes or config.retraining_queries
@@ -132,12 +143,14 @@ def train_supervised(stage: Stage, splits: Splits, index: QueryIndex | None) -> 
         read,
         net.preprocessing,
     )
+    losses = _losses(stage, splits.labeled)
     loss = partial(
         supervised_loss,
-        labeled_loss=_labeled_loss(config.ohem),
+        labeled_loss=losses.labeled,
         consistency=config.supervised.consistency,
     )
-    objective = SupervisedObjective(loss, ClassPixels(len(dataset_info(config.dataset).classes)))
+    classes = len(dataset_info(config.dataset).classes)
+    objective = SupervisedObjective(loss, ClassPixels(classes, losses.class_weights))
     return fit(stage, net, objective, TrainingData(pairs, splits.val), config.supervised)
 
 
@@ -249,13 +262,17 @@ def retrain(
         net.preprocessing,
     )
     labeler = Labeler(settings, teacher, average)
+    losses = _losses(stage, splits.labeled)
     loss = partial(
-        retrain_loss, labeled_loss=_labeled_loss(config.ohem), dropout=settings.feature_dropout
+        retrain_loss,
+        labeled_loss=losses.labeled,
+        dropout=settings.feature_dropout,
+        pseudo_loss=losses.pseudo,
     )
     shown = shown_samples(splits.unlabeled, config.panels.images)
     by_votes = source.labeled_by if config.pseudo_label.neighbours else ()
     panels = Panels(stage, samples, shown, labeler, by_votes, source.truth)
-    seen = ClassPixels(len(dataset_info(config.dataset).classes))
+    seen = ClassPixels(len(dataset_info(config.dataset).classes), losses.class_weights)
     objective = RetrainObjective(loss, seen, labeler, panels)
     outcome = fit(stage, net, objective, TrainingData(samples, splits.val), settings)
     return {"images": len(samples), **outcome}
@@ -394,6 +411,7 @@ def retrain_loss(
     batch: StudentBatch,
     labeled_loss: LabeledLoss,
     dropout: float = 0.0,
+    pseudo_loss: PseudoLoss = rectified_cross_entropy,
 ) -> Loss:
     """Rectified cross entropy of unlabeled images, and cross entropy of labeled ones.
 
@@ -404,6 +422,7 @@ def retrain_loss(
         labeled_loss: cross entropy of logits and true labels.
         dropout: share of the features that the last view loses; its loss then counts as much as
             the mean of the others. 0: all views count alike.
+        pseudo_loss: of logits, pseudo labels and weights.
 
     Source: docs/method.md, sections 4 and 9.
     """
@@ -418,7 +437,7 @@ def retrain_loss(
     logits = net(passed, *dropped).logits.chunk(len(pixels))
     labeled_logits, view_logits = logits[: len(true)], logits[len(true) :]
     labeled = sum(map(labeled_loss, labeled_logits, true, labeled_pixels))
-    losses = torch.stack([*map(rectified_cross_entropy, view_logits, pseudo, weights, view_pixels)])
+    losses = torch.stack([*map(pseudo_loss, view_logits, pseudo, weights, view_pixels)])
     unlabeled = (losses[:-1].mean() + losses[-1]) / 2 if dropout else losses.mean()
     weighed = (part.view_weight * (part.view_label != IGNORE)).sum()
     terms = {
@@ -546,10 +565,10 @@ def fit(
                 highest = numbers["miou"] if better else outcome["best_miou"]
                 if better if best else last:
                     outcome = {**numbers, **matrix.report(classes), "epoch": epoch + 1}
-                    stage.save(kept, epoch + 1, seen.pixels.tolist())
+                    stage.save(kept, epoch + 1, seen.learnt())
                 outcome = {**outcome, "best_miou": highest}
             for number in (n for n, end in enumerate(earlier, 1) if end == epoch + 1):
-                stage.save(kept, epoch + 1, seen.pixels.tolist(), f"earlier_{number}.pth")
+                stage.save(kept, epoch + 1, seen.learnt(), f"earlier_{number}.pth")
             if last or (epoch + 1) % config.panels.every == 0:
                 objective.draw(kept, epoch + 1, passed)
             stage.record(epoch + 1, numbers, passed, ious)
@@ -580,8 +599,38 @@ def _new_network(stage: Stage, streams: RandomStreams) -> nn.Module:
     return net
 
 
-def _labeled_loss(ohem: OhemSection | None) -> LabeledLoss:
-    return cross_entropy if ohem is None else partial(ohem_cross_entropy, **ohem.model_dump())
+class Losses(NamedTuple):
+    """What the network's logits are compared with labels by."""
+
+    labeled: LabeledLoss
+    pseudo: PseudoLoss
+    class_weights: Tensor | None  # (C,) of the cross entropies; None: 1
+
+
+def _losses(stage: Stage, labeled: Sequence[Sample]) -> Losses:
+    """Choose the losses of a training stage. Collective."""
+    settings, ohem = stage.config.loss, stage.config.ohem
+    weights = settings.class_weights
+    if weights == "balanced":
+        classes = dataset_info(stage.config.dataset).classes
+        pixels = broadcast(count_class_pixels, labeled, len(classes))
+        weights = balanced_weights(pixels)
+        named = (f"{name} {weight:.3g}" for name, weight in zip(classes, weights, strict=True))
+        _say(stage, f"class weights {', '.join(named)}")
+    if weights is not None:
+        weights = torch.tensor(weights, device=stage.device.torch_device)
+    entropy = partial(cross_entropy, class_weights=weights)
+    if ohem is not None:
+        entropy = partial(ohem_cross_entropy, **ohem.model_dump())
+    pseudo = partial(rectified_cross_entropy, class_weights=weights)
+    if settings.dice:
+        entropy = _add(entropy, dice_loss, settings.dice)
+        pseudo = _add(pseudo, rectified_dice_loss, settings.dice)
+    return Losses(entropy, pseudo, weights)
+
+
+def _add(loss: Callable[..., Tensor], other: Callable[..., Tensor], factor: float) -> LabeledLoss:
+    return lambda *maps: loss(*maps) + factor * other(*maps)
 
 
 def _querier(config: Config, splits: Splits, index: QueryIndex, read: SampleReader) -> Querier:

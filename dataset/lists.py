@@ -56,6 +56,12 @@ def read_label(sample: Sample) -> Image.Image:
     return read_mask(sample.mask, sample.ids)
 
 
+def count_class_pixels(samples: Iterable[Sample], num_classes: int) -> list[int]:
+    """Count the pixels of each class in the labels of samples."""
+    counts = (read_label(sample).histogram()[:num_classes] for sample in samples)
+    return [sum(column) for column in zip(*counts, strict=True)]
+
+
 def read_sample(sample: Sample) -> tuple[Image.Image, Image.Image]:
     """Read a sample's image, RGB, and its label, mode L; 0 everywhere if it has no mask."""
     image = read_picture(sample)

@@ -114,6 +114,11 @@ def test_methods_are_settings_over_a_config(method):
         ("dataset.bands=4", r"dataset\.bands: 4 is not allowed: a list, such as \[a, b\]"),
         ("dataset.range=[3, 1]", r"dataset\.range: .* two numbers, the lower one first"),
         ("dataset=null", r"dataset: None is not allowed: a section holds"),
+        ("loss.class_weights=balance", r"class_weights: 'balance' is not allowed: a number from 0"),
+        ("loss.class_weights=[1, -1]", r"loss\.class_weights: .* not all 0; or balanced"),
+        ("loss.class_weights=[0, 0]", r"is not allowed: a number from 0 to 1000000 for each class"),
+        ("loss.class_weights=[1, .nan]", r"is not allowed: a number from 0 to 1000000"),
+        ("loss.dice=-1", r"loss\.dice: -1 is not allowed: .*equal to 0"),
         ("ohem=true", r"ohem: True is not allowed: a section holds"),
         ("augment.scale=[1]", r"augment\.scale: .* is not allowed: more values are wanted"),
         ("retrain.accumulate=3", r"accumulate 3 does not cut batch_size 32 into parts of one size"),
@@ -239,6 +244,13 @@ def test_a_file_is_looked_for_beside_its_heir_then_here_then_in_configs(write, t
     assert read_config("sub/top.yaml").seed == 1
 
 
+def test_hard_pixels_and_class_weights_do_not_go_together(write):
+    write("top.yaml", base="small.yaml", ohem={"threshold": 0.5})
+    told = refusal(read_config, "top.yaml", ["loss.class_weights=balanced"])
+    assert "ohem and loss.class_weights do not go together; set one of them to null" in told
+    assert read_config("top.yaml", ["loss.dice=1"]).loss.dice == 1
+
+
 def test_lists_and_null_replace_rather_than_merge(write):
     write("top.yaml", base="small.yaml", ohem={"threshold": 0.5}, query={"exclude": ["fish"]})
     config = read_config("top.yaml", ["ohem=null", "query.exclude=[mug]"])
@@ -255,6 +267,8 @@ def test_lists_and_null_replace_rather_than_merge(write):
         ("pseudo_label.scales=[1, 0.5]", [1.0, 0.5]),
         ("pseudo_label.flip=false", False),
         ("dataset.root=/data=1/x", "/data=1/x"),
+        ("loss.class_weights=balanced", "balanced"),
+        ("loss.class_weights=[1, 2.5, 0]", [1.0, 2.5, 0.0]),
         ("ohem.threshold=0.6", 0.6),
     ],
 )

@@ -1,13 +1,21 @@
 """The formulas of docs/method.md and the losses, against definitions and numbers by hand."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from model.cisc import maps as cisc
-from model.losses import cross_entropy, ohem_cross_entropy, rectified_cross_entropy
+from model.losses import (
+    balanced_weights,
+    cross_entropy,
+    dice_loss,
+    ohem_cross_entropy,
+    rectified_cross_entropy,
+    rectified_dice_loss,
+)
 from tests.benchmarks.plain import pool, similarity
 from utils import IGNORE
 
@@ -37,7 +45,7 @@ def test_weight_one_is_cross_entropy_is_torchs_mean_over_valid_pixels(batch):
     torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, ohem_cross_entropy])
+@pytest.mark.parametrize("loss", [cross_entropy, ohem_cross_entropy, dice_loss])
 def test_no_valid_pixel_costs_nothing(loss, batch):
     logits = batch[0].requires_grad_()
     cost = loss(logits, torch.full((2, 4, 5), IGNORE))
@@ -58,6 +66,97 @@ def test_losses_are_float32_under_autocast(batch):
     logits, label, weight = batch
     with torch.autocast("cpu", torch.bfloat16):
         assert rectified_cross_entropy(logits.bfloat16(), label, weight).dtype == torch.float32
+        dice = rectified_dice_loss(logits.bfloat16(), label, weight)
+        assert torch.equal(dice, rectified_dice_loss(logits.bfloat16().float(), label, weight))
+
+
+def test_class_weights_match_hand_count():
+    logits = torch.zeros(1, 2, 1, 3)  # every pixel costs log 2
+    label, weights = torch.tensor([[[0, 1, IGNORE]]]), torch.tensor([0.5, 4.0])
+    loss = cross_entropy(logits, label, class_weights=weights)
+    assert loss.item() == pytest.approx(4.5 * math.log(2) / 2)
+    half = torch.full((1, 1, 3), 0.5)
+    loss = rectified_cross_entropy(logits, label, half, class_weights=weights)
+    assert loss.item() == pytest.approx(2.25 * math.log(2) / 2)
+
+
+def test_balanced_weights_match_hand_count_and_average_to_one():
+    assert balanced_weights([60, 30, 10]) == pytest.approx([100 / 180, 100 / 90, 100 / 30])
+    assert balanced_weights([75, 25, 0]) == pytest.approx([100 / 150, 2.0, 1.0])
+    assert balanced_weights([0, 0]) == [1.0, 1.0]
+
+
+def test_dice_matches_hand_count():
+    p = torch.tensor([[0.9, 0.6, 0.2, 0.5]])  # of class 0; class 2 is shown nowhere
+    logits = torch.stack([p, (1 - p) / 2, (1 - p) / 2], dim=1).log()[:, :, None]
+    label = torch.tensor([[[0, 0, 1, IGNORE]]])
+    zero = 1 - 2 * (0.9 + 0.6) / (0.9**2 + 0.6**2 + 0.2**2 + 2)
+    one = 1 - 2 * 0.4 / (0.05**2 + 0.2**2 + 0.4**2 + 1)
+    assert dice_loss(logits, label).item() == pytest.approx((zero + one) / 2)
+    weight = torch.tensor([[[1.0, 0.5, 0.0, 1.0]]])  # the pixel of class 1 does not count
+    zero = 1 - 2 * (0.9 + 0.3) / (0.9**2 + 0.5 * 0.6**2 + 1.5)
+    loss = rectified_dice_loss(logits, label, weight)
+    assert loss.item() == pytest.approx(0.5 * zero)  # the mean weight of three valid pixels
+
+
+def naive_dice(logits, label, weight):
+    """The definition, image by image and class by class, in float64."""
+    total, valid = 0.0, 0
+    for scores, ids, weights in zip(logits.double(), label, weight.double(), strict=True):
+        kept = ids != IGNORE
+        p, ids, w = scores.softmax(0)[:, kept], ids[kept], weights[kept]
+        costs = []
+        for number in ids.unique():
+            true = (ids == number).double()
+            both = (w * p[number] * true).sum()
+            costs.append(1 - 2 * both / ((w * p[number] ** 2).sum() + (w * true).sum()))
+        valid += int(kept.sum())
+        total += w.sum() * torch.stack(costs).mean() if costs else 0
+    return total / valid
+
+
+def test_dice_equals_the_definition_in_float64(batch):
+    logits, label, weight = batch
+    expected = naive_dice(logits, label, weight)
+    assert rectified_dice_loss(logits, label, weight).item() == pytest.approx(expected.item())
+    expected = naive_dice(logits, label, torch.ones_like(weight))
+    assert dice_loss(logits, label).item() == pytest.approx(expected.item())
+
+
+def test_dice_of_a_perfect_prediction_is_zero_and_of_a_wrong_one_one(batch):
+    label = batch[1]
+    perfect = 60 * F.one_hot(label.where(label != IGNORE, 0), 3).permute(0, 3, 1, 2).float()
+    assert dice_loss(perfect, label).item() == pytest.approx(0, abs=1e-6)
+    assert dice_loss(perfect.roll(1, dims=1), label).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, rectified_cross_entropy, rectified_dice_loss])
+def test_parts_of_a_batch_add_up(batch, loss):
+    """Whatever share of the valid pixels a part has."""
+    logits, label, weight = batch
+    maps = (logits, label) if loss is cross_entropy else (logits, label, weight)
+    if loss is not rectified_dice_loss:
+        loss = partial(loss, class_weights=torch.tensor([0.3, 1.0, 5.0]))
+    pixels = (label != IGNORE).sum()
+    parts = [loss(*part, pixels) for part in zip(*(each.split(1) for each in maps), strict=True)]
+    torch.testing.assert_close(sum(parts), loss(*maps))
+
+
+@pytest.mark.parametrize("weights", [0.0, 1e-30, 1.0])
+def test_dice_has_a_finite_gradient(batch, weights):
+    logits, label, weight = batch
+    logits = (logits * 100).requires_grad_()  # probabilities of 0 and 1
+    label[1] = IGNORE
+    rectified_dice_loss(logits, label, torch.full_like(weight, weights)).backward()
+    assert torch.isfinite(logits.grad).all()
+    assert logits.grad[label.unsqueeze(1).expand_as(logits) == IGNORE].abs().max() == 0
+
+
+def test_ignored_pixels_do_not_change_dice(batch):
+    logits, label, _ = batch
+    other = torch.where(label.unsqueeze(1) == IGNORE, 7 * logits.flip(1), logits)
+    assert not torch.equal(other, logits)
+    torch.testing.assert_close(dice_loss(other, label), dice_loss(logits, label))
 
 
 def naive_entropy(probability, region, label):

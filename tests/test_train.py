@@ -269,7 +269,8 @@ def test_baselines_are_switches(demo_root, tmp_path, tiny_settings):
     """Without rectification and consistency the terms are those of plain self-training."""
     words = [*tiny_settings(demo_root, tmp_path), "supervised.consistency=0"]
     words += ["retrain.weight=ones", "evaluate={checkpoint: best, every: 1}"]
-    run = start(words, "plain", **{"ohem.min_kept": 500, "supervised.accumulate": 2})
+    changes = {"ohem.min_kept": 500, "loss.dice": 0.5, "supervised.accumulate": 2}
+    run = start(words, "plain", **changes)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert "consistency" not in lines[0]
     assert all(line["weight"] == 1.0 for line in lines if line["stage"] == "6_retrain")
@@ -313,6 +314,27 @@ def test_the_running_average_and_the_counted_classes_resume_to_the_same_bits(
     assert pixels == resumed
     assert sum(pixels) > 0
     assert not (tmp_path / "whole" / "2_pseudo_label").exists()
+
+
+def test_balanced_class_weights_are_counted_from_the_labeled_masks(demo_overrides):
+    config = read_config("demo.yaml", [*demo_overrides, "loss.class_weights=balanced"])
+    labeled, said = read_splits(config.dataset).labeled, []
+    log = SimpleNamespace(say=said.append)
+    stage = SimpleNamespace(config=config, device=Device("cpu", "fp32"), name="1", log=log)
+    weights = train._losses(stage, labeled).class_weights.numpy()
+    labels = np.concatenate([np.asarray(read_label(sample)).ravel() for sample in labeled])
+    counts = np.bincount(labels[labels != 255], minlength=7)
+    shown = counts > 0
+    equal = counts.sum() / shown.sum()
+    np.testing.assert_allclose(weights[shown] * counts[shown], equal, rtol=1e-5)
+    assert said[0].startswith(f"1: class weights {dataset_info(config.dataset).classes[0]} ")
+
+
+def test_class_weights_are_one_a_class(demo_overrides):
+    config = read_config("demo.yaml", [*demo_overrides, "loss.class_weights=[1, 2]"])
+    with pytest.raises(UserError, match=r"loss\.class_weights: 2 numbers for 7 classes; give one"):
+        train.train(config)
+    assert not Path(config.outdir, config.name).exists()
 
 
 def test_validation_makes_no_copy_of_the_network(demo_overrides, monkeypatch):

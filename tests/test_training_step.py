@@ -1,6 +1,7 @@
 """The objectives of train.py, and one training step, on networks small enough to check."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,11 +22,17 @@ from model.cisc.students import (
     predict_labels,
     student_batch,
 )
-from model.losses import cross_entropy, ohem_cross_entropy
+from model.losses import (
+    cross_entropy,
+    dice_loss,
+    ohem_cross_entropy,
+    rectified_cross_entropy,
+    rectified_dice_loss,
+)
 from model.ops.layers import SegmentationNetwork
-from train import TrainingStep, retrain_loss, supervised_loss
+from train import TrainingStep, _losses, retrain_loss, supervised_loss
 from utils import IGNORE
-from utils.config.schema import OptimizerSection, RetrainSection
+from utils.config.schema import LossSection, OhemSection, OptimizerSection, RetrainSection
 from utils.device import Device
 from utils.optimization import Optimization
 
@@ -87,6 +94,34 @@ def retrained(net, samples, kind=Weigher, **settings):
     batch = prepared(samples, kind, **settings)
     dropout = settings.get("feature_dropout", 0.0)
     return retrain_loss(net, batch, batch, cross_entropy, dropout)
+
+
+def chosen_losses(settings, ohem=None):
+    config = SimpleNamespace(loss=settings, ohem=ohem)
+    return _losses(SimpleNamespace(config=config, device=CPU), [])
+
+
+def test_dice_is_added_to_each_cross_entropy(samples):
+    logits, label = samples.image.repeat(1, 2, 1, 1)[:, :CLASSES], samples.pseudo_label
+    weight, pixels = samples.image[:, 0].sigmoid(), torch.tensor(500)
+    off, on = chosen_losses(LossSection()), chosen_losses(LossSection(dice=0.5))
+    entropy = cross_entropy(logits, label, pixels)
+    assert torch.equal(off.labeled(logits, label, pixels), entropy)
+    close(on.labeled(logits, label, pixels), entropy + 0.5 * dice_loss(logits, label, pixels))
+    maps = logits, label, weight, pixels
+    assert torch.equal(off.pseudo(*maps), rectified_cross_entropy(*maps))
+    close(on.pseudo(*maps), rectified_cross_entropy(*maps) + 0.5 * rectified_dice_loss(*maps))
+    hard = chosen_losses(LossSection(dice=0.5), OhemSection(threshold=0.1, min_kept=20))
+    entropy = ohem_cross_entropy(logits, label, pixels, threshold=0.1, min_kept=20)
+    close(hard.labeled(logits, label, pixels), entropy + 0.5 * dice_loss(logits, label, pixels))
+
+
+def test_retraining_learns_from_pseudo_labels_by_the_loss_it_is_given(net, samples):
+    batch = prepared(samples, Weigher)
+    loss = retrain_loss(net, batch, batch, cross_entropy, 0.0, rectified_dice_loss)
+    logits = net(samples.student_image[:, 0]).logits
+    weight = batch.view_weight[:, 0]
+    close(loss.terms["unlabeled"], rectified_dice_loss(logits, samples.pseudo_label, weight))
 
 
 def test_supervised_loss_adds_its_terms(net, pair):
@@ -195,6 +230,10 @@ def test_pixels_of_each_class_are_counted():
     seen.count(torch.tensor([2]))
     assert seen.pixels.tolist() == [2, 0, 2]
     assert seen.pixels.dtype == torch.int64  # exact, and every device has it
+    assert seen.learnt() == [2, 0, 2]
+    weighted = ClassPixels(3, torch.tensor([0.5, 1.0, 4.0]))
+    weighted.count(torch.tensor([2, 0, 2]))
+    assert weighted.learnt() == [0.5, 0, 8]  # the prior that weighted cross entropy learns
 
 
 @pytest.fixture
@@ -224,9 +263,13 @@ def test_cut_out_boxes_are_blank(coded):
 
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("kind", ["pairs", "samples"])
-def test_parts_of_a_batch_give_the_update_of_the_batch(pair, samples, kind, count):
-    supervised = partial(supervised_loss, labeled_loss=cross_entropy, consistency=0.7)
-    student = partial(retrain_loss, labeled_loss=cross_entropy)
+@pytest.mark.parametrize(
+    "loss", [LossSection(), LossSection(dice=0.5, class_weights=[0.2, 1, 3, 5])]
+)
+def test_parts_of_a_batch_give_the_update_of_the_batch(pair, samples, kind, count, loss):
+    losses = chosen_losses(loss)
+    supervised = partial(supervised_loss, labeled_loss=losses.labeled, consistency=0.7)
+    student = partial(retrain_loss, labeled_loss=losses.labeled, pseudo_loss=losses.pseudo)
     mixed = partial(prepared, kind=Weigher, mix="unlabeled")  # as one batch, whatever the parts
 
     def updated(count):

@@ -152,12 +152,18 @@ def label_probability(teacher: nn.Module, features: Tensor, label: Tensor) -> Te
 class ClassPixels(nn.Module):
     """Counts the pixels of each class that a training stage learns from.
 
-    Their shares are the prior that the trained network's probabilities hold, which ``votes.py``
-    divides out. ``pixels`` is (C,) int64, over all processes; a resumed stage goes on counting.
+    Their weighted shares are the prior that the trained network's probabilities hold, which
+    ``votes.py`` divides out. ``pixels`` is (C,) int64, over all processes; a resumed stage goes on
+    counting.
+
+    Args:
+        num_classes: C.
+        class_weights: (C,) float of the loss; None: 1.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, class_weights: Tensor | None = None) -> None:
         super().__init__()
+        self._class_weights = class_weights
         self.register_buffer("pixels", torch.zeros(num_classes, dtype=torch.int64))
 
     def count(self, *labels: Tensor) -> None:
@@ -166,6 +172,13 @@ class ClassPixels(nn.Module):
         # 255 is counted beyond the classes: cutting it out would wait for the device.
         places = torch.cat([label.where(label != IGNORE, classes).flatten() for label in labels])
         self.pixels += all_reduce_sum(torch.bincount(places, minlength=classes + 1)[:classes])
+
+    def learnt(self) -> list[float]:
+        """Return the pixels of each class, multiplied by its weight in the loss."""
+        counts, weights = self.pixels.tolist(), self._class_weights
+        if weights is None:
+            return counts
+        return [count * weight for count, weight in zip(counts, weights.tolist(), strict=True)]
 
 
 def random_boxes(like: Tensor) -> Tensor:

@@ -72,6 +72,15 @@ def _value_range(value: Any) -> tuple[float, float] | str | None:
     raise ValueError("two numbers, the lower one first, or percentile, or null")
 
 
+def _class_weights(value: Any) -> list[float] | str | None:
+    if value is None or value == "balanced":
+        return value
+    numbers = isinstance(value, list | tuple) and all(type(x) in (int, float) for x in value)
+    if numbers and all(0 <= x <= 1e6 for x in value) and any(value):
+        return list(map(float, value))
+    raise ValueError("a number from 0 to 1000000 for each class, not all 0; or balanced, or null")
+
+
 def _device(name: Any) -> str:
     if isinstance(name, str):
         return name
@@ -95,6 +104,7 @@ FileId = Annotated[int, Field(ge=0, le=65535)]
 FileIds = Annotated[list[FileId], BeforeValidator(lambda x: x if isinstance(x, list) else [x])]
 Band = Annotated[int, Field(ge=1)]
 ValueRange = Annotated[tuple[float, float] | str | None, PlainValidator(_value_range)]
+ClassWeights = Annotated[list[float] | str | None, PlainValidator(_class_weights)]
 SplitName = Annotated[str, BeforeValidator(lambda x: str(x) if type(x) is int else x)]  # 92
 ClassMap = dict[
     Annotated[int | str, PlainValidator(_file_id)],
@@ -220,6 +230,15 @@ class OhemSection(Section):
 
     threshold: float = Field(0.7, gt=0, le=1)  # pixels predicted above this are easy and left out
     min_kept: int = Field(100_000, gt=0)  # pixels of a batch that are kept however easy
+
+
+class LossSection(Section):
+    """The loss of labeled and of pseudo-labeled images in training stages."""
+
+    dice: float = Field(0.0, ge=0)  # weight of a soft Dice loss, added to the cross entropy
+    # Weights of the classes in the cross entropy: one number for each; or 'balanced', in inverse
+    # proportion to the classes' labeled pixels, whose mean weight is 1. null: all 1.
+    class_weights: ClassWeights = None
 
 
 class TrainingSection(Section):
@@ -374,6 +393,7 @@ class Config(Section):
     augment: AugmentSection
     model: ModelSection = ModelSection()
     optimizer: OptimizerSection = OptimizerSection()
+    loss: LossSection = LossSection()
     ohem: OhemSection | None = None  # null: plain cross entropy
     supervised: SupervisedSection = SupervisedSection()
     pseudo_label: PseudoLabelSection = PseudoLabelSection()
@@ -388,6 +408,10 @@ class Config(Section):
     def _labels_have_a_source(self) -> "Config":
         if 2 not in self.stages and 6 in self.stages and self.retrain.labels == "stored":
             raise ValueError("stages without 2 store no pseudo labels; set retrain.labels=average")
+        if self.ohem is not None and self.loss.class_weights is not None:
+            raise ValueError(
+                "ohem and loss.class_weights do not go together; set one of them to null"
+            )
         if self.pseudo_label.adjustment and not self.pseudo_label.neighbours:
             raise ValueError("pseudo_label.adjustment needs pseudo_label.neighbours=true")
         if 2 not in self.stages and self.retrain.learn_partners:

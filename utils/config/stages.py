@@ -28,6 +28,7 @@ READERS: Mapping[str, tuple[int, ...]] = {
     "augment.strong": STUDENTS,
     "model": ALL,
     "optimizer": TRAINING,
+    "loss": TRAINING,
     "ohem": TRAINING,
     "supervised": (1,),
     "pseudo_label": LABELING,
