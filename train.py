@@ -37,6 +37,7 @@ from dataset.training import LabeledPair, LabeledPairs, RetrainSample, RetrainSa
 from model import refuse_crop, start_from
 from model.cisc.anchors import EARLIER, read_selection, select
 from model.cisc.calibration import FOLD_LENGTH, draw_folds
+from model.cisc.doubt import ImageSummary, summarize, write_summaries
 from model.cisc.maps import consistency_loss
 from model.cisc.panels import Panels, keep_opinions, shown_samples
 from model.cisc.pseudo_labels import FoldTeacher, Opinions, PseudoLabeler, fit_votes
@@ -63,14 +64,13 @@ from utils.distributed import (
     broadcast,
     broadcast_buffers,
     gather_dict,
-    on_rank_zero,
     parallel,
     process_group,
     rank,
 )
 from utils.errors import Parser, UserError, exit_with_one_line
 from utils.evaluation import ConfusionMatrix, Predictor, iterate_batches, validate
-from utils.files import in_background, write_csv
+from utils.files import in_background
 from utils.optimization import Optimization
 from utils.panels import save_mask
 from utils.progress import StageBar
@@ -193,7 +193,7 @@ def write_pseudo_labels(
     stage: Stage, labeling: Labeling, splits: Splits, unlabeled: Sequence[Sample]
 ) -> Report:
     """Stages 2 and 5: the most probable class of every pixel by teacher and votes, as PNGs."""
-    config, palette = stage.config, dataset_info(stage.config.dataset).palette()
+    config, info = stage.config, dataset_info(stage.config.dataset)
     device, file = stage.device, checkpoint_of(labeling.teacher)
     labeler = PseudoLabeler(config, device, file, splits.labeled, labeling.votes)
     shown = {x.name for x in shown_samples(splits.unlabeled, config.panels.images)}
@@ -201,11 +201,13 @@ def write_pseudo_labels(
     done = broadcast(journal.read)
     loader = whole_images(config, unlabeled, labeler.teacher.preprocessing, frozenset(done))
 
-    def keep(samples: Sequence[Sample], masks: Any, means: Sequence[float]) -> dict[str, float]:
+    def keep(
+        samples: Sequence[Sample], masks: Any, found: Sequence[ImageSummary]
+    ) -> dict[str, ImageSummary]:
         files = [mask_file(stage.folder / "masks", sample) for sample in samples]
         for file, mask in zip(files, masks, strict=True):
-            save_mask(file, mask, palette, durable=False)  # the end of the stage waits for all
-        return journal.add([sample.name for sample in samples], files, means)
+            save_mask(file, mask, info.palette(), durable=False)  # the end of the stage waits
+        return journal.add([sample.name for sample in samples], files, found)
 
     with in_background(max(1, config.workers)) as write:  # while the next batches are predicted
         kept = []
@@ -219,14 +221,11 @@ def write_pseudo_labels(
                     keep_opinions(stage.folder, sample, batch.image[one], own, labeler)
             probabilities, ids = opinions.both.max(dim=1)
             ids = ids.where(probabilities >= config.pseudo_label.threshold, IGNORE)
-            means = probabilities.mean(dim=(1, 2)).tolist()
-            kept.append(write(keep, samples, ids.byte().cpu().numpy(), means))
+            found = summarize(opinions)
+            kept.append(write(keep, samples, ids.byte().cpu().numpy(), found))
     done |= gather_dict([batch.result() for batch in kept])
-    confidences = {sample.name: done[sample.name] for sample in unlabeled}
-    table = ("image", "confidence"), confidences.items()
-    on_rank_zero(write_csv)(stage.folder / "confidence.csv", *table)
-    mean = sum(confidences.values()) / max(1, len(confidences))
-    return {"images": len(confidences), "confidence": mean}
+    summaries = {sample.name: done[sample.name] for sample in unlabeled}
+    return write_summaries(stage.folder, info.classes, summaries)
 
 
 class RetrainSource(NamedTuple):
@@ -616,7 +615,7 @@ def _losses(stage: Stage, labeled: Sequence[Sample]) -> Losses:
         pixels = broadcast(count_class_pixels, labeled, len(classes))
         weights = balanced_weights(pixels)
         named = (f"{name} {weight:.3g}" for name, weight in zip(classes, weights, strict=True))
-        _say(stage, f"class weights {', '.join(named)}")
+        stage.log.say(f"{stage.name}: class weights {', '.join(named)}")
     if weights is not None:
         weights = torch.tensor(weights, device=stage.device.torch_device)
     entropy = partial(cross_entropy, class_weights=weights)

@@ -227,7 +227,7 @@ def test_files_of_labeling_and_selection_are_those_of_one_process(together, conf
     outcomes = [together(count, infer) for count in (1, 2, 3)]
     ((folder, score),) = outcomes[0]
     files = made(folder)
-    assert len(files) == 10 + 1 + 5  # masks and their confidence; what stage 3 leaves
+    assert len(files) == 10 + 3 + 5  # masks, and three files about them; what stage 3 leaves
     for processes in outcomes[1:]:
         assert made(processes[0][0]) == files
         assert all(other == score for _, other in processes)

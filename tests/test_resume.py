@@ -14,6 +14,7 @@ from utils.run.resume import Journal, Progress
 from utils.run.stages import Stage, Stopwatch
 
 STEPS, EPOCHS = 3, 2
+A, B = {"confidence": 0.1, "doubt": [1 / 3, 0.0]}, {"confidence": 1 / 3, "doubt": [0.1, 1e-6]}
 
 
 class Net(nn.Module):
@@ -148,30 +149,30 @@ def labeling(stage):
         mask.write_text(mask.name)
     journal = Journal(made)
     assert journal.read() == {}
-    assert journal.add(["a.jpg", "b.jpg"], masks, [0.1, 1 / 3]) == {"a.jpg": 0.1, "b.jpg": 1 / 3}
+    assert journal.add(["a.jpg", "b.jpg"], masks, [A, B]) == {"a.jpg": A, "b.jpg": B}
     return made, masks
 
 
-def test_confidence_of_masks_that_are_there_is_kept_exactly(labeling):
+def test_what_was_found_of_masks_that_are_there_is_kept_exactly(labeling):
     stage, masks = labeling
-    assert Journal(stage).read() == {"a.jpg": 0.1, "b.jpg": 1 / 3}
+    assert Journal(stage).read() == {"a.jpg": A, "b.jpg": B}
     masks[0].unlink()
-    assert Journal(stage).read() == {"b.jpg": 1 / 3}
+    assert Journal(stage).read() == {"b.jpg": B}
 
 
 def test_a_mask_of_which_a_power_cut_left_a_part_is_written_again(labeling):
     stage, masks = labeling
     masks[1].write_text("")
-    assert Journal(stage).read() == {"a.jpg": 0.1}
+    assert Journal(stage).read() == {"a.jpg": A}
 
 
 def test_lines_that_are_cut_short_or_garbage_do_not_count(labeling):
     stage, masks = labeling
     path = stage.unfinished / "masks.0.jsonl"
-    edited = b'{"image": [], "confidence": 1.0, "mask": "a"}\n'
-    path.write_bytes(b"\xff\n[]\n{}\n" + edited + path.read_bytes() + b'\n{"image": "c.jpg", "conf')
+    edited = b'{"image": [], "found": {}, "mask": "a"}\n'
+    path.write_bytes(b"\xff\n[]\n{}\n" + edited + path.read_bytes() + b'\n{"image": "c.jpg", "fou')
     assert set(Journal(stage).read()) == {"a.jpg", "b.jpg"}
-    Journal(stage).add(["d.jpg"], masks[:1], [0.5])
+    Journal(stage).add(["d.jpg"], masks[:1], [{}])
     path.rename(path.with_name("masks.1.jsonl"))  # of another process
     assert set(Journal(stage).read()) == {"a.jpg", "b.jpg", "d.jpg"}
 

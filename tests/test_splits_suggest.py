@@ -12,56 +12,63 @@ from PIL import Image
 from dataset.catalog import KINDS
 from dataset.lists import mask_file, read_list
 from dataset.splits import __main__ as program
-from dataset.splits.suggest import Look, doubt_of, features_of, suggest
+from dataset.splits.suggest import cluster, count_images, suggest
 from utils.files import write_csv
+
+GIVEN = ("suggest", "--count", "1")
 
 
 def test_doubt_in_rare_classes_comes_first_by_hand():
     doubt = np.array([[0.4, 0.0], [0.1, 0.3], [0.0, 0.2]])
-    features, known = np.array([[1.0, 0], [0, 1.0], [0, -1.0]]), np.zeros((1, 2))
-    rows = suggest(doubt, np.array([0.1, 1.0]), features, known, 3)
+    rows = suggest(doubt, np.array([0.1, 1.0]), np.array([0, 1, 2]), 3)
     assert [each.row for each in rows] == [1, 2, 0]
     assert [each.score for each in rows] == pytest.approx([0.31, 0.2, 0.04])
-    assert [each.distance for each in rows] == [1, 1, 1]
+    assert [each.label for each in rows] == [1, 1, 0]
 
 
-def test_images_alike_are_not_suggested_one_after_another():
-    """The second best is like the best, and comes after one that is unlike both."""
-    doubt, features = np.array([[0.5], [0.49], [0.2]]), np.array([[5.0], [5.1], [-4.0]])
-    rows = suggest(doubt, np.ones(1), features, np.zeros((1, 1)), 3)
-    assert [each.row for each in rows] == [0, 2, 1]
-    assert rows[2].distance == pytest.approx(0.1)
-    labeled = suggest(doubt, np.ones(1), features, np.array([[5.05]]), 1)
-    assert labeled[0].row == 2
+def test_images_of_one_cluster_are_not_suggested_one_after_another():
+    """The second best is like the best: its 0.49 counts a half."""
+    doubt = np.array([[0.5], [0.49], [0.3], [0.2]])
+    rows = suggest(doubt, np.ones(1), np.array([0, 0, 1, 1]), 4)
+    assert [each.row for each in rows] == [0, 2, 1, 3]
 
 
 def test_ties_go_by_order_and_all_can_be_suggested():
-    rows = suggest(np.zeros((3, 2)), np.ones(2), np.zeros((3, 1)), np.zeros((1, 1)), 3)
+    rows = suggest(np.zeros((3, 2)), np.ones(2), np.zeros(3, int), 3)
     assert [each.row for each in rows] == [0, 1, 2]
 
 
-def test_doubt_is_spread_over_the_classes_that_are_stored():
-    shares = np.array([[0.25, 0.0, 0.25, 0.5], [0, 0, 0, 1.0]])
-    doubt = doubt_of(shares, np.array([0.6, 0.4]))
-    assert doubt == pytest.approx(np.array([[0.2, 0, 0.2], [0.2, 0.2, 0.2]]))
-
-
-def test_pictures_and_labels_count_the_same():
+def test_fewer_suggestions_are_the_first_of_more():
     rng = np.random.default_rng(0)
-    looks = [Look(rng.random((n, 48)), rng.dirichlet([1, 1, 1], n)) for n in (3, 5)]
-    rows = np.concatenate(features_of(*looks))
-    assert rows.shape == (8, 51)
-    parts = rows[:, :48].var(axis=0).sum(), rows[:, 48:].var(axis=0).sum()
-    assert parts == pytest.approx((1, 1))
+    doubt, clusters = rng.random((30, 3)), rng.integers(0, 5, 30)
+    rows = suggest(doubt, np.ones(3), clusters, 20)
+    assert suggest(doubt, np.ones(3), clusters, 10) == rows[:10]
+
+
+def test_clusters_are_rows_that_are_near():
+    rng = np.random.default_rng(1)
+    centers = np.array([[0.0, 0], [9, 0], [0, 9], [9, 9]])
+    true = rng.integers(0, 4, 60)
+    rows = (centers[true] + rng.normal(size=(60, 2))).astype(np.float32)
+    found = cluster(rows, 4)
+    pairs = {*zip(true.tolist(), found.tolist(), strict=True)}
+    assert len(pairs) == 4  # one to one
+    assert np.array_equal(found, cluster(rows, 4))
+    assert cluster(np.ones((5, 3), np.float32), 3).tolist() == [0] * 5
+    assert sorted(cluster(np.eye(3, dtype=np.float32), 3)) == [0, 1, 2]
 
 
 @pytest.fixture
 def run(tmp_path, demo_root):
-    """A run folder on the demo set: true masks are its pseudo labels, and two are doubtful."""
+    """A run folder on the demo set: true masks are its pseudo labels.
+
+    On two of them teacher and votes disagree most: on mug, and on ball.
+    """
     folder = tmp_path / "out" / "mine"
     folder.mkdir(parents=True)
     dataset = {"kind": "demo", "root": str(demo_root)}
     config = {"name": "mine", "dataset": dataset, "augment": {"base_size": 64, "crop_size": 48}}
+    config["method"] = "cisc_patch"
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     truth = read_list(demo_root / "truth.txt", demo_root, None)
     names = [sample.name for sample in truth]
@@ -69,10 +76,17 @@ def run(tmp_path, demo_root):
         mask = mask_file(folder / "2_pseudo_label" / "masks", sample)
         mask.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(sample.mask, mask)
-    doubtful = {names[3]: 0.5, names[7]: 0.6}
-    rows = [(name, doubtful.get(name, 0.999)) for name in names]
-    write_csv(folder / "2_pseudo_label/confidence.csv", ("image", "confidence"), rows)
-    return folder, list(doubtful)
+    stage, classes = folder / "2_pseudo_label", KINDS["demo"].classes
+    doubts = {names[3]: ("mug", 0.31), names[7]: ("ball", 0.4)}
+    rows = []
+    for name in names:
+        label, value = doubts.get(name, ("ground", 0.02))
+        rows.append((name, *(value if label == each else 0.001 for each in classes)))
+    write_csv(stage / "confidence.csv", ("image", "confidence"), [(name, 0.9) for name in names])
+    write_csv(stage / "doubt.csv", ("image", *classes), rows)
+    features = np.random.default_rng(0).normal(size=(len(names), 4)).astype(np.float16)
+    np.savez(stage / "features.npz", images=np.array(names), features=features)
+    return folder, list(doubts)
 
 
 def test_suggestions_of_a_run(run, answer, demo_root):
@@ -81,7 +95,16 @@ def test_suggestions_of_a_run(run, answer, demo_root):
     listed = read_list(folder / "suggested/list.txt", demo_root, None)
     assert sorted(sample.name for sample in listed) == doubtful
     assert said[0].endswith("list.txt, images.csv and sheet.png of 2 of 10 images")
-    assert ": mean probability 0." in said[1]
+    known = [*map(str, count_images(read_list(demo_root / "labeled.txt", demo_root, None), 7))]
+    mug, ball = (KINDS["demo"].classes.index(name) for name in ("mug", "ball"))
+    words = sorted(line.partition("; cluster")[0] for line in said[1:3])
+    assert words == [
+        f"{doubtful[0]}: teacher and votes disagree on 'mug' (0.31), in {known[mug]} of 6 "
+        "labeled images",
+        f"{doubtful[1]}: teacher and votes disagree on 'ball' (0.40), in {known[ball]} of 6 "
+        "labeled images",
+    ]
+    assert all(line.endswith(" of 3") for line in said[1:3])
     assert said[-1].split()[-1] == str(folder / "suggested/list.txt")
     with (folder / "suggested/images.csv").open() as file:
         table = list(csv.DictReader(file))
@@ -117,5 +140,13 @@ def test_suggestions_that_cannot_be(run, answer, tmp_path):
     assert "seed=1: suggest takes no settings" in refusal(
         answer, program, "suggest", folder, "seed=1"
     )
-    (folder / "2_pseudo_label/confidence.csv").unlink()
-    assert "has no pseudo labels" in refusal(answer, program, "suggest", folder)
+    place = folder / "2_pseudo_label"
+    (place / "features.npz").write_bytes(b"PK garbage")
+    line = refusal(answer, program, *GIVEN, folder)
+    assert "features.npz: holds no features of its images" in line
+    (place / "doubt.csv").unlink()
+    line = refusal(answer, program, *GIVEN, folder)
+    assert "doubt.csv: no such file; runs of earlier versions have none" in line
+    assert "--from-stage 2, in a copy of" in line
+    (place / "confidence.csv").unlink()
+    assert "has no pseudo labels" in refusal(answer, program, *GIVEN, folder)

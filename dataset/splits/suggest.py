@@ -10,113 +10,110 @@ import numpy as np
 from PIL import Image
 
 from dataset.catalog import DatasetInfo
-from dataset.lists import Sample, line_of, read_lists, read_sample, write_lists
-from dataset.pseudo_labels import read_pseudo_labels
+from dataset.lists import Sample, line_of, read_label, read_lists, read_sample, write_lists
+from dataset.pseudo_labels import STAGES, read_pseudo_labels
 from utils.errors import UserError
 from utils.files import write_csv
 from utils.panels import overlay, panel, save
+from utils.run.folder import ImageDoubt, read_doubt
 
-_SIDE = 4  # pixels, of the thumbnails that tell images apart
+_ROUNDS = 50  # of k-means, at most
 
 
 class Suggestion(NamedTuple):
     """An image to label."""
 
     row: int  # of the candidates
-    score: float  # doubtful share of the pixels, each weighted by the rarity of its class
-    distance: float  # to the nearest image that is labeled or suggested before
+    score: float  # doubt, each class by its rarity
+    label: int  # class that adds most to the score
 
 
 def suggest(
-    doubt: np.ndarray, rarity: np.ndarray, features: np.ndarray, known: np.ndarray, count: int
+    doubt: np.ndarray, rarity: np.ndarray, clusters: np.ndarray, count: int
 ) -> list[Suggestion]:
-    """Choose images one after another: doubtful in rare classes, and unlike those before.
+    """Choose images one after another: doubtful in rare classes, and of many clusters.
 
-    Each choice has the highest product of score and distance; of equal ones the first.
+    Each choice has the highest score divided by one more than the images of its cluster that are
+    chosen before; of equal ones it is the first.
 
     Args:
-        doubt: (N, C) in [0, 1], share of a candidate's pixels that are doubtful and likely of a
-            class.
-        rarity: (C,) >= 0, what a doubtful pixel of a class counts.
-        features: (N, D) of the candidates; images that look alike are near.
-        known: (M, D) of the labeled images, one at least.
+        doubt: (N, C) >= 0, of the candidates by class.
+        rarity: (C,) >= 0, what the doubt about a class counts.
+        clusters: (N,) int >= 0, which candidates look alike.
         count: of suggestions, N at most.
 
     Returns:
         The suggestions, the best first.
     """
-    scores, left, found = doubt @ rarity, np.ones(len(features), bool), list[Suggestion]()
-    distance = np.min([np.linalg.norm(features - one, axis=1) for one in known], axis=0)
+    scores, left, found = doubt @ rarity, np.ones(len(doubt), bool), list[Suggestion]()
+    chosen = np.zeros(clusters.max() + 1)  # by cluster
     for _ in range(count):
-        row = int(np.where(left, scores * distance, -1.0).argmax())
-        found.append(Suggestion(row, float(scores[row]), float(distance[row])))
+        row = int(np.where(left, scores / (1 + chosen[clusters]), -1.0).argmax())
+        found.append(Suggestion(row, float(scores[row]), int((doubt[row] * rarity).argmax())))
         left[row] = False
-        distance = np.minimum(distance, np.linalg.norm(features - features[row], axis=1))
+        chosen[clusters[row]] += 1
     return found
 
 
-class Look(NamedTuple):
-    """What tells images from others, an image a row."""
-
-    thumbnails: np.ndarray  # (N, 48) float in [0, 1]
-    shares: np.ndarray  # (N, C + 1) float, of the pixels by class; the last is of those ignored
-
-
-def look_at(samples: Sequence[Sample], classes: int) -> Look:
-    """Read images and their masks."""
-
-    def one(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-        image, mask = read_sample(sample)
-        thumbnail = image.resize((_SIDE, _SIDE), Image.Resampling.BOX, reducing_gap=2)
-        ids = np.minimum(np.asarray(mask), classes).ravel()
-        return np.asarray(thumbnail).ravel() / 255, np.bincount(
-            ids, minlength=classes + 1
-        ) / ids.size
-
-    with ThreadPool() as pool:
-        return Look(*map(np.stack, zip(*pool.map(one, samples), strict=True)))
-
-
-def doubt_of(shares: np.ndarray, confidence: np.ndarray) -> np.ndarray:
-    """Spread the doubt about images over the classes that their pseudo labels show.
+def cluster(features: np.ndarray, count: int) -> np.ndarray:
+    """Group rows that are near by k-means; the same rows give the same groups.
 
     Args:
-        shares: (N, C + 1) as in ``Look``.
-        confidence: (N,) mean probability of the pixels' classes.
+        features: (N, D) float.
+        count: of groups, N at most; fewer come back where rows are equal.
 
     Returns:
-        (N, C) in [0, 1], as ``suggest`` takes it; all classes alike where every pixel is ignored.
+        (N,) int from 0 on, group of each row.
+
+    Source: Lloyd (1982), begun as k-means++ (Arthur and Vassilvitskii, 2007).
     """
-    stored = shares[:, :-1]
-    total = stored.sum(axis=1, keepdims=True)
-    alike = np.full_like(stored, 1 / stored.shape[1])
-    return (1 - confidence[:, None]) * np.divide(stored, total, out=alike, where=total > 0)
+    rng, groups = np.random.default_rng(0), np.zeros(len(features), int)
+    centers = features[[rng.integers(len(features))]]
+    while len(centers) < count:
+        nearest = _distances(features, centers).min(axis=1)
+        if not nearest.sum() > 0:
+            break
+        chance = nearest / nearest.sum()
+        centers = np.concatenate([centers, features[[rng.choice(len(features), p=chance)]]])
+    for _ in range(_ROUNDS):
+        before, groups = groups, _distances(features, centers).argmin(axis=1)
+        if np.array_equal(before, groups):
+            break
+        filled = np.unique(groups)
+        centers[filled] = [features[groups == group].mean(axis=0) for group in filled]
+    return np.unique(groups, return_inverse=True)[1]
 
 
-def features_of(known: Look, other: Look) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows of both that are near where images look alike and show the same.
+def _distances(rows: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    """Return the squared distances of (N, D) rows to (K, D) centers: (N, K), 0 where equal."""
+    squares = [np.square(each.astype(float)).sum(axis=1) for each in (rows, centers)]
+    found = squares[0][:, None] + squares[1] - 2 * rows.astype(float) @ centers.T.astype(float)
+    return np.where(found < 1e-9, 0.0, found)
 
-    Thumbnails and shares count the same: the variance of each, over the rows of both, adds up to 1.
-    """
-    parts = []
-    for one, two in zip(known, other, strict=True):
-        both = np.sqrt(np.concatenate([one, two]))  # of shares: Hellinger's distance
-        parts.append(both / max(1e-6, np.sqrt(both.var(axis=0).sum())))
-    rows = np.concatenate(parts, axis=1)
-    return rows[: len(known.shares)], rows[len(known.shares) :]
+
+def count_images(labeled: Sequence[Sample], classes: int) -> np.ndarray:
+    """Return how many labeled images show each class: (C,) int."""
+
+    def shown(sample: Sample) -> np.ndarray:
+        pixels = np.asarray(read_label(sample)).ravel()
+        return np.bincount(pixels, minlength=256)[:classes] > 0
+
+    with ThreadPool() as pool:
+        return np.sum(pool.map(shown, labeled), axis=0)
 
 
 def write_suggestions(run: Path, count: int, out: Path) -> list[str]:
     """Write ``list.txt``, ``images.csv`` and ``sheet.png`` of the images to label next.
 
-    A doubtful pixel counts one divided by one more than the labeled images that show its class.
+    A class counts one divided by one more than the labeled images that show it. There are as many
+    clusters as the root of the number of candidates.
 
     Returns:
         What was written, and why each image is suggested, in lines.
 
     Raises:
-        UserError: no run, no data or no pseudo labels; fewer images than wanted; another list is
-            there already.
+        UserError: no run, no data or no pseudo labels; a run of an earlier version; fewer images
+            than wanted; another list is there already.
     """
     labels = read_pseudo_labels(run)
     labeled = read_lists(labels.config.dataset, ("labeled",)).labeled
@@ -127,31 +124,44 @@ def write_suggestions(run: Path, count: int, out: Path) -> list[str]:
             f"--count: {count} is not from 1 to {len(candidates)}, the images of {run} with pseudo "
             "labels and without labels"
         )
-    known, look = look_at(labeled, len(classes)), look_at(candidates, len(classes))
-    confidence = np.array([labels.confidence[sample.name] for sample in candidates])
-    shown = np.count_nonzero(known.shares[:, :-1], axis=0)  # labeled images of each class
-    doubt, rarity = doubt_of(look.shares, confidence), 1 / (1 + shown)
-    near, features = features_of(known, look)
-    found = suggest(doubt, rarity, features, near, count)
+    kept = dict[str, ImageDoubt]()
+    for stage in (run / name for name in STAGES):
+        if (stage / "confidence.csv").is_file():  # the stage has ended
+            kept |= read_doubt(stage, classes)
+    doubt = np.array([kept[sample.name].by_class for sample in candidates])
+    features = np.array([kept[sample.name].features for sample in candidates])
+    shown = count_images(labeled, len(classes))
+    clusters = cluster(features, round(len(candidates) ** 0.5))
+    found = suggest(doubt, 1 / (1 + shown), clusters, count)
     chosen = [candidates[each.row] for each in found]
-    rarest = [int((doubt[each.row] * rarity).argmax()) for each in found]
     lines = [line_of(sample._replace(mask=None), labels.root) for sample in chosen]
     write_lists(out, {"list": lines})
-    columns = ("image", "score", "distance", "confidence", "class", "labeled_images_of_class")
+    head = ("image", "score", "class", "doubt", "labeled_images_of_class", "cluster", "confidence")
     rows = [
-        (sample.name, each.score, each.distance, confidence[each.row], classes[label], shown[label])
-        for sample, each, label in zip(chosen, found, rarest, strict=True)
+        (
+            sample.name,
+            each.score,
+            classes[each.label],
+            doubt[each.row, each.label],
+            shown[each.label],
+            clusters[each.row] + 1,
+            labels.confidence[sample.name],
+        )
+        for sample, each in zip(chosen, found, strict=True)
     ]
-    write_csv(out / "images.csv", columns, rows)
+    write_csv(out / "images.csv", head, rows)
+    voted = labels.config.pseudo_label.neighbours
+    who = "teacher and votes disagree on" if voted else "the teacher is unsure of"
     whys = [
-        f"probability {row[3]:.2f}, counts most for '{row[4]}' ({row[5]} labeled images show it)"
+        f"{who} '{row[2]}' ({row[3]:.2f}), in {row[4]} of {len(labeled)} labeled images; cluster "
+        f"{row[5]} of {clusters.max() + 1}"
         for row in rows
     ]
     save(_sheet(chosen, whys, labels.kind), out / "sheet.png")
     words = [str(run), "--to", "labelme", "--images", str(out / "list.txt")]
     return [
         f"{out}: list.txt, images.csv and sheet.png of {count} of {len(candidates)} images",
-        *(f"{sample.name}: mean {why}" for sample, why in zip(chosen, whys, strict=True)),
+        *(f"{sample.name}: {why}" for sample, why in zip(chosen, whys, strict=True)),
         "to correct their pseudo labels in a tool:",
         f"  python -m dataset.prepare export-labels {shlex.join(words)}",
     ]

@@ -116,7 +116,8 @@ def _judge_fold(
     for batch in iterate_batches(loader, device, stage.name):
         size, columns = tuple(batch.label.shape[-2:]), []
         own = judge.log_posterior(judge(batch.image, size), voters[0].prior)
-        ratios = torch.stack([voter.log_ratios(batch.image, size) for voter in others], dim=1)
+        told = [voter.judge(batch.image, size).log_ratio for voter in others]
+        ratios = torch.stack(told, dim=1)
         for place, index in enumerate(batch.index.tolist()):
             label = batch.label[place].flatten().cpu()
             known = (label != IGNORE).nonzero().flatten().numpy()
@@ -171,6 +172,7 @@ class Opinions(NamedTuple):
     teacher: Tensor
     votes: Tensor | None  # None without votes
     both: Tensor  # what pseudo labels are the most probable class of
+    features: Tensor | None = None  # (B, D) float, means of the voter's maps; None without votes
 
 
 def combine(log_posterior: Tensor, log_ratio: Tensor, exponents: Exponents) -> Tensor:
@@ -252,7 +254,7 @@ class PseudoLabeler:
             own = self._teacher.prior
             both = teacher if own is None else adjust(teacher, own, adjustment)
             return Opinions(teacher, None, both)
-        prior, ratio = self.voter.prior, self.voter.log_ratios(images, size)
+        prior, (ratio, features) = self.voter.prior, self.voter.judge(images, size)
         both = combine(self._teacher.log_posterior(teacher, prior), ratio, self._exponents)
         votes = combine(prior.log().view(1, -1, 1, 1), ratio, Exponents(1.0, self._exponents.votes))
-        return Opinions(teacher, votes, adjust(both, prior, adjustment))
+        return Opinions(teacher, votes, adjust(both, prior, adjustment), features)

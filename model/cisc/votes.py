@@ -195,6 +195,13 @@ class VotingEncoder:
             return self._backbone(images)[-1]
 
 
+class Judgement(NamedTuple):
+    """What votes tell of images."""
+
+    log_ratio: Tensor  # (B, C, H, W) float: see ``log_ratio``
+    features: Tensor  # (B, D) float: means of the voter's maps
+
+
 @dataclass(frozen=True)
 class PatchVoter:
     """Labeled patches that vote on images which are enlarged by a factor.
@@ -217,10 +224,12 @@ class PatchVoter:
         return self.patches.prior()
 
     @torch.inference_mode()
-    def log_ratios(self, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return ``log_ratio`` of (B, 3, h, w) images, of their files' size: (B, C, H, W)."""
-        votes = neighbour_votes(self.encoder(images, self.factor), self.patches)
-        return resize(log_ratio(votes, self.prior), size)
+    def judge(self, images: Tensor, size: tuple[int, int]) -> "Judgement":
+        """Vote on (B, 3, h, w) images, of their files' size, at (H, W)."""
+        maps = self.encoder(images, self.factor)
+        votes = neighbour_votes(maps, self.patches)
+        ratio = resize(log_ratio(votes, self.prior), size)
+        return Judgement(ratio, maps.float().mean(dim=(2, 3)))
 
     def without(self, samples: Sequence[Sample]) -> "PatchVoter":
         """Return the voter without the patches of some labeled images."""

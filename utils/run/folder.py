@@ -4,8 +4,10 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
+from zipfile import BadZipFile
 
+import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from utils.config.reading import read_config
@@ -234,6 +236,42 @@ def read_scores(folder: Path) -> dict[str, float]:
     for name, score in read_table(path, ("image", "reliability"), again)[1]:
         scores[name] = number_in(score, path, again)
     return scores
+
+
+class ImageDoubt(NamedTuple):
+    """What a labeling stage kept of an unlabeled image."""
+
+    by_class: np.ndarray  # (C,) float in [0, 1], as ``model.cisc.doubt.doubt_by_class``
+    features: np.ndarray  # (D,) float of length 1
+
+
+def read_doubt(stage: Path, classes: Sequence[str]) -> dict[str, ImageDoubt]:
+    """Read ``doubt.csv`` and ``features.npz`` of a labeling stage, by image name.
+
+    Args:
+        stage: its folder.
+        classes: names by class id.
+
+    Raises:
+        UserError: they are not there, as in runs of earlier versions, or damaged.
+    """
+    table, vectors, again = stage / "doubt.csv", stage / "features.npz", stage_again(stage.name)
+    if not table.is_file():
+        raise UserError(
+            f"{table}: no such file; runs of earlier versions have none: do the stage and later "
+            f"ones again with --from-stage {stage.name[0]}, in a copy of {stage.parent} to keep it"
+        )
+    doubt = {
+        name: np.array([number_in(cell, table, again, 0) for cell in cells])
+        for name, *cells in read_table(table, ("image", *classes), again)[1]
+    }
+    try:
+        with np.load(vectors) as content:
+            features = dict(zip(content["images"].tolist(), content["features"], strict=True))
+        found = {x: ImageDoubt(doubt[x], features[x].astype(np.float32)) for x in doubt}
+    except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
+        raise UserError(f"{vectors}: holds no features of its images ({error}); {again}") from None
+    return found
 
 
 def number_in(cell: str, path: Path, again: str, low: float = -math.inf) -> float:

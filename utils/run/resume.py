@@ -1,7 +1,7 @@
 """What an unfinished stage keeps, so that the same command continues to the same result."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -110,7 +110,7 @@ class Progress:
 
 
 class Journal:
-    """The masks that an unfinished labeling has written, and their mean confidence.
+    """The masks that an unfinished labeling has written, and what it found of their images.
 
     A line is added once its mask is there, and has its size: after a power cut a mask that the disk
     has no more than a part of is written again.
@@ -123,25 +123,28 @@ class Journal:
         self._stage, self._path = stage, stage.unfinished / f"masks.{rank()}.jsonl"
         self._one_at_a_time = Lock()
 
-    def read(self) -> dict[str, float]:
-        """Return the confidence of every image whose mask is there, whichever process wrote it."""
+    def read(self) -> dict[str, Any]:
+        """Return what was found of every image whose mask is there, whichever process wrote it."""
         files = sorted(self._stage.unfinished.glob("masks.*.jsonl"))
         records = [record for file in files for record in read_records(file)]
-        return {r["image"]: r["confidence"] for r in records if self._is_there(r)}
+        return {r["image"]: r["found"] for r in records if self._is_there(r)}
 
     def add(
-        self, images: Sequence[str], masks: Sequence[Path], confidences: Sequence[float]
-    ) -> dict[str, float]:
-        """Keep a batch whose masks are written; return confidence by image. Threads may call it."""
+        self, images: Sequence[str], masks: Sequence[Path], found: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Keep what was found, as JSON has it, of a batch whose masks are written.
+
+        Returns it by image. Threads may call it.
+        """
         names = [mask.relative_to(self._stage.folder).as_posix() for mask in masks]
         sizes = [mask.stat().st_size for mask in masks]
-        rows = zip(images, confidences, names, sizes, strict=True)
+        rows = zip(images, found, names, sizes, strict=True)
         lines = [json.dumps(dict(zip(_KEYS, row, strict=True))) for row in rows]
         with self._one_at_a_time:
             # A kill may have cut the last line short: the next one begins anew.
             append_text(self._path, "".join(f"\n{line}" for line in lines))
             self._stage.watch.note()
-        return dict(zip(images, confidences, strict=True))
+        return dict(zip(images, found, strict=True))
 
     def _is_there(self, record: dict[str, Any]) -> bool:
         whole = all(isinstance(record.get(key), kind) for key, kind in _KEYS.items())
@@ -151,4 +154,4 @@ class Journal:
 
 
 # Of a line of the journal.
-_KEYS = {"image": str, "confidence": float, "mask": str, "bytes": int}
+_KEYS = {"image": str, "found": dict, "mask": str, "bytes": int}
