@@ -142,7 +142,9 @@ def _judge(
         whole_images(config, samples, teacher.preprocessing), device, "diagnosis"
     ):
         judged = labeler(batch.image, tuple(batch.label.shape[-2:]))
-        opinions = judged._asdict() if labeler.voter else {"teacher": judged.teacher}
+        opinions = {"teacher": judged.teacher}
+        if judged.votes is not None:
+            opinions |= {"votes": judged.votes, "both": judged.both}
         for name, maps in opinions.items():
             matrices[name].update(maps.argmax(dim=1).cpu(), batch.label.cpu())
         confidence, ids = opinions.pop("teacher").max(dim=1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.cisc.doubt import doubt_by_class, summarize, write_summaries
-from model.cisc.votes import Opinions
+from model.cisc.pseudo_labels import Opinions
 
 
 def maps(*rows):

@@ -88,6 +88,26 @@ def test_principal_components_keep_the_votes():
     assert few.project() is few  # once
 
 
+@pytest.mark.parametrize("size", [1, 40, 64, 1000])
+def test_tiles_have_the_features_of_the_whole_image(size):
+    """Of an encoder that sees less far than the margins: the same numbers, in the same places."""
+    torch.manual_seed(0)
+    encoder = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 5, 4, stride=4), torch.nn.Conv2d(5, 6, 3, padding=1)
+    )
+    images, seen = torch.randn(2, 3, 72, 100), []
+
+    def encode(tile):
+        seen.append(max(tile.shape[-2:]))
+        return encoder(tile)
+
+    with torch.no_grad():
+        found = voting.encode_tiles(encode, images, size, 4)
+        torch.testing.assert_close(found, encoder(images))
+    assert max(seen) <= max(size, 4 * (2 * 3 + 1))  # a place and its margins, at least
+    assert len(seen) == 1 or size < 1000
+
+
 def test_images_are_named_by_their_share_of_the_votes():
     patches = LabeledPatches(torch.eye(2), torch.eye(2), torch.tensor([3, 1]))
     features = torch.tensor([[4.0, 1.0], [3.0, 0.0]]).view(1, 2, 1, 2)  # places (4, 3), (1, 0)

@@ -13,7 +13,7 @@ is Hummingbird's (Balazevic et al., NeurIPS 2023).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -40,6 +40,7 @@ NEIGHBOURS = 30  # patches that vote
 TEMPERATURE = 0.05  # of the cosines, for the weight of a vote
 _COMPONENTS = 256  # of the features, that are compared
 _SMOOTHING = 0.05  # share of the prior in votes: a class without any is not impossible
+_MARGIN = 3  # places that a tile sees beyond each of its edges
 _ROWS = 2048  # patches that are compared at once
 
 
@@ -165,6 +166,36 @@ def _rows(features: Tensor) -> Tensor:
     return features.permute(0, 2, 3, 1).flatten(0, 2)
 
 
+def encode_tiles(
+    encode: Callable[[Tensor], Tensor], images: Tensor, size: int, stride: int
+) -> Tensor:
+    """Encode images tile by tile: what the encoder needs of memory is that of a tile.
+
+    Args:
+        encode: (B, 3, h, w) to (B, D, h / stride, w / stride).
+        images: (B, 3, H, W) float; H and W are multiples of the stride.
+        size: of a tile with its margins, pixels, at most, unless the margins leave no place of it.
+        stride: of the encoder.
+
+    Returns:
+        (B, D, H / stride, W / stride). Tiles see ``_MARGIN`` places beyond their edges, so that
+        only what lies farther away is missing from the features.
+    """
+    height, width = images.shape[-2:]
+    margin, rows = _MARGIN * stride, []
+    side = max(1, size // stride - 2 * _MARGIN) * stride
+    for top in range(0, height, side):
+        row = []
+        for left in range(0, width, side):
+            y, x = max(0, top - margin), max(0, left - margin)
+            tile = images[..., y : top + side + margin, x : left + side + margin]
+            first = (top - y) // stride, (left - x) // stride
+            last = (min(top + side, height) - y) // stride, (min(left + side, width) - x) // stride
+            row.append(encode(tile)[..., first[0] : last[0], first[1] : last[1]])
+        rows.append(torch.cat(row, dim=-1))
+    return torch.cat(rows, dim=-2)
+
+
 class VotingEncoder:
     """The encoder as it was before training, on images that are enlarged first.
 
@@ -176,6 +207,7 @@ class VotingEncoder:
     @torch.inference_mode()
     def __init__(self, config: Config, device: Device) -> None:
         self._device, self._long_side = device, config.inference.long_side
+        self._window = config.inference.window
         # The network with which stage 1 began, as its encoder was pretrained: not dilated.
         torch.manual_seed(RandomStreams(config.seed, "1_supervised").torch_seed())
         self._stride = largest_stride(config.model.backbone)
@@ -190,9 +222,13 @@ class VotingEncoder:
         base = base_size(images.shape[-2:], self._long_side)
         # Multiples of the stride: labels and votes then lie where the maps are.
         size = tuple(self._stride * math.ceil(side * factor / self._stride) for side in base)
+        images = resize_images(images, size, self.preprocessing.interpolation)
         with self._device.autocast():
-            images = resize_images(images, size, self.preprocessing.interpolation)
-            return self._backbone(images)[-1]
+            if self._window is None or max(size) <= self._window.size:
+                return self._backbone(images)[-1]
+            return encode_tiles(
+                lambda tile: self._backbone(tile)[-1], images, self._window.size, self._stride
+            )
 
 
 class Judgement(NamedTuple):
