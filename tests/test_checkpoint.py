@@ -106,6 +106,48 @@ def test_torchvisions_weights_load(tmp_path):
     assert net.preprocessing == IMAGENET
 
 
+def smp_keys(encoder, below="encoder."):
+    """Weights of an encoder as segmentation_models_pytorch keeps them, in a whole network."""
+    own = {f"{below}{k}": v for k, v in encoder.state_dict().items() if not k.startswith("fc.")}
+    others = "decoder.block2.0.0.weight", "segmentation_head.0.weight"
+    return own | {key: torch.ones(3, 1, 3, 3) for key in others}
+
+
+def test_the_encoder_of_a_network_of_smp_loads_and_the_rest_is_refused(tmp_path):
+    source, file = torchvision_resnet.resnet18(), tmp_path / "smp.pth"
+    torch.save(smp_keys(source), file)
+    net = build_model("deeplabv3plus", "resnet18", 3, pretrained=file)
+    assert torch.equal(net.backbone.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
+    assert net.pretrained_from == f"{file} without decoder, segmentation_head"
+    line = refusal(checkpoint.load_weights, net, file)
+    assert line == (
+        f"{file}: is a network of segmentation_models_pytorch, whose decoder has other layers; "
+        f"start training from its encoder by model.pretrained={file}"
+    )
+    assert line == refusal(start_from, net, file, ["a", "b", "c"])
+    with pytest.raises(UserError, match="weights of another network"):
+        build_model("deeplabv3plus", "resnet34", 3, pretrained=file)
+
+
+def test_of_smps_encoders_of_timm_those_that_are_timms_own_load(tmp_path):
+    source, file = timm.create_model("tf_efficientnet_lite0"), tmp_path / "smp.pth"
+    torch.save(smp_keys(source, "encoder.model."), file)
+    net = build_model("deeplabv3plus", LITE, 3, 16, file)
+    assert torch.equal(net.backbone.net.conv_stem.weight, source.conv_stem.weight)
+    torch.save(smp_keys(source), file)  # smp's own, padded in another way
+    with pytest.raises(UserError, match="weights of another network"):
+        build_model("deeplabv3plus", LITE, 3, 16, file)
+
+
+def test_an_encoder_of_smp_computes_the_same_here(tmp_path):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    source, file = smp.Unet("resnet18", encoder_weights=None).eval(), tmp_path / "smp.pth"
+    torch.save(source.state_dict(), file)
+    net = build_model("deeplabv3plus", "resnet18", 3, 32, file).eval()
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(net.backbone(images)[1], source.encoder(images)[-1])
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize(
     ("name", "backbone"),

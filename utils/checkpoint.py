@@ -8,6 +8,7 @@ import json
 import re
 import zipfile
 from argparse import Namespace
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ _REFUSED = re.compile(r"GLOBAL ([\w.]+)")  # a class, in torch's message
 _METADATA = "checkpoint"  # of a .safetensors file, in JSON; all values there are text
 _FOLDER = ("config.json", "model.safetensors")
 _BACKBONE = "backbone."  # begins the keys of a network's encoder
+_SMP_HEAD = "segmentation_head."  # begins keys in networks of segmentation_models_pytorch
 _SHOWN = 8  # keys of each kind in the table of a mismatch
 
 
@@ -166,8 +168,9 @@ def put_weights(
 
     Args:
         net: gets the weights, all of them or none. An encoder takes the ``backbone.*`` of a whole
-            network; or an image classifier's weights without its ``fc.*``, or those that its
-            ``rename`` makes of them. Counters of batch norm, which old files lack, may be missing.
+            network, or the ``encoder.*`` of one of segmentation_models_pytorch; or an image
+            classifier's weights without its ``fc.*``, or those that its ``rename`` makes of them.
+            Counters of batch norm, which old files lack, may be missing.
         weights: by key.
         path: where they come from, for the error.
         reset_classifier: as in ``load_weights``.
@@ -178,9 +181,21 @@ def put_weights(
     """
     own, left_out = net.state_dict(), []
     if not hasattr(net, "backbone"):
-        whole = any(key.startswith(_BACKBONE) for key in weights)
-        left_out = [key for key in weights if whole and not key.startswith(_BACKBONE)]
+        if is_smp(weights):  # timm's own networks, called "tu-...", are below "model"
+            prefix = "encoder.model." if hasattr(net, "rename") else "encoder."
+            left_out = [key for key in weights if not key.startswith("encoder.")]
+            weights = {
+                k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)
+            }
+        else:
+            whole = any(key.startswith(_BACKBONE) for key in weights)
+            left_out = [key for key in weights if whole and not key.startswith(_BACKBONE)]
         weights = _backbone_of(weights, net)
+    elif is_smp(weights):
+        raise UserError(
+            f"{path}: is a network of segmentation_models_pytorch, whose decoder has other layers; "
+            f"start training from its encoder by model.pretrained={path}"
+        )
     if reset_classifier:
         weights = {key: value for key, value in weights.items() if not _is_classifier(key)}
         weights |= {key: value for key, value in own.items() if _is_classifier(key)}
@@ -199,6 +214,11 @@ def put_weights(
         raise UserError(f"{path}: holds weights that are not finite; take another checkpoint")
     net.load_state_dict(weights)
     return left_out
+
+
+def is_smp(keys: Iterable[str]) -> bool:
+    """Tell whether keys of weights are those of a network of segmentation_models_pytorch."""
+    return any(key.startswith(_SMP_HEAD) for key in keys)
 
 
 def _kind(numbers: Tensor) -> tuple[bool, bool, bool]:

@@ -19,7 +19,7 @@ from model.networks.timm_encoders import (
 from model.networks.weights import find_weights, read_weights
 from model.networks.xception import Xception65
 from model.ops.frozen import freeze
-from utils.checkpoint import load_weights, put_weights
+from utils.checkpoint import is_smp, load_weights, put_weights
 from utils.config.schema import Config, ModelSection
 from utils.device import Device
 from utils.errors import UserError
@@ -73,7 +73,8 @@ def build_model(
     if file:
         left_out = put_weights(encoder, read_weights(file, backbone), file)
         parts = ", ".join(dict.fromkeys(key.partition(".")[0] for key in left_out))
-        source += f" without {parts} (model.init takes them too)" if parts else ""
+        source += f" without {parts}" if parts else ""
+        source += " (model.init takes them too)" if parts and not is_smp(left_out) else ""
     if channels is not None and name not in ("deeplabv3plus", "dpt"):
         raise UserError(f"model.channels: {name} has no such choice; set model.channels=null")
     width = {} if channels is None else {"channels": channels}
