@@ -515,8 +515,9 @@ def fit(
         settings: length and batch size of the stage.
 
     Returns:
-        Last means of the logged terms, mIoU and IoU by class of the kept checkpoint, and the best
-        mIoU of an epoch that was validated.
+        Last means of the logged terms, mIoU and IoU by class of the kept checkpoint, the best
+        mIoU of an epoch that was validated, and iterations: as planned, or fewer where
+        ``evaluate.patience`` ended the stage.
 
     Raises:
         UserError: the loss or the gradient of a batch is not finite.
@@ -534,13 +535,15 @@ def fit(
     )
     kept = net if average is None else average
     step_of = TrainingStep(parallel(net), objective, optimization, device, settings.accumulate)
+    _say_if_patience_is_idle(stage, epochs)
     stable = config.select.score == "stability" and stage.name.startswith("1")
     earlier = [math.ceil(epochs * share) for share in EARLIER if stable]
     classes, best = dataset_info(config.dataset).classes, config.evaluate.checkpoint == "best"
     crops = objective.crops(size)
     bar = StageBar(stage.name, iterations, steps, crops.labeled + crops.unlabeled)
     with bar, Progress(stage, net, optimization, bar, seen) as at:
-        outcome, left = at.report, range(at.epoch, epochs)
+        outcome = at.report
+        left = range(at.epoch, at.epoch if "iterations" in outcome else epochs)
         batches = training_batches(data.samples, size, left, streams, config.workers, at.step)
         for epoch in left:
             net.train()
@@ -560,20 +563,44 @@ def fit(
             if last or (epoch + 1) % config.evaluate.every == 0:
                 matrix = _validate(stage, kept, data.val)
                 numbers["miou"], ious = matrix.mean_iou(), matrix.report(classes)["per_class_iou"]
-                better = numbers["miou"] > outcome.get("best_miou", -1.0)
-                highest = numbers["miou"] if better else outcome["best_miou"]
-                if better if best else last:
-                    outcome = {**numbers, **matrix.report(classes), "epoch": epoch + 1}
+                outcome = _with_best(outcome, numbers["miou"], epoch + 1)
+                since_best = epoch + 1 - outcome.get("best_epoch", 0)
+                last = last or config.evaluate.ends(since_best)
+                if since_best == 0 if best else last:
+                    outcome = {**outcome, **numbers, **matrix.report(classes), "epoch": epoch + 1}
                     stage.save(kept, epoch + 1, seen.learnt())
-                outcome = {**outcome, "best_miou": highest}
             for number in (n for n, end in enumerate(earlier, 1) if end == epoch + 1):
                 stage.save(kept, epoch + 1, seen.learnt(), f"earlier_{number}.pth")
             if last or (epoch + 1) % config.panels.every == 0:
                 objective.draw(kept, epoch + 1, passed)
             stage.record(epoch + 1, numbers, passed, ious)
-            at.epoch_done(outcome)
-    counts = {f"{kind}_crops": number * iterations for kind, number in crops._asdict().items()}
-    return {**outcome, "iterations": iterations, **counts}
+            at.epoch_done({**outcome, "iterations": passed} if last else outcome)
+            if last:
+                break
+    outcome = {"iterations": iterations, **at.report, "planned_iterations": iterations}
+    if outcome["iterations"] < iterations:
+        stage.log.say(
+            f"{stage.name}: stopped after epoch {at.epoch} of {epochs}: no better mIoU on val in "
+            f"{config.evaluate.patience} validations"
+        )
+    counts = {f"{kind}_crops": n * outcome["iterations"] for kind, n in crops._asdict().items()}
+    return {**outcome, **counts}
+
+
+def _with_best(outcome: Report, miou: float, epoch: int) -> Report:
+    """Add the best mIoU of the validations so far, and its epoch, counted from 1."""
+    if miou > outcome.get("best_miou", -1.0):
+        return {**outcome, "best_miou": miou, "best_epoch": epoch}
+    return outcome
+
+
+def _say_if_patience_is_idle(stage: Stage, epochs: int) -> None:
+    patience, every = stage.config.evaluate.patience, stage.config.evaluate.every
+    if patience is not None and (patience + 1) * every >= epochs:
+        stage.log.say(
+            f"{stage.name}: evaluate.patience={patience} cannot end this stage early: it has "
+            f"{epochs} epochs and evaluate.every={every}; lower one of the two"
+        )
 
 
 def _validate(stage: Stage, net: nn.Module, val: Sequence[Sample]) -> ConfusionMatrix:

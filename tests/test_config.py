@@ -82,6 +82,15 @@ def test_keys_and_values_of_earlier_versions_are_named(setting, told):
     assert told in refusal(read_config, "demo.yaml", [setting])
 
 
+def test_patience_and_networks_of_thirds_of_stage_1_do_not_go_together():
+    line = refusal(read_config, "demo.yaml", ["evaluate.patience=3"], "st++")
+    assert line.endswith("set evaluate.patience=null, or select.score=sum")
+    for word in ("evaluate.patience=null", "select.score=sum"):
+        read_config("demo.yaml", ["evaluate.patience=3", word], "st++")
+    words = ["evaluate.patience=3", "select.score=stability"]
+    assert 3 not in read_config("demo.yaml", words, "unimatch").stages
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_are_settings_over_a_config(method):
     config = read_config("demo.yaml", ["retrain.threshold=0.3"], method)

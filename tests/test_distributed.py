@@ -247,6 +247,30 @@ def test_two_processes_report_the_score_of_the_checkpoint_that_they_keep(togethe
     assert score["miou"] == results["miou"]
 
 
+@pytest.mark.slow
+def test_two_processes_stop_early_together(together, config, monkeypatch):
+    validate, seen = train._validate, []
+
+    def fallen(*arguments):
+        """Validate; from the second time on everything is wrong."""
+        matrix, before = validate(*arguments), len(seen)
+        seen.append(matrix)
+        matrix.counts = matrix.counts.roll(1 if before else 0, dims=1)
+        matrix.counts[0, 0] += 0 if before else 10**6
+        return matrix
+
+    monkeypatch.setattr(train, "_validate", fallen)
+    monkeypatch.setattr(train, "_keep_predictions", lambda *_: None)
+    words = ["name=two", "stages=[1]", "supervised.epochs=5", "evaluate={every: 1, patience: 2}"]
+    settings = config(*words)
+    together(2, lambda: train.train(settings))
+    run = Path(settings.outdir) / "two"
+    report = json.loads((run / "results.json").read_text())["stages"]["1_supervised"]
+    assert report["iterations"] * 5 == report["planned_iterations"] * 3
+    log = (run / "log.txt").read_text()
+    assert log.count("stopped after epoch 3 of 5") == 1
+
+
 def test_buffers_of_rank_0_are_broadcast(together):
     def work():
         nets = [nn.BatchNorm1d(2), nn.BatchNorm1d(2)]

@@ -166,6 +166,18 @@ def test_runs_are_compared_over_seeds(run, tmp_path):
     assert "42.0 ± 2.6" in words
 
 
+def test_stages_that_patience_ended_are_named(run, tmp_path):
+    folders = list(seeds_of(run, tmp_path, [50, 54]))
+    file = folders[0] / "6_retrain" / "stage.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "iterations": 3, "planned_iterations": 9}))
+    stop = "stopped early at 3 of 9 iterations, by val"
+    runs = [read_run(folder) for folder in folders]
+    assert stop in text_of(page(runs[:1]))
+    assert f"cisc_0, 6_retrain {stop}." in text_of(page(runs))
+    assert "stopped early" not in text_of(page(runs[1:]))
+
+
 def test_the_command_line(run, complaint, tmp_path, run_program):
     done = run_program("-m", "utils.report", run)
     assert done.returncode == 0, done.stderr

@@ -438,6 +438,17 @@ def test_table():
     assert lines[1].split() == ["2_pseudo_label", *"----", "108", "90.00", "%", "-", "0:03"]
 
 
+def test_a_stage_that_patience_ended_is_named_below_the_table():
+    crops = {"labeled_crops": 80, "unlabeled_crops": 0, "seconds": 1}
+    stages = {
+        "1_supervised": {"iterations": 8, "planned_iterations": 8, **crops},
+        "4_retrain": {"iterations": 9, **crops},  # of an earlier version
+        "6_retrain": {"iterations": 5, "planned_iterations": 8, **crops},
+    }
+    said = "6_retrain: stopped early at 5 of 8 iterations, by val"
+    assert stage_table(stages, "last").splitlines()[4:] == [said]
+
+
 def test_a_mean_over_some_of_the_classes_says_so():
     ious = {"ground": 0.9, "ball": None, "box": None}
     stages = {"1_supervised": {"miou": 0.9, "seconds": 1, "per_class_iou": ious}}

@@ -127,6 +127,21 @@ def test_the_table_compares_equal_seeds_with_the_best_supervised_row(jobs):
     assert by_method["cisc"][3:] == ["25.0 ± 0.0", "encoder", "14", "10", "120", "4"]
 
 
+def test_stages_that_patience_ended_are_named_below_the_table(tmp_path):
+    jobs = plan(["self_training"], [f"outdir={tmp_path}"], [(0, 0), (1, 0)])
+    for job in jobs:
+        done = 40 + 20 * job.config.seed
+        stage = {"seconds": 60, "iterations": done, "planned_iterations": 60}
+        stage |= {"labeled_crops": done, "unlabeled_crops": 0}
+        results = {"miou": 0.5, "stages": {"1_supervised": stage}}
+        job.folder.mkdir(parents=True)
+        (job.folder / "results.json").write_text(json.dumps(results))
+    *rows, empty, stops = study.table(jobs).splitlines()
+    assert rows[-1].split("|")[7].strip() == "50"  # labeled crops, the mean
+    assert empty == ""
+    assert stops == "self_training_0, 1_supervised: stopped early at 40 of 60 iterations, by val."
+
+
 def test_a_section_of_a_document_is_replaced(tmp_path):
     file = tmp_path / "results.md"
     file.write_text("# Results\n")

@@ -24,6 +24,7 @@ from utils.checkpoint import load
 from utils.config.reading import read_config
 from utils.device import Device
 from utils.errors import UserError
+from utils.evaluation import ConfusionMatrix
 
 STAGES = ["1_supervised", "2_pseudo_label", "3_select", "4_retrain", "5_relabel", "6_retrain"]
 
@@ -335,6 +336,83 @@ def test_class_weights_are_one_a_class(demo_overrides):
     with pytest.raises(UserError, match=r"loss\.class_weights: 2 numbers for 7 classes; give one"):
         train.train(config)
     assert not Path(config.outdir, config.name).exists()
+
+
+@pytest.fixture
+def validations(monkeypatch):
+    """Take the mIoU of each epoch from a list, as if validation had found it."""
+
+    def script(mious):
+        def validated(stage, net, val):
+            kept = stage.folder.parent / "metrics.jsonl"
+            epoch = len(kept.read_text().splitlines()) if kept.is_file() else 0
+            counts = torch.tensor([[round(100 * mious[epoch]), 100 - round(100 * mious[epoch])]])
+            matrix = ConfusionMatrix(7)
+            matrix.counts[0, :2] = counts
+            return matrix
+
+        monkeypatch.setattr(train, "_validate", validated)
+
+    return script
+
+
+MIOUS = [0.4, 0.6, 0.5, 0.6, 0.8, 0.1, 0.9, 0.2]
+PATIENT = [
+    *("stages=[1]", "supervised={epochs: 8, batch_size: 4, repeat_below: 0}", "evaluate.every=1"),
+    *("panels.images=0", "dataset.test=null", "augment.crop_size=32"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", ["last", "best"])
+def test_patience_ends_a_stage_and_every_table_says_so(
+    demo_overrides, tmp_path, validations, monkeypatch, checkpoint
+):
+    """The third epoch and the fourth are not above the second: 0.6 is no better than 0.6."""
+    validations(MIOUS)
+    monkeypatch.setattr(train, "_keep_predictions", lambda *_: None)
+    words = [*demo_overrides, *PATIENT, f"evaluate.checkpoint={checkpoint}"]
+    whole = read_config("demo.yaml", [*words, "evaluate.patience=2", "name=whole"])
+    train.train(whole)
+    run = Path(whole.outdir) / "whole"
+    report = json.loads((run / "results.json").read_text())["stages"]["1_supervised"]
+    assert (report["iterations"], report["planned_iterations"]) == (4, 8)
+    assert report["labeled_crops"] == 4 * 8
+    assert (report["epoch"], report["best_epoch"]) == ((4, 2) if checkpoint == "last" else (2, 2))
+    log = (run / "log.txt").read_text()
+    assert "1_supervised: stopped after epoch 4 of 8: no better mIoU on val in 2 validations" in log
+    assert "1_supervised: stopped early at 4 of 8 iterations, by val" in log
+    rates = [json.loads(line)["lr"] for line in (run / "metrics.jsonl").open()]
+    assert len(rates) == 4
+    assert rates[-1] > rates[0] / 2  # of the whole length: (1 - 4/8) ** 0.9
+
+    for epoch in (3, 4):  # in the middle of the wait, and when it is over
+        cut = read_config("demo.yaml", [*words, "evaluate.patience=2", f"name=cut{epoch}"])
+        train_until(monkeypatch, cut, "epoch_done", lambda at, epoch=epoch: at.epoch == epoch)
+        train.train(cut)
+        again = Path(cut.outdir) / f"cut{epoch}"
+        assert same(weights(again / "1_supervised"), weights(run / "1_supervised"))
+        found = (json.loads((x / "results.json").read_text()) for x in (run, again))
+        one, other = (x["stages"]["1_supervised"] for x in found)
+        ignored = {"seconds", "images_per_second"}
+        assert {k: v for k, v in one.items() if k not in ignored} == {
+            k: v for k, v in other.items() if k not in ignored
+        }
+        assert "stopped after epoch 4 of 8" in (again / "log.txt").read_text()
+
+
+def test_a_patience_that_can_end_nothing_says_so(demo_overrides, validations, monkeypatch):
+    validations(MIOUS)
+    monkeypatch.setattr(train, "_keep_predictions", lambda *_: None)
+    words = [*demo_overrides, *PATIENT, "supervised.epochs=2", "evaluate.patience=1"]
+    config = read_config("demo.yaml", words)
+    train.train(config)
+    log = (Path(config.outdir) / config.name / "log.txt").read_text()
+    assert "stopped" not in log
+    assert (
+        "1_supervised: evaluate.patience=1 cannot end this stage early: it has 2 epochs and "
+        "evaluate.every=1; lower one of the two" in log
+    )
 
 
 def test_validation_makes_no_copy_of_the_network(demo_overrides, monkeypatch):

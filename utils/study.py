@@ -39,6 +39,7 @@ from utils.files import read_json, read_records, sha256, write_json, write_text
 from utils.outputs import Output, refuse_outputs
 from utils.run.comparison import differing_keys
 from utils.run.folder import read_kept
+from utils.run.results import describe_stop
 from utils.scores import mean_and_spread
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -360,7 +361,8 @@ def table(jobs: Sequence[Job]) -> str:
     mIoU of the kept checkpoint on val, its difference to the best supervised row, what the best
     epoch on val would have been, and mIoU on ``dataset.test``; what students start from; labeled
     and unlabeled crops that they saw; seconds; settings that were tried. Means and sample standard
-    deviations; differences are between runs of one seed and labeled list.
+    deviations; differences are between runs of one seed and labeled list. Below it, the stages that
+    ``evaluate.patience`` ended.
     """
     results: dict[Row, dict[tuple[int, int], dict[str, Any]]] = defaultdict(dict)
     for job in jobs:
@@ -382,7 +384,7 @@ def table(jobs: Sequence[Job]) -> str:
         highest = [100 * run[-1]["best_miou"] for run in stages if "best_miou" in run[-1]]
         tests = [100 * found["test"]["miou"] for found in runs.values() if "test" in found]
         crops = (
-            sum(stage.get(f"{name}_crops", 0) for stage in stages[0])
+            statistics.mean(sum(stage.get(f"{name}_crops", 0) for stage in run) for run in stages)
             for name in ("labeled", "unlabeled")
         )
         seconds = statistics.mean(sum(stage["seconds"] for stage in run) for run in stages)
@@ -394,12 +396,22 @@ def table(jobs: Sequence[Job]) -> str:
                 mean_and_spread(highest) if highest else "",
                 mean_and_spread(tests) if tests else "",
                 starts[row],
-                *map(str, crops),
+                *(f"{count:.0f}" for count in crops),
                 f"{seconds:.0f}",
                 str(row.tried),
             )
         )
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    stops = [
+        f"{job.folder.name}, {name}: {stop}."
+        for job in jobs
+        for name, stage in results[job.row][job.draw]["stages"].items()
+        if (stop := describe_stop(stage))
+    ]
+    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), *_paragraph(stops)])
+
+
+def _paragraph(sentences: Sequence[str]) -> list[str]:
+    return ["", " ".join(sentences)] if sentences else []
 
 
 def _start(config: Config) -> str:

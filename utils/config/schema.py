@@ -352,6 +352,14 @@ class EvaluateSection(Section):
 
     every: int = Field(1, gt=0)  # epochs
     checkpoint: Literal["last", "best"] = "last"  # 'best' picks by val: its mIoU is optimistic
+    # A training stage ends after so many validations without a better mIoU than before. Val then
+    # picks its length: mIoU is optimistic. The learning rate falls as in the whole stage. null:
+    # never.
+    patience: int | None = Field(None, gt=0)
+
+    def ends(self, epochs: int) -> bool:
+        """Tell whether patience ends a stage so many epochs after its best mIoU."""
+        return self.patience is not None and epochs >= self.patience * self.every
 
 
 class PanelsSection(Section):
@@ -414,6 +422,11 @@ class Config(Section):
             )
         if self.pseudo_label.adjustment and not self.pseudo_label.neighbours:
             raise ValueError("pseudo_label.adjustment needs pseudo_label.neighbours=true")
+        if self.evaluate.patience and 3 in self.stages and self.select.score == "stability":
+            raise ValueError(
+                "select.score=stability compares networks after 1/3 and 2/3 of stage 1, which "
+                "evaluate.patience may end earlier; set evaluate.patience=null, or select.score=sum"
+            )
         if 2 not in self.stages and self.retrain.learn_partners:
             raise ValueError(
                 "retrain.learn_partners queries by stored pseudo labels, which stages without 2 "

@@ -21,6 +21,7 @@ from utils.report.reading import (
     read_mask,
     read_picture,
 )
+from utils.run.results import describe_stop
 from utils.scores import confusion_rows, mean_and_spread
 
 _SHOWN, _FALLEN = 12, 6  # best and worst images; images that fell most
@@ -77,6 +78,13 @@ def _comparison(runs: Sequence[RunFolder]) -> dict[str, Any]:
         if other:
             helped = "Unlabeled images helped" if gain > 0 else "Unlabeled images did not help"
             told += f" {helped}: {other[0]} has {means[other[0]]:.1f}, {gain:+.1f} points."
+    stops = [
+        f"{run.name}, {stage} {stop}"
+        for run in runs
+        for stage, report in run.stages.items()
+        if (stop := describe_stop(report))
+    ]
+    told += "".join(f" {stop}." for stop in stops)
     head = ["runs", "seeds", "stage 1", "last stage", f"against {best}" if best else ""]
     return {"told": told, "rows": [head, *rows]}
 
@@ -384,7 +392,8 @@ def _stage_rows(run: RunFolder) -> list[list[str]]:
         keys = ("iterations", "labeled_crops", "unlabeled_crops", "images")
         minutes, seconds = divmod(round(report.get("seconds", 0)), 60)
         miou = _number(100 * report["miou"]) if report.get("miou") is not None else ""
-        cells = (str(report.get(key, "")) for key in keys)
+        shown = {**report, "iterations": describe_stop(report) or report.get("iterations", "")}
+        cells = (str(shown.get(key, "")) for key in keys)
         rows.append([name, miou, *cells, f"{minutes}:{seconds:02d}"])
     return rows
 

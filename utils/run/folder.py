@@ -47,6 +47,7 @@ class _Stage(_Record):
     miou: Share = None
     seconds: float = Field(0, ge=0)
     iterations: int = Field(1, gt=0)
+    planned_iterations: int = Field(1, gt=0)
 
 
 class _Group(_Record):

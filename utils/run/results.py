@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,17 @@ def stage_table(stages: dict[str, dict[str, Any]], checkpoint: str) -> str:
     for name, report in stages.items():
         if few := describe_mean(report.get("per_class_iou", {})):
             lines.append(f"{name}: mIoU {few}")
+        if stop := describe_stop(report):
+            lines.append(f"{name}: {stop}")
     return "\n".join(lines)
+
+
+def describe_stop(report: Mapping[str, Any]) -> str | None:
+    """Say where ``evaluate.patience`` ended a training stage; None where it did not."""
+    done, planned = (report.get(key) for key in ("iterations", "planned_iterations"))
+    if planned in (None, done):
+        return None
+    return f"stopped early at {done} of {planned} iterations, by val"
 
 
 def environment(device: Device) -> dict[str, Any]:
