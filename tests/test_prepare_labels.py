@@ -344,12 +344,23 @@ def test_nothing_is_overwritten(source, labels, tmp_path):
     assert len(listed(tmp_path / "lists", "labeled")) == 3
 
 
+def test_a_root_among_the_pictures_is_refused(source, labels):
+    """Its copies of the pictures would be found beside them by the same command again."""
+    labelme(source, "a", [("disc", corners(0, 0, 3, 3), {})])
+    line = refusal(labels, "labelme", source, root=source / "out")
+    assert line == (
+        f"--root: {source / 'out'} lies in {source}, where the pictures are looked for; name "
+        f"{source} itself, or a folder outside of it"
+    )
+    assert not (source / "out").exists()
+
+
 def test_classes_keep_their_ids(source, labels):
     labelme(source, "a", [("disc", corners(0, 0, 1, 3), {}), ("cat", corners(5, 0, 5, 3), {})])
     said, masks = labels("labelme", source, "--classes", "cube,disc,background")
     assert masks["a"] == rows("112229 112229 112229 112229")
     assert any("1 regions of 'cat', which is no class: their pixels are ignored" in x for x in said)
-    _, masks = labels("labelme", source, "--classes", "cube,disc,cat", root=source / "new")
+    _, masks = labels("labelme", source, "--classes", "cube,disc,cat", root=source.parent / "new")
     assert masks["a"] == rows("119992 119992 119992 119992")  # there is no background
 
 

@@ -65,8 +65,14 @@ def write_labels(
 
     Raises:
         UserError: no labeled image; fewer than two classes, or more than 255; a picture that
-            cannot be read; a file that is there with other content.
+            cannot be read; a file that is there with other content; a root among the pictures.
     """
+    root, base = target.root.resolve(), source.base.resolve()
+    if root != base and root.is_relative_to(base):  # the copies there would be found, too
+        raise UserError(
+            f"--root: {target.root} lies in {source.base}, where the pictures are looked for; name "
+            f"{source.base} itself, or a folder outside of it"
+        )
     classes = found.classes if source.classes is None else list(source.classes)
     if not 2 <= len(classes) <= IGNORE:
         names = ", ".join(classes[:20])
