@@ -111,11 +111,7 @@ def read_arguments() -> argparse.Namespace:
         raise UserError("--save: goes with --images")
     if (arguments.images is None) != (arguments.out is None):
         raise UserError("--images and --out go together: pictures in, masks and overlays out")
-    if arguments.save is not None and arguments.images is None:
-        raise UserError("--save: goes with --images")
     if arguments.masks is not None:
-        if arguments.checkpoints or arguments.config is None:
-            raise UserError("--masks: takes --config FILE and no checkpoint")
         return arguments
     if not arguments.checkpoints:
         raise UserError("name a checkpoint, such as outdir/demo/6_retrain/checkpoint.pth")

@@ -41,7 +41,7 @@ from utils.diagnosis import WeightQuality, rank_correlation
 from utils.distributed import broadcast
 from utils.errors import UserError
 from utils.evaluation import ConfusionMatrix, base_size, iterate_batches, resize_images
-from utils.run.folder import read_scores, stage_again
+from utils.run.folder import read_scores, read_votes, stage_again
 from utils.run.stages import checkpoint_of
 
 
@@ -56,9 +56,10 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> dict[str
         truth: a list of unlabeled images with masks.
 
     Returns:
-        ``labels``: accuracy and IoU of stored labels by stage, over pixels that are not ignored,
-        and the share of these; ``classes``: the same of the most probable classes of teacher 1, of
-        the votes and of both, over all pixels; ``weights``: AUROC, calibration error, share of the
+        ``votes``: how far they are believed, if there are any; ``labels``: accuracy and IoU of
+        stored labels by stage, over pixels that are not ignored, and the share of these;
+        ``classes``: the same of the most probable classes of teacher 1, of the votes and of both,
+        over all pixels; ``weights``: AUROC, calibration error, share of the
         weight on wrong pixels and calibration curve of every rule, for the teacher's most probable
         classes; ``rank_correlation`` of image scores and mIoU, None if undefined, absent without
         stage 3.
@@ -83,6 +84,7 @@ def diagnose(run: Path, config: Config, device: Device, truth: Path) -> dict[str
         ranking["rank_correlation"] = rank_correlation(*map(torch.DoubleTensor, columns))
     return {
         "truth": str(truth),
+        **({"votes": read_votes(run / "2_votes")} if (run / "2_votes").is_dir() else {}),
         "images": len(samples),
         "labels": labels,
         "classes": {name: matrix.report(info.classes) for name, matrix in matrices.items()},

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from model.cisc.calibration import Exponents
-from model.cisc.pseudo_labels import adjust, combine, describe
+from model.cisc.pseudo_labels import adjust, combine
+from utils.diagnosis import describe_votes
 
 
 def test_bayes_rule_multiplies_probabilities_and_likelihood_ratios():
@@ -33,9 +34,9 @@ def test_adjustment_divides_the_prior_out():
 def test_the_log_says_what_votes_do():
     fit = {"teacher": 0.9, "votes": 0.4, "cross_entropy": 0.4, "cross_entropy_alone": 0.5}
     fit |= {"gain": 0.1, "error": 0.01, "miou": 0.6, "miou_alone": 0.5}
-    used = describe({"factor": 2.0, "teacher": 0.9, "votes": 0.4, "fit": fit})
+    used = describe_votes({"factor": 2.0, "teacher": 0.9, "votes": 0.4, "fit": fit})
     assert "enlarged 2 times" in used
     assert "mIoU 50.0 -> 60.0" in used
-    silent = describe({"factor": 2.0, "teacher": 1.0, "votes": 0.0, "fit": fit})
+    silent = describe_votes({"factor": 2.0, "teacher": 1.0, "votes": 0.0, "fit": fit})
     assert silent.startswith("votes do not help and are left out")
-    assert "too few labeled images" in describe({"factor": 2.0, "teacher": 1.0, "votes": 1.0})
+    assert "too few labeled images" in describe_votes({"factor": 2.0, "teacher": 1.0, "votes": 1.0})

@@ -1,5 +1,6 @@
 """How well weights tell right pseudo labels from wrong ones, and what ``--diagnose`` prints."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -104,9 +105,25 @@ def _mean_ranks(values: Tensor) -> Tensor:
     return (counts.cumsum(dim=0) - (counts - 1) / 2)[groups].double()
 
 
+def describe_votes(fitted: Mapping[str, Any]) -> str:
+    """Say in a line what ``votes.json`` holds: how far votes are believed, and why."""
+    if "fit" not in fitted:
+        return "too few labeled images to leave some out; votes count as much as they say"
+    fit = fitted["fit"]
+    what = f"exponents {fit['teacher']:.2f} of the teacher, {fit['votes']:.2f} of the votes"
+    found = (
+        f"cross entropy {fit['cross_entropy_alone']:.3f} -> {fit['cross_entropy']:.3f} "
+        f"(less by {fit['gain']:.3f} +- {fit['error']:.3f}), "
+        f"mIoU {100 * fit['miou_alone']:.1f} -> {100 * fit['miou']:.1f} on labeled images left out"
+    )
+    if fitted["votes"]:
+        return f"votes on images enlarged {fitted['factor']:g} times, {what}: {found}"
+    return f"votes do not help and are left out: {found} ({what})"
+
+
 def lay_out_diagnosis(found: dict[str, Any]) -> str:
     """Lay out what ``model.diagnosis.diagnose`` returns, without the curves."""
-    lines = []
+    lines = [f"{describe_votes(found['votes'])}\n"] if "votes" in found else []
     for stage, labels in found["labels"].items():
         share = f"{labels['share']:.1%} of the pixels"
         lines += [

@@ -38,13 +38,14 @@ from utils.errors import Parser, Stopped, UserError, exit_with_one_line
 from utils.files import read_json, read_records, sha256, write_json, write_text
 from utils.outputs import Output, refuse_outputs
 from utils.run.comparison import differing_keys
-from utils.run.folder import read_kept
+from utils.run.folder import STAGES, read_kept
 from utils.run.results import describe_stop
 from utils.scores import mean_and_spread
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 LENGTHS = (1, 2, 4)  # of supervised training; the best one is what other methods are compared with
 STAGE = "1_supervised"  # which runs share
+FOLDS = [name for name in STAGES if name.startswith("1_fold")]  # ... if labeled patches vote
 
 
 # From the paper to ours; each row adds its settings to those of the row above.
@@ -202,9 +203,11 @@ def share_stage_1(one: Config, other: Config) -> bool:
 
 
 def take_over(job: Job, jobs: Sequence[Job]) -> None:
-    """Copy stage 1 of another run into the folder of a run that has none yet."""
+    """Copy stage 1 of another run, and its folds, into the folder of a run that has none yet."""
     if job.folder.exists():
         return
+    votes = 2 in job.config.stages and job.config.pseudo_label.neighbours
+    stages = [STAGE, *(FOLDS if votes else ())]
     for other in jobs:
         there = (other.folder / STAGE / "stage.json").is_file()
         if not there or not share_stage_1(job.config, other.config) or not _is_of(other):
@@ -212,11 +215,13 @@ def take_over(job: Job, jobs: Sequence[Job]) -> None:
         partial_copy = job.folder.with_name(f"{job.folder.name}.partial")
         rmtree(partial_copy, ignore_errors=True)
         left_out = ignore_patterns("unfinished", "*.partial")  # the other run may still be there
-        copytree(other.folder / STAGE, partial_copy / STAGE, ignore=left_out)
+        made = [name for name in stages if (other.folder / name / "stage.json").is_file()]
+        for name in made:
+            copytree(other.folder / name, partial_copy / name, ignore=left_out)
         for name in ("lists.json", "environment.json"):
             write_json(partial_copy / name, read_json(other.folder / name))
         records = read_records(other.folder / "metrics.jsonl")
-        lines = [f"{json.dumps(r)}\n" for r in records if r.get("stage") == STAGE]
+        lines = [f"{json.dumps(r)}\n" for r in records if r.get("stage") in made]
         write_text(partial_copy / "metrics.jsonl", "".join(lines))
         settings = job.config.model_dump(mode="json")
         write_text(partial_copy / "config.yaml", yaml.safe_dump(settings))

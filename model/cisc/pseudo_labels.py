@@ -23,6 +23,7 @@ from utils import IGNORE
 from utils.checkpoint import load
 from utils.config.schema import Config
 from utils.device import Device
+from utils.diagnosis import describe_votes
 from utils.distributed import gather_list, on_rank_zero
 from utils.evaluation import Predictor, iterate_batches
 from utils.files import write_json
@@ -67,7 +68,7 @@ def fit_votes(stage: Stage, labeled: Sequence[Sample], teachers: Sequence[FoldTe
         fits = {v.factor: fit_exponents(x) for v, x in zip(voters, pixels, strict=True)}
         fitted = _choose(fits)
     on_rank_zero(write_json)(stage.folder / VOTES_FILE, fitted)
-    stage.log.say(f"{stage.name}: {describe(fitted)}")
+    stage.log.say(f"{stage.name}: {describe_votes(fitted)}")
     return fitted
 
 
@@ -81,22 +82,6 @@ def _choose(fits: Mapping[float, Fit]) -> dict[str, Any]:
     factor, best = min(enough), fits[min(enough)]
     used = best.exponents if best.helps else Exponents()
     return {"factor": factor, **used._asdict(), "fit": best.report()}
-
-
-def describe(fitted: Mapping[str, Any]) -> str:
-    """Say in a line what ``fit_votes`` found."""
-    if "fit" not in fitted:
-        return "too few labeled images to leave some out; votes count as much as they say"
-    fit = fitted["fit"]
-    what = f"exponents {fit['teacher']:.2f} of the teacher, {fit['votes']:.2f} of the votes"
-    found = (
-        f"cross entropy {fit['cross_entropy_alone']:.3f} -> {fit['cross_entropy']:.3f} "
-        f"(less by {fit['gain']:.3f} +- {fit['error']:.3f}), "
-        f"mIoU {100 * fit['miou_alone']:.1f} -> {100 * fit['miou']:.1f} on labeled images left out"
-    )
-    if fitted["votes"]:
-        return f"votes on images enlarged {fitted['factor']:g} times, {what}: {found}"
-    return f"votes do not help and are left out: {found} ({what})"
 
 
 def _judge_fold(
