@@ -144,7 +144,7 @@ def test_every_setting_that_full_memory_advises_may_change_in_a_finished_run(tmp
     keys = re.findall(r"[a-z_]+[.][a-z_]+", advice)
     assert set(keys) == set(HOW)
     values = {"supervised.accumulate": 2, "retrain.accumulate": 2, "inference.batch_size": 1}
-    values |= {"inference.window": "{size: 512}", "pseudo_label.neighbour_scales": "[1.0]"}
+    values |= {"inference.window": "{size: 512}"}
     words = [f"{key}={values[key]}" for key in keys]
     assert run_stages(config(tmp_path, *words)) == []
     log = (tmp_path / "demo" / "log.txt").read_text()

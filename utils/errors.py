@@ -96,8 +96,8 @@ def _line_of(error: RuntimeError | MemoryError | OSError) -> str | None:
     ):
         return (
             f"memory: {what or 'there is no more'}; raise supervised.accumulate in stage 1, "
-            "retrain.accumulate in stages 4 and 6, lower pseudo_label.neighbour_scales in stages 2 "
-            "and 5, lower inference.batch_size or set inference.window={size: 512}; the same "
-            "command with these settings continues"
+            "retrain.accumulate in stages 4 and 6, lower inference.batch_size or set "
+            "inference.window={size: 512} in the others; the same command with these settings "
+            "continues"
         )
     return None

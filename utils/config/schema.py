@@ -298,13 +298,14 @@ class PseudoLabelSection(Section):
     scales: Scales = [0.5, 0.75, 1.0, 1.5, 2.0]
     flip: bool = True
     # Combine the teacher's probabilities with the votes of the nearest labeled patches in the
-    # features of the encoder as it was before training. Whole images pass, without windows.
+    # features of the encoder as it was before training, as far as they help on labeled images that
+    # neither has seen: two teachers more are trained for that, each half as long as stage 1.
     neighbours: bool = True
-    # Factors by which images are enlarged before their patches are compared: the one that fits the
-    # labeled images best is taken, the first one if there is only one labeled image.
+    # Factors by which images are enlarged before their patches are compared: the smallest one that
+    # helps as much as any is taken, the first one where there are too few images to leave some out.
     neighbour_scales: Scales = [1.0, 2.0, 3.0]
-    # Probabilities of both together are divided by the class's share of the labeled patches to this
-    # power: more labels of rare classes, and more wrong ones. 0: as they are.
+    # Probabilities are divided by the class's share of the labels to this power: more labels of
+    # rare classes, and more wrong ones. 0: as they are.
     adjustment: float = Field(0.0, ge=0, le=1)
     threshold: float = Field(0.6, ge=0, lt=1)  # less probable pixels are stored as ignored
 
@@ -420,8 +421,6 @@ class Config(Section):
             raise ValueError(
                 "ohem and loss.class_weights do not go together; set one of them to null"
             )
-        if self.pseudo_label.adjustment and not self.pseudo_label.neighbours:
-            raise ValueError("pseudo_label.adjustment needs pseudo_label.neighbours=true")
         if self.evaluate.patience and 3 in self.stages and self.select.score == "stability":
             raise ValueError(
                 "select.score=stability compares networks after 1/3 and 2/3 of stage 1, which "

@@ -47,7 +47,6 @@ HOW = (
     "retrain.accumulate",
     "inference.batch_size",
     "inference.window",
-    "pseudo_label.neighbour_scales",
 )
 
 
