@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from dataset.aim import random_pixel
 from dataset.catalog import DatasetInfo
 from dataset.lists import Sample, SampleReader, read_label, read_sample
 from dataset.reading import to_input, to_label
@@ -110,10 +111,7 @@ class Querier:
         """
         shared, partner = self.choose(name, mask, rng)
         image, mask = self.read(self._samples[partner])
-        target = None
-        if shared != IGNORE:  # aim at a pixel of the class
-            places = np.flatnonzero(np.asarray(mask) == shared)
-            target = divmod(int(places[rng.integers(len(places))]), mask.width)
+        target = random_pixel(mask, shared, rng) if shared != IGNORE else None
         view = random_view((image.height, image.width), self.augment, rng, target)
         image, label = view.image(image, preprocessing.interpolation), to_label(view.mask(mask))
         shared = shared if (label == shared).any() else IGNORE

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dataset.aim import ClassAim, random_pixel
 from dataset.lists import Sample, SampleReader, read_sample
 from dataset.loader import RandomStreams, SampleKey
 from dataset.query import NoPartner, Partner, Querier
@@ -56,6 +57,9 @@ class LabeledPairs(Dataset[LabeledPair]):
 
     With a querier the other one is a partner that shares a class. Without, it is the next one of
     the list, shifted by one more every epoch: each image is seen as often as any other.
+
+    With ``augment.aim`` and no querier, the other one is drawn for a class instead, and the crops
+    of both are aimed: the first one's at a class that it shows.
     """
 
     labeled: Sequence[Sample]
@@ -65,6 +69,11 @@ class LabeledPairs(Dataset[LabeledPair]):
     querier: Querier | None = None
     read: SampleReader = read_sample
     preprocessing: Preprocessing = IMAGENET
+
+    def __post_init__(self) -> None:
+        """Count the pixels of the classes, if crops are aimed."""
+        aims = self.augment.aim > 0 and self.querier is None
+        self.aim = ClassAim.of(self.labeled, self.augment.aim) if aims else None
 
     def __len__(self) -> int:
         """Return the number of pairs an epoch."""
@@ -83,8 +92,12 @@ class LabeledPairs(Dataset[LabeledPair]):
         if self.querier is not None:
             shared, *partner = self.querier.draw(sample.name, mask, rng, preprocessing)
             return LabeledPair(*pair, *partner, shared)
-        shift = 1 + (key.index // count + key.epoch * self.repeat) % max(1, count - 1)
-        other, label = _weak_view(self, self.labeled[(key.index + shift) % count], rng)
+        if self.aim is not None:
+            place, aimed_at = self.aim.draw_image(rng)
+        else:
+            shift = 1 + (key.index // count + key.epoch * self.repeat) % max(1, count - 1)
+            place, aimed_at = (key.index + shift) % count, None
+        other, label = _weak_view(self, self.labeled[place], rng, aimed_at)
         return LabeledPair(*pair, to_input(other, preprocessing), to_label(label), IGNORE)
 
 
@@ -99,6 +112,9 @@ class RetrainSamples(Dataset[RetrainSample]):
     A querier draws a partner by an unlabeled image's name and the crop of its pseudo label. Each of
     ``views`` has other strong colours. With ``strong_teacher`` the teacher sees the first one, as
     in the published code.
+
+    With ``augment.aim`` half of the labeled images are drawn for a class, and all crops are aimed:
+    the others at a class that the image, or its pseudo label, shows.
     """
 
     unlabeled: Sequence[Sample]  # their masks are pseudo labels
@@ -111,30 +127,40 @@ class RetrainSamples(Dataset[RetrainSample]):
     read: SampleReader = read_sample
     preprocessing: Preprocessing = IMAGENET
 
+    def __post_init__(self) -> None:
+        """Count the labeled pixels of the classes, if crops are aimed."""
+        self.aim = ClassAim.of(self.labeled, self.augment.aim) if self.augment.aim else None
+
     def __len__(self) -> int:
         """Return the number of unlabeled images."""
         return len(self.unlabeled)
 
     def names(self, keys: Iterable[SampleKey]) -> list[str]:
         """Return the names of the images that keys stand for, without partners."""
-        pairs = ((self.unlabeled[key.index], self._labeled_at(key)) for key in keys)
+        pairs = ((self.unlabeled[key.index], self._labeled_at(key)[0]) for key in keys)
         return [sample.name for pair in pairs for sample in pair]
 
-    def _labeled_at(self, key: SampleKey) -> Sample:
+    def _labeled_at(self, key: SampleKey) -> tuple[Sample, int | None]:
+        """Return the labeled image, and the class that it was drawn for."""
+        if self.aim is not None:
+            rng = self.chance.of(*key, 0)  # not that of the views, which draw after reading
+            if rng.random() < 0.5:
+                place, aimed_at = self.aim.draw_image(rng)
+                return self.labeled[place], aimed_at
         count = len(self.labeled)
         if count <= len(self):
-            return self.labeled[(key.index + key.epoch) % count]
+            return self.labeled[(key.index + key.epoch) % count], None
         place = key.epoch * len(self) + key.index
-        return self.labeled[(place + place // count) % count]
+        return self.labeled[(place + place // count) % count], None
 
     def __getitem__(self, key: SampleKey) -> RetrainSample:
         """Read and augment an unlabeled image, a labeled image, and the partner."""
         rng, preprocessing = self.chance.of(*key), self.preprocessing
-        sample, labeled = self.unlabeled[key.index], self._labeled_at(key)
+        sample, (labeled, aimed_at) = self.unlabeled[key.index], self._labeled_at(key)
         weak, mask = _weak_view(self, sample, rng)
         views = (recolour(weak, self.augment.strong, rng) for _ in range(self.views))
         strong = torch.stack([to_input(view, preprocessing) for view in views])
-        image, label = _weak_view(self, labeled, rng)
+        image, label = _weak_view(self, labeled, rng, aimed_at)
         teacher = strong[0] if self.strong_teacher else to_input(weak, preprocessing)
         partner = NoPartner()
         if self.querier is not None:  # last: the views must not depend on it
@@ -144,9 +170,18 @@ class RetrainSamples(Dataset[RetrainSample]):
 
 
 def _weak_view(
-    data: LabeledPairs | RetrainSamples, sample: Sample, rng: np.random.Generator
+    data: LabeledPairs | RetrainSamples,
+    sample: Sample,
+    rng: np.random.Generator,
+    aimed_at: int | None = None,
 ) -> tuple[Image.Image, Image.Image]:
-    """Cut the same random view from a sample's image and mask."""
+    """Cut the same random view from a sample's image and mask.
+
+    Where crops are aimed, it shows class ``aimed_at``, or if that is None one of the mask's.
+    """
     image, mask = data.read(sample)
-    view = random_view((image.height, image.width), data.augment, rng)
+    if aimed_at is None and data.aim is not None and sample.mask is not None:
+        aimed_at = data.aim.draw_class(mask, rng)
+    target = None if aimed_at is None else random_pixel(mask, aimed_at, rng)
+    view = random_view((image.height, image.width), data.augment, rng, target)
     return view.image(image, data.preprocessing.interpolation), view.mask(mask)

@@ -142,6 +142,7 @@ def test_methods_are_settings_over_a_config(method):
         ("augment.crop_size=100000", "less than or equal to 8192"),
         ("augment.scale=[0.5, 1000]", "less than or equal to 16"),
         ("augment.scale=[1.0e-9, 1]", r"greater than or equal to 0\.01"),
+        ("augment.aim=1.5", r"augment\.aim: 1\.5 is not allowed: .*equal to 1"),
         ("augment.rotate=181", r"augment\.rotate: 181 is not allowed: .*equal to 180"),
         ("augment.strong.blur=[1, 1.0e+9]", "less than or equal to 100"),
         ("model.channels=10000000", "less than or equal to 8192"),
@@ -160,6 +161,14 @@ def test_methods_are_settings_over_a_config(method):
 def test_wrong_value_names_key_value_and_what_is_allowed(setting, message):
     with pytest.raises(UserError, match=f"^command line: .*{message}"):
         config_from(SMALL, "a checkpoint", [setting])
+
+
+def test_an_aim_that_nothing_would_follow_is_refused():
+    settings = ["augment.aim=1", "stages=[1]", "supervised.consistency=1"]
+    with pytest.raises(UserError, match=r"augment\.aim .*; set supervised\.consistency=0"):
+        config_from(SMALL, "a checkpoint", settings)
+    for others in ["supervised.consistency=0"], ["stages=[1,2,6]"]:
+        config_from(SMALL, "a checkpoint", [*settings, *others])
 
 
 def test_queries_need_stored_labels():

@@ -183,6 +183,10 @@ class AugmentSection(Section):
     quarter_turns: bool = False  # turn by 0, 90, 180 or 270 degrees, equally likely
     # Rotate by up to so many degrees either way; corners come from the image as far as it reaches.
     rotate: float = Field(0.0, ge=0, le=180)
+    # Aim crops at classes whose chance is their share of the labeled pixels to the power 1 - aim:
+    # 1 draws all classes equally often; 0 aims at nothing. Queried pairs of stage 1
+    # (supervised.consistency) are not aimed.
+    aim: float = Field(0.0, ge=0, le=1)
     strong: StrongSection = StrongSection()
 
     @model_validator(mode="after")
@@ -420,6 +424,10 @@ class Config(Section):
         if self.ohem is not None and self.loss.class_weights is not None:
             raise ValueError(
                 "ohem and loss.class_weights do not go together; set one of them to null"
+            )
+        if self.augment.aim and self.pairs_share_classes and self.stages == [1]:
+            raise ValueError(
+                "augment.aim leaves queried pairs as they are; set supervised.consistency=0"
             )
         if self.evaluate.patience and 3 in self.stages and self.select.score == "stability":
             raise ValueError(
