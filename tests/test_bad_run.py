@@ -101,6 +101,7 @@ CHANGED = (
         (garbage("1_supervised/stage.json"), ["1_supervised/stage.json: holds no JSON"]),
         (text("1_supervised/stage.json", "3"), ["stage.json: is no report of a stage", AGAIN_1]),
         (text("2_pseudo_label/stage.json", "{}"), ["is no report of a stage", AGAIN_2]),
+        (text("1_supervised/stage.json", '{"files": {"checkpoint.pth": "0f"}}'), [AGAIN_1]),
         (gone("1_supervised/checkpoint.pth"), [CHANGED]),
         (half("1_supervised/checkpoint.pth"), [CHANGED]),
         (garbage("2_pseudo_label/masks/b.png"), ["masks/b.png: changed or gone", AGAIN_2]),

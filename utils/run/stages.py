@@ -210,7 +210,7 @@ def _read_finished(folder: Path, verify: bool = False) -> tuple[Report, dict[str
     again = f"restore, or do the stage and later ones again with --from-stage {folder.name[0]}"
     content = read_json(folder / "stage.json")
     files = content.pop("files", None) if isinstance(content, dict) else None
-    if not isinstance(files, dict):
+    if not isinstance(files, dict) or not all(isinstance(x, dict) for x in files.values()):
         raise UserError(f"{folder / 'stage.json'}: is no report of a stage; {again}")
     spoilt = [name for name, x in files.items() if not _is_as_noted(folder / name, x, verify)]
     if spoilt:
