@@ -1,7 +1,7 @@
 """Evaluate checkpoints on their val list; or segment a folder of pictures; or export the network.
 
 python eval.py outdir/demo/6_retrain/checkpoint.pth [section.key=value ...] [--save-masks DIR]
-python eval.py outdir/demo/[16]_*/checkpoint.pth [--markdown] [--json FILE]
+python eval.py outdir/demo/[16]_*/checkpoint.pth [--markdown] [--json FILE] [--groups REGEX]
 python eval.py outdir/demo/6_retrain/checkpoint.pth --images photos --out segmented
 python eval.py outdir/demo/6_retrain/checkpoint.pth --export net.onnx
 python eval.py outdir/demo/6_retrain/checkpoint.pth --export net.safetensors
@@ -12,6 +12,7 @@ python eval.py outdir/demo --diagnose data/demo/truth.txt [--json FILE]
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping
 from itertools import combinations
@@ -27,7 +28,7 @@ from utils.device import Device, fixed_order
 from utils.diagnosis import lay_out_diagnosis
 from utils.distributed import broadcast, on_rank_zero, process_group
 from utils.errors import Parser, UserError, exit_with_one_line
-from utils.evaluation import lay_out_ious
+from utils.evaluation import lay_out_scores
 from utils.export import export
 from utils.files import write_json
 from utils.outputs import Output, refuse_outputs
@@ -45,9 +46,10 @@ _TOGETHER = {
     "--images": _OF_LOADING | {"--out", "--save", "--ensemble"},
     "--out": _OF_LOADING | {"--save", "--ensemble"},
     "--save": _OF_LOADING | {"--ensemble"},
-    "--masks": {"--config", "--json"},
-    "--save-masks": _OF_LOADING | {"--json", "--ensemble"},
-    "--markdown": _OF_LOADING | {"--json", "--ensemble", _SEVERAL},
+    "--masks": {"--config", "--json", "--groups"},
+    "--save-masks": _OF_LOADING | {"--json", "--ensemble", "--groups"},
+    "--markdown": _OF_LOADING | {"--json", "--ensemble", "--groups", _SEVERAL},
+    "--groups": _OF_LOADING | {"--json", "--ensemble", _SEVERAL},
     "--json": _OF_LOADING | {"--ensemble", _SEVERAL},
     "--ensemble": _OF_LOADING,
     "--config": {"--reset-classifier", _SEVERAL},
@@ -72,6 +74,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     parser.add_argument(
         "--markdown", action="store_true", help="print Markdown, with the confusion matrix"
+    )
+    parser.add_argument(
+        "--groups", metavar="REGEX", help="score groups of images too: as dataset.groups=REGEX"
     )
     parser.add_argument("--ensemble", action="store_true", help="average the checkpoints")
     parser.add_argument(
@@ -100,15 +105,13 @@ def read_arguments() -> argparse.Namespace:
     pairs = list(zip(arguments.words, named, strict=True))
     arguments.checkpoints = [word for word, is_file in pairs if is_file]
     arguments.settings = [word for word, is_file in pairs if not is_file]
+    if arguments.groups is not None:
+        arguments.settings.append(f"dataset.groups={json.dumps(arguments.groups)}")
     given = [key for key in _TOGETHER if getattr(arguments, key[2:].replace("-", "_"))]
     given += [_SEVERAL] * (len(arguments.checkpoints) > 1 and not arguments.ensemble)
     for one, other in combinations(given, 2):
         if other not in _TOGETHER[one]:
             raise UserError(f"{one} and {other} do not go together; leave one of them out")
-    if arguments.masks is not None and (arguments.checkpoints or arguments.config is None):
-        raise UserError("--masks: takes --config FILE and no checkpoint")
-    if arguments.save is not None and arguments.images is None:
-        raise UserError("--save: goes with --images")
     if (arguments.images is None) != (arguments.out is None):
         raise UserError("--images and --out go together: pictures in, masks and overlays out")
     if arguments.masks is not None:
@@ -162,7 +165,7 @@ def score_masks(arguments: argparse.Namespace) -> None:
     config = read_config(arguments.config, arguments.settings)
     refuse_places(arguments, {"--config": config})
     results = broadcast(evaluate_masks, config, arguments.masks)
-    on_rank_zero(print)(lay_out_ious(results))
+    on_rank_zero(print)(lay_out_scores(results))
     if arguments.json is not None:
         on_rank_zero(write_json)(arguments.json, {"name": str(arguments.masks), **results})
 
@@ -222,7 +225,7 @@ def run(arguments: argparse.Namespace) -> None:
             sys.exit(1)
         return
     results = evaluate(net, arguments.save_masks)
-    say(lay_out_ious(results))
+    say(lay_out_scores(results))
     if arguments.json is not None:
         stage = {"miou": results["miou"], "epoch": net.origin.get("epoch")}
         stages = {str(net.origin.get("stage", "checkpoint")): stage}

@@ -76,6 +76,7 @@ from utils.panels import save_mask
 from utils.progress import StageBar
 from utils.run.resume import Journal, Progress
 from utils.run.stages import Report, Run, Stage, checkpoint_of
+from utils.scores import group_images
 
 _AT_THE_END = EvaluateSection(every=1_000_000)  # a fold says nothing on the way
 LabeledLoss = Callable[..., Tensor]  # of logits, labels and the valid pixels of the batch
@@ -92,6 +93,8 @@ def train(
     refuse_batch_sizes(config, len(splits.labeled), len(splits.unlabeled))
     refuse_class_weights(config.loss, info.classes)
     refuse_crop(config.model.backbone, config.augment.crop_size)
+    for samples in (splits.labeled, splits.val, splits.test):
+        group_images([sample.name for sample in samples], config.dataset.groups)
     rule = QueryRule.of(config.query, info)
     queries = config.pairs_share_classes or config.retraining_queries
     index = build_query_index(splits.labeled, rule) if queries else None
@@ -562,12 +565,13 @@ def fit(
             passed = min((epoch + 1) * steps, iterations)
             if last or (epoch + 1) % config.evaluate.every == 0:
                 matrix = _validate(stage, kept, data.val)
-                numbers["miou"], ious = matrix.mean_iou(), matrix.report(classes)["per_class_iou"]
+                scores = matrix.report(classes)
+                numbers, ious = {**numbers, **_means(scores)}, scores["per_class_iou"]
                 outcome = _with_best(outcome, numbers["miou"], epoch + 1)
                 since_best = epoch + 1 - outcome.get("best_epoch", 0)
                 last = last or config.evaluate.ends(since_best)
                 if since_best == 0 if best else last:
-                    outcome = {**outcome, **numbers, **matrix.report(classes), "epoch": epoch + 1}
+                    outcome = {**outcome, **numbers, **scores, "epoch": epoch + 1}
                     stage.save(kept, epoch + 1, seen.learnt())
             for number in (n for n, end in enumerate(earlier, 1) if end == epoch + 1):
                 stage.save(kept, epoch + 1, seen.learnt(), f"earlier_{number}.pth")
@@ -603,11 +607,19 @@ def _say_if_patience_is_idle(stage: Stage, epochs: int) -> None:
         )
 
 
+def _means(scores: Report) -> dict[str, float]:
+    """Return what an epoch's line shows of a matrix's report."""
+    by_group = {"dice_by_group": scores["by_group"]["dice"]} if "by_group" in scores else {}
+    return {"miou": scores["miou"], **by_group}
+
+
 def _validate(stage: Stage, net: nn.Module, val: Sequence[Sample]) -> ConfusionMatrix:
     """Compare a network's predictions with the labels of a list. Collective."""
     loader = whole_images(stage.config, val, net.preprocessing)
     predict = Predictor(net.eval(), stage.device, stage.config.inference)
-    return validate(predict, loader, len(dataset_info(stage.config.dataset).classes))
+    groups = group_images([sample.name for sample in val], stage.config.dataset.groups)
+    classes = len(dataset_info(stage.config.dataset).classes)
+    return validate(predict, loader, classes, groups=groups)
 
 
 def _new_network(stage: Stage, streams: RandomStreams) -> nn.Module:
@@ -668,7 +680,8 @@ def _score(run: Run, stage: Path, samples: Sequence[Sample]) -> Report:
     """Score a stage's network on a list. Collective."""
     classes = dataset_info(run.config.dataset).classes
     predict, loader = _open_network(run, stage, samples)
-    return validate(predict, loader, len(classes)).report(classes)
+    groups = group_images([sample.name for sample in samples], run.config.dataset.groups)
+    return validate(predict, loader, len(classes), groups=groups).report(classes)
 
 
 def _open_network(run: Run, stage: Path, samples: Sequence[Sample]) -> tuple[Predictor, Any]:

@@ -30,7 +30,7 @@ from utils.errors import UserError
 from utils.evaluation import ConfusionMatrix, confusion_counts, iterate_batches, validate
 from utils.files import write_atomically
 from utils.panels import save_legend, save_mask, save_overlay
-from utils.scores import Scores, boundary_overlap, compare_scores
+from utils.scores import Scores, boundary_overlap, compare_scores, group_images
 
 
 def evaluate(net: Segmenter, masks: Path | None = None) -> dict[str, Any]:
@@ -42,7 +42,8 @@ def evaluate(net: Segmenter, masks: Path | None = None) -> dict[str, Any]:
         save_mask(mask_file(masks, samples[index]), ids.byte().cpu().numpy(), net.palette)
 
     keep = None if masks is None else save
-    return validate(net.predict, loader, len(net.classes), keep).report(net.classes)
+    groups = group_images([sample.name for sample in samples], config.dataset.groups)
+    return validate(net.predict, loader, len(net.classes), keep, groups).report(net.classes)
 
 
 @torch.inference_mode()
@@ -64,6 +65,8 @@ def scores_of(net: Segmenter, samples: Sequence[Sample]) -> Scores:
 def compare(nets: Mapping[str, Segmenter]) -> dict[str, Any]:
     """Compare networks, by the name of their checkpoint, on the val list of their configs.
 
+    Images are grouped as the first one's config says.
+
     Raises:
         UserError: they do not share their classes, or their configs name other images.
     """
@@ -79,8 +82,10 @@ def compare(nets: Mapping[str, Segmenter]) -> dict[str, Any]:
                 f"{other}: is validated on other images than {first}, or other masks; set "
                 "dataset.root=DIR or dataset.val=LIST for both"
             )
+    pattern = nets[first].config.dataset.groups
+    groups = group_images([sample.name for sample in lists[first]], pattern)
     found = {name: scores_of(net, lists[name]) for name, net in nets.items()}
-    return compare_scores(found, nets[first].classes)
+    return compare_scores(found, nets[first].classes, groups=groups)
 
 
 def evaluate_masks(config: Config, folder: Path) -> dict[str, Any]:
@@ -95,8 +100,9 @@ def evaluate_masks(config: Config, folder: Path) -> dict[str, Any]:
         UserError: a mask is missing, has another size, or no class where its label has one.
     """
     info, samples = dataset_info(config.dataset), read_val(config.dataset)
-    matrix = ConfusionMatrix(len(info.classes))
-    for sample in samples:
+    groups = group_images([sample.name for sample in samples], config.dataset.groups)
+    matrix = ConfusionMatrix(len(info.classes), groups=groups)
+    for number, sample in enumerate(samples):
         file = mask_file(folder, sample)
         predicted, label = read_mask(file, info.table().tobytes()), read_label(sample)
         if predicted.size != label.size:
@@ -104,7 +110,7 @@ def evaluate_masks(config: Config, folder: Path) -> dict[str, Any]:
         ids, true = to_label(predicted), to_label(label)
         if (ids[true != IGNORE] >= len(info.classes)).any():
             raise UserError(f"{file}: holds no class where {sample.mask} has one; predict them all")
-        matrix.update(ids, true)
+        matrix.update(ids[None], true[None], [number])
     return matrix.report(info.classes)
 
 

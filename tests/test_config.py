@@ -120,6 +120,7 @@ def test_methods_are_settings_over_a_config(method):
         ("device=0", r"device: 0 is not allowed: auto, cpu, cuda, cuda:0 \(the first"),
         ("dataset.classes=[a]", r"\['a'\] is not allowed: two to 255 classes; pixels without an"),
         ("dataset.classes=[1, 2]", r"dataset\.classes: 1 is not allowed: text, in quotes where"),
+        ("dataset.groups=a(", r"dataset\.groups: 'a\(' is not allowed: no regular expression: mis"),
         ("dataset.bands=4", r"dataset\.bands: 4 is not allowed: a list, such as \[a, b\]"),
         ("dataset.range=[3, 1]", r"dataset\.range: .* two numbers, the lower one first"),
         ("dataset=null", r"dataset: None is not allowed: a section holds"),

@@ -74,18 +74,27 @@ def test_pictures_are_a_file_a_folder_or_a_pattern(demo_root):
 
 def test_masks_of_any_program_are_scored(nets, demo_root, answer, complaint, tmp_path):
     words = "--config", "demo.yaml", f"dataset.root={demo_root}", "workers=0"
+    groups = "--groups", r"\d(?=\.jpg)"
     answer(
         eval_program,
         nets / "one.pth",
         *words[2:],
+        *groups,
         "--save-masks",
         tmp_path / "a",
         "--json",
         tmp_path / "a.json",
     )
-    answer(eval_program, "--masks", tmp_path / "a", *words, "--json", tmp_path / "b.json")
+    scored = "--masks", tmp_path / "a", *words
+    said = answer(eval_program, *scored, *groups, "--json", tmp_path / "b.json")
     one, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
-    assert other["per_class_iou"] == one["per_class_iou"]
+    for key in ("per_class_iou", "per_class_dice", "by_group"):
+        assert other[key] == one[key]
+    assert one["by_group"]["groups"] == 4
+    assert "by group: 4 groups; mean without 'background'" in said[-2:]
+    told = complaint(eval_program, *scored, "--groups", "patient: ")
+    assert "dataset.groups: 'patient: ' finds no group in the name of JPEGImages/" in told
+    assert "no regular expression" in complaint(eval_program, *scored, "--groups", "(")
     masks = sorted((tmp_path / "a").rglob("*.png"))
     Image.new("L", (64, 48), 9).save(masks[0])
     assert "holds no class where" in complaint(eval_program, "--masks", tmp_path / "a", *words)

@@ -13,7 +13,8 @@ from utils import IMAGENET
 from utils.config.schema import InferenceSection, WindowSection
 from utils.device import Device
 from utils.diagnosis import WeightQuality, rank_correlation
-from utils.evaluation import ConfusionMatrix, Predictor, confusion_counts
+from utils.evaluation import ConfusionMatrix, Predictor, confusion_counts, lay_out_scores
+from utils.scores import Groups
 
 CPU = Device("cpu", "fp32")
 
@@ -241,3 +242,51 @@ def test_rank_correlation_of_constant_or_unknown_values_is_undefined(constant):
     one, other = torch.tensor(constant), torch.arange(len(constant)).float()
     assert rank_correlation(one, other) is None
     assert rank_correlation(other, one) is None
+
+
+@pytest.fixture
+def volumes():
+    """Four images of two pixels, of two groups; class 2 is neither labeled nor predicted."""
+    label = torch.tensor([[[1, 1]], [[0, 1]], [[0, 0]], [[0, 255]]])
+    predicted = torch.tensor([[[1, 1]], [[0, 0]], [[0, 1]], [[0, 1]]])
+    matrix = ConfusionMatrix(3, groups=Groups(["a", "b"], [0, 0, 1, 1]))
+    for batch in ([2, 0], [1, 3]):
+        matrix.update(predicted[batch], label[batch], batch)
+    return matrix
+
+
+def test_dice_and_groups_by_hand(volumes):
+    found = volumes.report(["background", "heart", "lung"])
+    # Over all images class 1 has 2 hits, 3 labeled and 3 predicted pixels.
+    assert found["per_class_iou"]["heart"] == pytest.approx(2 / 4)
+    assert found["per_class_dice"] == pytest.approx(
+        {"background": 6 / 8, "heart": 4 / 6, "lung": None}
+    )
+    assert found["dice"] == pytest.approx((6 / 8 + 4 / 6) / 2)
+    # Group a: 2 hits of 3 labeled and 2 predicted pixels; b: 1 is predicted, none labeled.
+    groups = found["by_group"]
+    assert groups["groups"] == 2
+    assert groups["per_class_dice"]["heart"] == pytest.approx((4 / 5 + 0) / 2)
+    assert groups["per_class_iou"]["heart"] == pytest.approx((2 / 3 + 0) / 2)
+    assert groups["per_class_dice"]["lung"] is None
+    assert groups["dice"] == pytest.approx(0.4)  # without background and what is not seen
+    assert "by_group" not in ConfusionMatrix(2).report("xy")
+
+
+def test_a_class_that_a_group_neither_shows_nor_predicts_does_not_count_in_it():
+    matrix = ConfusionMatrix(2, groups=Groups(["a", "b"], [0, 1]))
+    matrix.update(torch.tensor([[[1]], [[0]]]), torch.tensor([[[1]], [[0]]]), [0, 1])
+    assert matrix.report("xy")["by_group"]["dice"] == 1
+
+
+def test_the_table_has_a_column_a_score(volumes):
+    rows = [
+        line.split() for line in lay_out_scores(volumes.report(["bg", "heart", "lung"])).split("\n")
+    ]
+    assert rows[0] == ["IoU", "Dice", "IoU", "by", "group", "Dice", "by", "group"]
+    assert rows[2] == ["heart", "50.00", "66.67", "33.33", "40.00"]
+    assert rows[3] == ["lung", *["not", "seen"] * 4]
+    assert rows[4][0] == "mean"
+    assert rows[4][-1] == "40.00"
+    assert " ".join(rows[6]) == "by group: 2 groups; mean without 'bg'"
+    assert " ".join(rows[7]).startswith("mean over 2 of 3 classes")

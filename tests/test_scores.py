@@ -18,6 +18,7 @@ from utils.scores import (
     blocks_of,
     boundary_overlap,
     compare_scores,
+    group_images,
     lay_out_comparison,
     miou_interval,
     resample,
@@ -177,6 +178,45 @@ def test_tables_by_hand():
     assert "| mIoU | 58.33 | 100.00 | +41.67 |" in text
     assert "| x | 50.0 | 50.0 |" in text  # of A's confusion matrix
     assert as_markdown([["a|b", "c"], ["d", "1"]]).splitlines()[0] == "| a\\|b | c |"
+
+
+SLICES = [f"images/patient0{n}_frame01_z0{z}.png" for n in (2, 1) for z in range(3)]
+
+
+def test_images_are_grouped_by_what_is_found_in_their_names():
+    groups = group_images(SLICES, r"patient\d+_frame\d+")
+    assert groups == (["patient01_frame01", "patient02_frame01"], [1, 1, 1, 0, 0, 0])
+    assert group_images(SLICES, None) is None
+    told = refusal(group_images, [*SLICES, "other/a.png", "b.png"], r"patient\d+")
+    assert told.startswith(
+        "dataset.groups: 'patient\\d+' finds no group in the name of other/a.png "
+    )
+    assert "and 1 more images; change it, or set it to null" in told
+
+
+def test_images_of_a_group_are_drawn_together():
+    drawn = resample(blocks_of(SLICES, group_images(SLICES, r"patient\d+")), 500)
+    assert (drawn[:, :3] == drawn[:, [0]]).all()
+    assert (drawn[:, 3:] == drawn[:, [3]]).all()
+    assert (drawn.sum(axis=1) == 6).all()
+    assert drawn.mean() == pytest.approx(1)
+
+
+def test_networks_are_compared_by_group():
+    groups = group_images(SLICES, r"patient\d+")
+    one = scores_of_shares([0.5] * 3 + [0.25] * 3, SLICES)
+    two = scores_of_shares([1.0] * 3 + [0.25] * 3, SLICES)
+    found = compare_scores({"a": one, "b": two}, "xy", groups=groups)
+    assert "6 images in blocks of up to 3 images of a group" in found["resamples"]
+    # Class y: 1,000 pixels are right; of class x 500, 750, and 0 and 750 are taken for it.
+    first, second = (2 * 1000 / (2000 + wrong) for wrong in (500, 750))
+    reports = found["networks"]
+    assert reports[0]["by_group"]["dice"] == pytest.approx((first + second) / 2)
+    change = (1 - first) / 2
+    assert reports[1]["difference"]["by_group"]["dice"] == pytest.approx(change)
+    rows = [line.split() for line in lay_out_comparison(found).splitlines()]
+    assert ["Dice", "by", "group", "76.36", "86.36", "+10.00"] in rows
+    assert ["y,", "Dice", "by", "group", "76.36", "86.36", "+10.00"] in rows
 
 
 @pytest.mark.slow

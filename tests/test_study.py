@@ -142,6 +142,23 @@ def test_stages_that_patience_ended_are_named_below_the_table(tmp_path):
     assert stops == "self_training_0, 1_supervised: stopped early at 40 of 60 iterations, by val."
 
 
+def test_the_table_has_dice_by_group_where_runs_have_it(jobs):
+    for job in jobs:
+        job.folder.mkdir(parents=True)
+        results = {"miou": 0.5, "stages": {"1_supervised": {"seconds": 60}}}
+        if job.row.title == "cisc":
+            dice = {"by_group": {"dice": 0.8 + job.config.seed / 10}}
+            results |= {**dice, "test": {"miou": 0.5, "by_group": {"dice": 0.25}}}
+        (job.folder / "results.json").write_text(json.dumps(results))
+    lines = study.table(jobs).split("\n")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert rows[0][4:8] == ["test", "Dice by group", "test Dice by group", "start"]
+    assert {len(row) for row in rows} == {12}
+    by_method = {row[0]: row[5:7] for row in rows[2:]}
+    assert by_method["cisc"] == ["85.0 ± 7.1", "25.0 ± 0.0"]
+    assert by_method["self_training"] == ["", ""]
+
+
 def test_a_section_of_a_document_is_replaced(tmp_path):
     file = tmp_path / "results.md"
     file.write_text("# Results\n")

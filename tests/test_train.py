@@ -271,12 +271,17 @@ def test_baselines_are_switches(demo_root, tmp_path, tiny_settings):
     words = [*tiny_settings(demo_root, tmp_path), "supervised.consistency=0"]
     words += ["retrain.weight=ones", "evaluate={checkpoint: best, every: 1}"]
     changes = {"ohem.min_kept": 500, "loss.dice": 0.5, "supervised.accumulate": 2}
+    changes["dataset.groups"] = r"\d(?=\.jpg)"
     run = start(words, "plain", **changes)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert "consistency" not in lines[0]
     assert all(line["weight"] == 1.0 for line in lines if line["stage"] == "6_retrain")
     scores = [line["miou"] for line in lines if line["stage"] == "6_retrain"]
-    assert json.loads((run / "results.json").read_text())["miou"] == max(scores)
+    results = json.loads((run / "results.json").read_text())
+    assert results["miou"] == max(scores)
+    assert results["test"]["by_group"]["groups"] == results["by_group"]["groups"] == 4
+    assert results["by_group"]["dice"] in [line.get("dice_by_group") for line in lines]
+    assert results["dice"] == results["stages"]["6_retrain"]["dice"]
     assert "mIoU (best)" in (run / "log.txt").read_text()
 
 
@@ -329,6 +334,13 @@ def test_balanced_class_weights_are_counted_from_the_labeled_masks(demo_override
     equal = counts.sum() / shown.sum()
     np.testing.assert_allclose(weights[shown] * counts[shown], equal, rtol=1e-5)
     assert said[0].startswith(f"1: class weights {dataset_info(config.dataset).classes[0]} ")
+
+
+def test_images_without_a_group_are_refused_before_anything_starts(demo_overrides):
+    config = read_config("demo.yaml", [*demo_overrides, "dataset.groups=patient"])
+    with pytest.raises(UserError, match=r"^dataset\.groups: 'patient' finds no group in the name"):
+        train.train(config)
+    assert not Path(config.outdir, config.name).exists()
 
 
 def test_class_weights_are_one_a_class(demo_overrides):

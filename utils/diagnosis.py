@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from utils.distributed import all_reduce_sum
-from utils.evaluation import lay_out_ious
+from utils.evaluation import lay_out_scores
 
 BINS = 1000  # of the weights, for the ranking
 _GROUPS = 20  # of the bins, for the calibration
@@ -128,7 +128,7 @@ def lay_out_diagnosis(found: dict[str, Any]) -> str:
         share = f"{labels['share']:.1%} of the pixels"
         lines += [
             f"labels of {stage}: {labels['images']} images, {share}",
-            lay_out_ious(labels),
+            lay_out_scores(labels),
             "",
         ]
     lines.append(f"{'most probable class':<20}{'mIoU':>8}{'pixel accuracy':>20}")

@@ -16,6 +16,7 @@ from utils.device import Device
 from utils.distributed import all_reduce_sum, world
 from utils.progress import no_bar
 from utils.run.signals import stop_here
+from utils.scores import Groups, align, by_class, dice_of, percent, report_groups
 
 
 class ConfusionMatrix:
@@ -24,19 +25,37 @@ class ConfusionMatrix:
     Args:
         num_classes: C. Pixels whose label is not in [0, C), 255 among them, are excluded.
         device: where predictions and labels are, and the counts.
+        groups: of the images, which are also counted group by group; None: they are not.
     """
 
-    def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
-        self.num_classes = num_classes
+    def __init__(
+        self,
+        num_classes: int,
+        device: torch.device | str = "cpu",
+        groups: Groups | None = None,
+    ) -> None:
+        self.num_classes, self.groups = num_classes, groups
+        count = 0 if groups is None else len(groups.names)
+        cells = count, num_classes, num_classes
+        self.by_group = torch.zeros(*cells, dtype=torch.int64, device=device)
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
-    def update(self, prediction: Tensor, label: Tensor) -> None:
-        """Count the pixels of integer tensors of equal shape; predictions are in [0, C)."""
+    def update(self, prediction: Tensor, label: Tensor, index: Sequence[int] = ()) -> None:
+        """Count the pixels of integer tensors of equal shape; predictions are in [0, C).
+
+        Where there are groups, ``index`` holds the places in the list of the images of a batch.
+        """
         self.counts += confusion_counts(prediction[None], label[None], self.num_classes)[0]
+        if self.groups is not None:
+            of_images = confusion_counts(prediction, label, self.num_classes)
+            for image, counts in zip(index, of_images, strict=True):
+                self.by_group[self.groups.of_images[image]] += counts
 
     def reduce(self) -> "ConfusionMatrix":
         """Sum the counts over the processes; return itself. Collective."""
         self.counts = all_reduce_sum(self.counts)
+        if self.groups is not None:
+            self.by_group = all_reduce_sum(self.by_group)
         return self
 
     def iou(self) -> Tensor:
@@ -54,13 +73,21 @@ class ConfusionMatrix:
         return (self.counts.diagonal().sum() / self.counts.sum()).item()
 
     def report(self, classes: Sequence[str]) -> dict[str, Any]:
-        """Return mIoU, pixel accuracy and IoU by class name; None for a class that is not seen."""
-        values = [None if value != value else value for value in self.iou().tolist()]
-        return {
+        """Return mean IoU and Dice, both by class name, and pixel accuracy.
+
+        None for a class that is not seen. With groups also ``report_groups`` of these.
+        """
+        dice = dice_of(self.iou())
+        found = {
             "miou": self.mean_iou(),
+            "dice": dice.nanmean().item(),
             "pixel_accuracy": self.pixel_accuracy(),
-            "per_class_iou": dict(zip(classes, values, strict=True)),
+            "per_class_iou": by_class(self.iou(), classes),
+            "per_class_dice": by_class(dice, classes),
         }
+        if self.groups is not None:
+            found["by_group"] = report_groups(self.by_group.cpu().numpy(), classes)
+        return found
 
 
 def confusion_counts(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
@@ -211,6 +238,7 @@ def validate(
     loader: DataLoader,
     num_classes: int,
     keep: Callable[[int, Tensor], None] | None = None,
+    groups: Groups | None = None,
 ) -> ConfusionMatrix:
     """Compare predictions with labels, at the labels' own size. Collective.
 
@@ -220,14 +248,15 @@ def validate(
         num_classes: C.
         keep: takes the index and the predicted ids, (H, W) uint8 on the CPU, of every image of
             this process.
+        groups: of the list's images; None: there are none.
 
     Returns:
         The matrix over the images of all processes.
     """
-    matrix = ConfusionMatrix(num_classes, predict.device.torch_device)
+    matrix = ConfusionMatrix(num_classes, predict.device.torch_device, groups)
     for batch in iterate_batches(loader, predict.device, "evaluating"):
         ids = predict(batch.image, tuple(batch.label.shape[-2:])).argmax(dim=1)
-        matrix.update(ids, batch.label)
+        matrix.update(ids, batch.label, batch.index.tolist())
         if keep is not None:
             for index, mask in zip(batch.index.tolist(), ids.byte().cpu(), strict=True):
                 keep(index, mask)
@@ -266,15 +295,28 @@ def _resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size, mode="bilinear", align_corners=True)
 
 
-def lay_out_ious(results: dict[str, Any]) -> str:
-    """Lay out IoU by class, mIoU and pixel accuracy, in percent."""
-    rows = {**results["per_class_iou"], "mIoU": results["miou"]}
-    rows["pixel accuracy"] = results["pixel_accuracy"]
-    width = max(map(len, rows))
-    shown = {name: "not seen" if v is None else f"{100 * v:8.2f}" for name, v in rows.items()}
-    lines = [f"{name:<{width}}  {value}" for name, value in shown.items()]
-    few = describe_mean(results["per_class_iou"])
-    return "\n".join([*lines, f"mIoU {few}"] if few else lines)
+def lay_out_scores(results: dict[str, Any]) -> str:
+    """Lay out IoU and Dice by class, also by group if there are groups, in percent."""
+    columns = {"IoU": results["per_class_iou"], "Dice": results["per_class_dice"]}
+    means, groups = [results["miou"], results["dice"]], results.get("by_group")
+    if groups is not None:
+        columns |= {
+            "IoU by group": groups["per_class_iou"],
+            "Dice by group": groups["per_class_dice"],
+        }
+        means += [groups["iou"], groups["dice"]]
+    names = [*results["per_class_iou"]]
+    rows = [["", *columns]]
+    rows += [[name, *(percent(column[name]) for column in columns.values())] for name in names]
+    rows.append(["mean", *map(percent, means)])
+    blank = [""] * (len(columns) - 1)
+    rows.append(["pixel accuracy", percent(results["pixel_accuracy"]), *blank])
+    lines = [align(rows)]
+    if groups is not None:
+        lines.append(f"by group: {groups['groups']} groups; mean without '{names[0]}'")
+    if few := describe_mean(results["per_class_iou"]):
+        lines.append(f"mean {few}")
+    return "\n".join(lines)
 
 
 def describe_mean(per_class_iou: Mapping[str, float | None]) -> str | None:

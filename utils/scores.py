@@ -1,11 +1,11 @@
-"""Scores of networks on one list, image by image: boundary IoU, bootstrap intervals, tables."""
+"""Scores of networks on one list, image by image: groups, boundary IoU, intervals, tables."""
 
 import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,10 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils import IGNORE
+from utils.errors import UserError
 
 RESAMPLES = 2_000
 _LEVEL = (2.5, 97.5)  # percentiles
 _BAND = 0.02  # of an image's diagonal
+_COMPARED = (
+    "dice",
+    "boundary_iou",
+    "pixel_accuracy",
+    "per_class_iou",
+    "per_class_dice",
+    "by_group",
+)  # what a network's difference to the first one is of
+NumbersT = TypeVar("NumbersT", np.ndarray, Tensor)
 
 
 class Scores(NamedTuple):
@@ -32,8 +42,61 @@ class Scores(NamedTuple):
 
     def overlaps(self) -> np.ndarray:
         """(N, C, 2) int64 pixels: intersection and union of each class."""
-        hits = np.diagonal(self.confusion, axis1=1, axis2=2)
-        return np.stack([hits, self.confusion.sum(axis=1) + self.confusion.sum(axis=2) - hits], 2)
+        return _overlaps(self.confusion)
+
+
+class Groups(NamedTuple):
+    """Which images of a list are counted together, such as the slices of a volume."""
+
+    names: list[str]
+    of_images: list[int]  # place of each image's group in ``names``
+
+
+def group_images(images: Sequence[str], pattern: str | None) -> Groups | None:
+    """Group images by the part of their name that a regular expression finds; None without one.
+
+    Raises:
+        UserError: names an image in whose name nothing is found.
+    """
+    if pattern is None:
+        return None
+    found = [re.search(pattern, name) for name in images]
+    lacking = [name for name, match in zip(images, found, strict=True) if match is None]
+    if lacking:
+        more = f" and {len(lacking) - 1} more images" if len(lacking) > 1 else ""
+        raise UserError(
+            f"dataset.groups: '{pattern}' finds no group in the name of {lacking[0]}{more}; change "
+            "it, or set it to null"
+        )
+    keys = [match[0] for match in found if match is not None]
+    places = {key: place for place, key in enumerate(sorted({*keys}))}
+    return Groups([*places], [places[key] for key in keys])
+
+
+def report_groups(counts: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+    """Average IoU and Dice of each class over groups of images.
+
+    Args:
+        counts: (G, C, C) pixels of each group by true class and predicted class.
+        classes: names by class id.
+
+    Returns:
+        For JSON: the number of groups; ``per_class_iou`` and ``per_class_dice``, means over the
+        groups whose label or prediction shows the class, None where none does; ``iou`` and
+        ``dice``, the means of these over classes without the first one, the background.
+    """
+    iou = _iou(_overlaps(counts))
+    means = {"iou": _mean_of_seen(iou), "dice": _mean_of_seen(dice_of(iou))}
+    return {
+        "groups": len(counts),
+        **{key: float(_mean_of_seen(values[1:])) for key, values in means.items()},
+        **{f"per_class_{key}": by_class(values, classes) for key, values in means.items()},
+    }
+
+
+def dice_of(iou: NumbersT) -> NumbersT:
+    """Return Dice, twice the intersection over the sum of both areas, of IoU; all in [0, 1]."""
+    return 2 * iou / (1 + iou)
 
 
 def mean_and_spread(values: Sequence[float], sign: str = "") -> str:
@@ -108,21 +171,28 @@ class Blocks(NamedTuple):
     lengths: np.ndarray  # (N,) int: how many of these, itself among them, are drawn with it
 
 
-def blocks_of(names: Sequence[str]) -> Blocks:
-    """Group images that are drawn together: about sqrt(n) frames of a video of n frames.
+def blocks_of(names: Sequence[str], groups: Groups | None = None) -> Blocks:
+    """Choose images that are drawn together: whole groups, or parts of videos.
 
-    An image whose name tells no video is drawn alone.
+    Without groups they are about sqrt(n) frames of a video of n frames; an image whose name tells
+    no video is drawn alone.
     """
     videos: dict[Any, list[int]] = {}
-    found = [sequence_of(name) for name in names]
+    found: list[Any] = [sequence_of(name) for name in names]
+    if groups is not None:
+        found = [(group, number) for number, group in enumerate(groups.of_images)]
+
+    def length(count: int) -> int:
+        return math.ceil(math.sqrt(count)) if groups is None else count
+
     for index, place in enumerate(found):
         videos.setdefault(index if place is None else place[0], []).append(index)
-    longest = max(math.ceil(math.sqrt(len(frames))) for frames in videos.values())
+    longest = max(length(len(frames)) for frames in videos.values())
     following = np.zeros((len(names), longest), int)
     lengths = np.ones(len(names), int)
     for frames in videos.values():
         frames.sort(key=lambda index: (found[index] or ("", 0))[1])
-        lengths[frames] = math.ceil(math.sqrt(len(frames)))
+        lengths[frames] = length(len(frames))
         for place, index in enumerate(frames):
             following[index] = np.resize(np.roll(frames, -place), longest)
     return Blocks(following, lengths)
@@ -166,6 +236,19 @@ def miou_interval(
     return Interval(float(value), *np.nanpercentile(spread, _LEVEL).tolist())
 
 
+def _overlaps(confusion: np.ndarray) -> np.ndarray:
+    """Return intersection and union of each class, (N, C, 2), of N confusion matrices."""
+    hits = np.diagonal(confusion, axis1=1, axis2=2)
+    return np.stack([hits, confusion.sum(axis=1) + confusion.sum(axis=2) - hits], 2)
+
+
+def _mean_of_seen(values: np.ndarray) -> np.ndarray:
+    """Return means over the first axis of what is not NaN; NaN, without a warning, if all is."""
+    seen = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(seen, values, 0).sum(axis=0) / seen.sum(axis=0)
+
+
 def _iou(overlaps: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         return overlaps[..., 0] / overlaps[..., 1]
@@ -176,7 +259,10 @@ def _mean(overlaps: np.ndarray) -> np.ndarray:
 
 
 def compare_scores(
-    networks: Mapping[str, Scores], classes: Sequence[str], seed: int = 0
+    networks: Mapping[str, Scores],
+    classes: Sequence[str],
+    seed: int = 0,
+    groups: Groups | None = None,
 ) -> dict[str, Any]:
     """Compare networks on the images of one list.
 
@@ -184,14 +270,16 @@ def compare_scores(
         networks: scores by name, of the same images; the others are compared with the first.
         classes: names by class id.
         seed: of the resamples.
+        groups: of the images, which are then drawn together; None: there are none.
 
     Returns:
-        For JSON: ``resamples`` in words; and for each network mIoU with its interval, boundary IoU,
-        pixel accuracy, IoU and boundary IoU by class, the confusion matrix, and differences to the
-        first; in [0, 1], None for a class that is not seen.
+        For JSON: ``resamples`` in words; and for each network mIoU with its interval, Dice,
+        boundary IoU, pixel accuracy, IoU, Dice and boundary IoU by class, the confusion matrix,
+        ``report_groups``, and differences to the first; in [0, 1], None for a class that is not
+        seen.
     """
     first = next(iter(networks.values()))
-    blocks = blocks_of(first.names)
+    blocks = blocks_of(first.names, groups)
     drawn, reports = resample(blocks, seed=seed), []
     for name, scores in networks.items():
         boundary = _iou(scores.boundary.sum(axis=0))
@@ -199,29 +287,45 @@ def compare_scores(
         report = {
             "network": name,
             "miou": miou_interval(scores.overlaps(), drawn)._asdict(),
+            "dice": float(np.nanmean(dice_of(scores.per_class()))),
             "boundary_iou": float(np.nanmean(boundary)),
             "pixel_accuracy": float(np.diagonal(counts).sum() / counts.sum()),
-            "per_class_iou": _by_class(scores.per_class(), classes),
-            "per_class_boundary_iou": _by_class(boundary, classes),
+            "per_class_iou": by_class(scores.per_class(), classes),
+            "per_class_dice": by_class(dice_of(scores.per_class()), classes),
+            "per_class_boundary_iou": by_class(boundary, classes),
             "confusion": counts.tolist(),
         }
+        if groups is not None:
+            of_groups = np.zeros((len(groups.names), *counts.shape), np.int64)
+            np.add.at(of_groups, groups.of_images, scores.confusion)
+            report["by_group"] = report_groups(of_groups, classes)
         if scores is not first:
             change = miou_interval(scores.overlaps(), drawn, first.overlaps())
             report["difference"] = {
                 "miou": change._asdict(),
                 **{
-                    key: report[key] - reports[0][key] for key in ("boundary_iou", "pixel_accuracy")
+                    key: _difference(report[key], reports[0][key])
+                    for key in _COMPARED
+                    if key in report
                 },
-                "per_class_iou": _by_class(scores.per_class() - first.per_class(), classes),
             }
         reports.append(report)
     longest, images = int(blocks.lengths.max()), len(first.names)
-    how = f" in blocks of up to {longest} frames of a video" if longest > 1 else ""
+    unit = "frames of a video" if groups is None else "images of a group"
+    how = f" in blocks of up to {longest} {unit}" if longest > 1 else ""
     words = f"95 % interval by {RESAMPLES:,} resamples of {images} images{how}, seed {seed}"
     return {"resamples": words, "networks": reports}
 
 
-def _by_class(values: np.ndarray, classes: Sequence[str]) -> dict[str, float | None]:
+def _difference(one: Any, other: Any) -> Any:
+    """Subtract numbers, or those of equal keys; None where one is None."""
+    if isinstance(one, dict):
+        return {key: _difference(one[key], other[key]) for key in one if key != "groups"}
+    return None if one is None or other is None else one - other
+
+
+def by_class(values: np.ndarray | Tensor, classes: Sequence[str]) -> dict[str, float | None]:
+    """Return (C,) numbers by class name, None in place of NaN."""
     numbers = [None if value != value else value for value in values.tolist()]
     return dict(zip(classes, numbers, strict=True))
 
@@ -238,7 +342,7 @@ def lay_out_comparison(comparison: Mapping[str, Any], markdown: bool = False) ->
     def add(
         title: str, values: Sequence[float | None], differences: Sequence[float | None]
     ) -> None:
-        rows.append([title, *map(_percent, values), *(_percent(x, "+") for x in differences)])
+        rows.append([title, *map(percent, values), *(percent(x, "+") for x in differences)])
 
     def pick(key: str, *path: str) -> tuple[list[Any], list[Any]]:
         return [_at(each[key], path) for each in reports], [
@@ -248,13 +352,18 @@ def lay_out_comparison(comparison: Mapping[str, Any], markdown: bool = False) ->
     add("mIoU", *pick("miou", "value"))
     spans = [[each["miou"] for each in group] for group in (reports, changes)]
     rows.append(["95 % interval", *map(_span, spans[0]), *(_span(x, "+") for x in spans[1])])
+    add("Dice", *pick("dice"))
+    if "by_group" in reports[0]:
+        add("Dice by group", *pick("by_group", "dice"))
     add("boundary IoU", *pick("boundary_iou"))
     add("pixel accuracy", *pick("pixel_accuracy"))
     for name in reports[0]["per_class_iou"]:
         add(name, *pick("per_class_iou", name))
+    for name in reports[0].get("by_group", {}).get("per_class_dice", ()):
+        add(f"{name}, Dice by group", *pick("by_group", "per_class_dice", name))
     named = [f"{letter}  {each['network']}" for letter, each in zip(letters, reports, strict=True)]
     if not markdown:
-        return "\n".join([*named, "", _align(rows), "", comparison["resamples"]])
+        return "\n".join([*named, "", align(rows), "", comparison["resamples"]])
     parts = ["\n".join(f"- {line}" for line in named), as_markdown(rows), comparison["resamples"]]
     for letter, report in zip(letters, reports, strict=True):
         parts.append(f"Confusion matrix of {letter}, % of the pixels of each true class:")
@@ -278,7 +387,8 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
-def _align(rows: Sequence[Sequence[str]]) -> str:
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a table as text: its first column on the left, the others on the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         f"{row[0]:<{widths[0]}}"
@@ -293,7 +403,8 @@ def _at(value: Any, path: Sequence[str]) -> Any:
     return value
 
 
-def _percent(value: float | None, sign: str = "") -> str:
+def percent(value: float | None, sign: str = "") -> str:
+    """Write a share in percent with two decimals; 'not seen' for None and NaN."""
     return "not seen" if value is None or value != value else f"{100 * value:{sign}.2f}"
 
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from itertools import product
@@ -364,10 +364,10 @@ def table(jobs: Sequence[Job]) -> str:
     """Lay out the results in Markdown, a row a method.
 
     mIoU of the kept checkpoint on val, its difference to the best supervised row, what the best
-    epoch on val would have been, and mIoU on ``dataset.test``; what students start from; labeled
-    and unlabeled crops that they saw; seconds; settings that were tried. Means and sample standard
-    deviations; differences are between runs of one seed and labeled list. Below it, the stages that
-    ``evaluate.patience`` ended.
+    epoch on val would have been, and mIoU on ``dataset.test``; Dice by group on both, where runs
+    have it; what students start from; labeled and unlabeled crops that they saw; seconds; settings
+    that were tried. Means and sample standard deviations; differences are between runs of one seed
+    and labeled list. Below it, the stages that ``evaluate.patience`` ended.
     """
     results: dict[Row, dict[tuple[int, int], dict[str, Any]]] = defaultdict(dict)
     for job in jobs:
@@ -381,8 +381,9 @@ def table(jobs: Sequence[Job]) -> str:
     best = max(supervised, key=lambda row: statistics.mean(mious[row].values()), default=None)
     against = "-" if best is None else f"against {best.title}"
     counts = ("labeled crops", "unlabeled crops", "seconds", "tried")
-    head = ("method", "mIoU", against, "best on val", "test", "start", *counts)
-    lines = [head, ("---",) + ("---:",) * 4 + ("---",) + ("---:",) * 4]
+    dice = _group_dice(results)
+    head = ("method", "mIoU", against, "best on val", "test", *dice, "start", *counts)
+    lines = [head, ("---", *["---:"] * (4 + len(dice)), "---", *["---:"] * 4)]
     for row, runs in results.items():
         differences = [mious[row][draw] - mious[best][draw] for draw in runs] if best else []
         stages = [list(found["stages"].values()) for found in runs.values()]
@@ -400,6 +401,7 @@ def table(jobs: Sequence[Job]) -> str:
                 "" if row == best or not best else mean_and_spread(differences, "+"),
                 mean_and_spread(highest) if highest else "",
                 mean_and_spread(tests) if tests else "",
+                *(column[row] for column in dice.values()),
                 starts[row],
                 *(f"{count:.0f}" for count in crops),
                 f"{seconds:.0f}",
@@ -417,6 +419,23 @@ def table(jobs: Sequence[Job]) -> str:
 
 def _paragraph(sentences: Sequence[str]) -> list[str]:
     return ["", " ".join(sentences)] if sentences else []
+
+
+def _group_dice(results: Mapping[Row, Mapping[Any, dict[str, Any]]]) -> dict[str, dict[Row, str]]:
+    """Return columns of Dice by group on val and test by their titles; none where no run has it."""
+    columns: dict[str, dict[Row, str]] = {}
+    for title, place in (("Dice by group", None), ("test Dice by group", "test")):
+        found = {
+            row: [run if place is None else run.get(place, {}) for run in runs.values()]
+            for row, runs in results.items()
+        }
+        values = {
+            row: [100 * report["by_group"]["dice"] for report in reports if "by_group" in report]
+            for row, reports in found.items()
+        }
+        if any(values.values()):
+            columns[title] = {row: mean_and_spread(v) if v else "" for row, v in values.items()}
+    return columns
 
 
 def _start(config: Config) -> str:

@@ -81,6 +81,14 @@ def _class_weights(value: Any) -> list[float] | str | None:
     raise ValueError("a number from 0 to 1000000 for each class, not all 0; or balanced, or null")
 
 
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"no regular expression: {error}") from None
+    return text
+
+
 def _device(name: Any) -> str:
     if isinstance(name, str):
         return name
@@ -104,6 +112,7 @@ FileId = Annotated[int, Field(ge=0, le=65535)]
 FileIds = Annotated[list[FileId], BeforeValidator(lambda x: x if isinstance(x, list) else [x])]
 Band = Annotated[int, Field(ge=1)]
 ValueRange = Annotated[tuple[float, float] | str | None, PlainValidator(_value_range)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
 ClassWeights = Annotated[list[float] | str | None, PlainValidator(_class_weights)]
 SplitName = Annotated[str, BeforeValidator(lambda x: str(x) if type(x) is int else x)]  # 92
 ClassMap = dict[
@@ -131,11 +140,12 @@ class DatasetSection(Section):
     unlabeled: str = "unlabeled.txt"
     val: str = "val.txt"  # image and mask a line
     test: str | None = None  # image and mask a line; scored once, when a run ends; null: none
+    # Regular expression that finds an image's group in its name, as 'patient\d+_frame\d+' the volume
+    # that a slice is of: scores are also reported by group, and votes are fitted on whole groups left
+    # out. null: every image is a group of its own, and scores are of all images together.
+    groups: Pattern | None = None
     # Names of a custom kind, by class id.
     classes: ClassNames | None = None
-    # Expression that finds an image's group in its name, as 'patient\d+' that of a volume's slices:
-    # votes are fitted on whole groups left out. null: every image is one.
-    groups: str | None = None
     # Id in mask files, or colour such as "#ff0000" (in quotes), to class name, class id, or null
     # for ignored; 'other' stands for all that neither class_map nor ignore names. A file name is
     # CVAT's labelmap.txt in the root. null: ids in files are class ids.

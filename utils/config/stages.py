@@ -22,7 +22,7 @@ READERS: Mapping[str, tuple[int, ...]] = {
     "dataset": ALL,
     "dataset.unlabeled": (2, 3, 4, 5, 6),
     "dataset.val": TRAINING,
-    "dataset.groups": (1, 2, 5),  # and 1_fold_*
+    "dataset.groups": (1, 2, 4, 5, 6),  # and 1_fold_*
     "dataset.test": (),  # scored when the run ends
     "augment": TRAINING,
     "augment.strong": STUDENTS,

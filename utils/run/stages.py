@@ -383,6 +383,7 @@ class Run:
             "checkpoint": self.config.evaluate.checkpoint,
             "miou": last["miou"],
             "per_class_iou": last["per_class_iou"],
+            **{key: last[key] for key in ("dice", "per_class_dice", "by_group") if key in last},
             "stages": self.stages,
             "files": {path.name: sha256(path) for path in there} | self._files,
         }
