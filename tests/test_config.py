@@ -156,7 +156,6 @@ def test_methods_are_settings_over_a_config(method):
         ("retrain.views=1000000", "less than or equal to 64"),
         # The run folder would be outdir's parent, whose stages --from-stage removes.
         ("name=..", "is not allowed"),
-        ("pseudo_label={neighbours: false, adjustment: 0.5}", "needs pseudo_label.neighbours=true"),
     ],
 )
 def test_wrong_value_names_key_value_and_what_is_allowed(setting, message):
