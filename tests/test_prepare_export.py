@@ -73,8 +73,8 @@ def test_round_trip(run, answer, tool):
     said = answer(program, "export-labels", run, "--to", tool)
     open_ = np.mean([mask == 255 for mask in EXPECTED.values()])
     assert said[0] == (
-        f"{run / f'labels_{tool}'}: 4 images; {open_:.1%} of the pixels are doubtful, left open "
-        "as '__ignore__'"
+        f"{run / f'labels_{tool}'}: 4 images; {open_:.1%} of the pixels, whose probability is "
+        "below pseudo_label.threshold=0, are left open as '__ignore__'"
     )
     words = shlex.split(said[-1])
     assert words[:3] == ["python", "-m", "dataset.prepare"]
@@ -176,3 +176,13 @@ def test_export_that_cannot_be(run, answer, tmp_path):
     for stage in ("2_pseudo_label", "5_relabel"):
         (run / stage / "confidence.csv").unlink()
     assert "has no pseudo labels; stage 2" in told(run)
+
+
+def test_another_threshold_than_the_runs_is_refused_with_the_way_to_it(run, complaint, answer):
+    words = "export-labels", run, "--to", "cvat", "--threshold"
+    line = complaint(program, *words, "0.8")
+    assert f"the masks of {run} were stored by pseudo_label.threshold=0, without" in line
+    assert "--from-stage 2 pseudo_label.threshold=0.8" in line
+    assert not (run / "labels_cvat").exists()
+    answer(program, *words, "0")
+    assert (run / "labels_cvat").is_dir()

@@ -12,7 +12,12 @@ from pydantic import TypeAdapter, ValidationError
 from dataset.prepare.labels.coco import read_coco, write_coco
 from dataset.prepare.labels.cvat import read_cvat_xml, write_cvat
 from dataset.prepare.labels.drawing import OVERLAPS
-from dataset.prepare.labels.export import Writer, choose, export_labels
+from dataset.prepare.labels.export import (
+    Writer,
+    choose,
+    export_labels,
+    refuse_other_threshold,
+)
 from dataset.prepare.labels.labelme import read_labelme, write_labelme
 from dataset.prepare.labels.pictures import read_masks
 from dataset.prepare.labels.records import Found, Source, read_names
@@ -74,6 +79,7 @@ def add_commands(commands: Any) -> None:
     add("folder", type=Path, metavar="RUN", help="outdir/<name>")
     add("--to", dest="tool", required=True, choices=WRITERS, help="the tool")
     add("--images", type=Path, metavar="LIST", help="of the images that are wanted (all)")
+    add("--threshold", type=float, help="of the run's pseudo labels (pseudo_label.threshold)")
     add("--out", type=Path, metavar="DIR", help="gets the files (RUN/labels_<tool>)")
 
 
@@ -91,6 +97,8 @@ def labels(typed: argparse.Namespace) -> None:
 def export(typed: argparse.Namespace) -> None:
     """Write the pseudo labels of a run for a tool; print what to do after correction."""
     found, out = read_pseudo_labels(typed.folder), typed.out
+    if typed.threshold is not None:
+        refuse_other_threshold(found, typed.threshold, typed.folder)
     found = found if typed.images is None else choose(found, typed.images)
     out = typed.folder / f"labels_{typed.tool}" if out is None else out
     print(*export_labels(found, typed.tool, WRITERS[typed.tool], out), sep="\n")

@@ -28,6 +28,18 @@ def choose(labels: PseudoLabels, path: Path) -> PseudoLabels:
     return labels._replace(samples=chosen)
 
 
+def refuse_other_threshold(labels: PseudoLabels, threshold: float, run: Path) -> None:
+    """Raise a ``UserError`` if a run's pseudo labels were stored by another threshold."""
+    stored = labels.config.pseudo_label.threshold
+    if threshold != stored:
+        raise UserError(
+            f"--threshold: the masks of {run} were stored by pseudo_label.threshold={stored:g}, "
+            "without probabilities; leave --threshold out, or do stage 2 and later ones again: "
+            f"python train.py --config {shlex.quote(str(run / 'config.yaml'))} --from-stage 2 "
+            f"pseudo_label.threshold={threshold:g}"
+        )
+
+
 def rest_of(labels: PseudoLabels) -> int | None:
     """Return the class of pixels that no tool draws, if there is one."""
     classes = labels.kind.classes
@@ -59,9 +71,10 @@ def export_labels(labels: PseudoLabels, tool: str, write: Writer, out: Path) -> 
         "--classes": out / "classes.txt",
     }
     words = [out, *(word for pair in options.items() for word in pair)]
+    threshold = labels.config.pseudo_label.threshold
     return [
-        f"{out}: {len(labels.samples)} images; {share:.1%} of the pixels are doubtful, left open "
-        f"as '{OPEN}'",
+        f"{out}: {len(labels.samples)} images; {share:.1%} of the pixels, whose probability is "
+        f"below pseudo_label.threshold={threshold:g}, are left open as '{OPEN}'",
         "after correction:",
         f"  python -m dataset.prepare labels {shlex.join(map(str, words))}",
     ]
