@@ -1,7 +1,6 @@
 """What is known of each data set: class names, colours, layout, ids in mask files."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 from dataset.demo.objects import CLASSES as DEMO
 from dataset.reading import AS_STORED, COLOURS, IDS, Pixels
 from utils import IGNORE
+from utils.colours import voc_colours
 from utils.config.schema import DatasetSection
 from utils.errors import UserError
 
@@ -101,15 +101,6 @@ class DatasetInfo(NamedTuple):
         """768 bytes for PNGs of mode P; unused ids and 255 keep Pascal's colours, 255 is white."""
         colours = [*self.colours, *voc_colours(256)[len(self.colours) : 255], (255, 255, 255)]
         return bytes(channel for colour in colours for channel in colour)
-
-
-@cache  # a palette is made for every mask that is written
-def voc_colours(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Pascal VOC's colour map: the bits of the id go in turn to red, green and blue."""
-    bits = np.unpackbits(np.arange(count, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-    places = np.pad(bits, ((0, 0), (0, 1))).reshape(count, 3, 3)  # by id, place and channel
-    colours = (places * np.array([128, 64, 32], np.uint8)[:, None]).sum(axis=1)
-    return tuple(map(tuple, colours.tolist()))
 
 
 _PASCAL = DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"][1:]

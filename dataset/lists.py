@@ -644,7 +644,7 @@ def _class_faults(
     if where != "labeled":
         note(f"dataset.{where}: no image shows {names}; mIoU counts it only where it is predicted")
     elif kind.own:
-        line = f"dataset.labeled: no labeled image shows {names}; label one that does, or "
+        line = f"dataset.labeled: no labeled image shows {names}; label one that does"
         yield Fault(where, ABSENT, line + _without(absent, kind))
     else:  # a published list is as it is
         note(f"dataset.labeled: no labeled image shows {names}, which will not be learnt")
@@ -660,14 +660,21 @@ def _two_classes(first: str, second: str, kind: DatasetInfo) -> str:
 
 
 def _without(absent: Sequence[str], kind: DatasetInfo) -> str:
-    """Return the way to train without some classes."""
+    """Return the way to train without some classes; nothing where one class would be left."""
     kept = [name for name in kind.classes if name not in absent]
-    if kind.ids is not None or len(kind.classes) > _NAMED or len(kept) < 2:
-        return "take it out of dataset.classes and make its ids null in dataset.class_map"
-    meanings = (name if name in kept else "null" for name in kind.classes)
-    class_map = ", ".join(f"{id_}: {meaning}" for id_, meaning in enumerate(meanings))
+    if len(kept) < 2:
+        return ""
+    table = kind.table()
+    meanings = {id_: table[id_] for id_ in np.flatnonzero(table != UNKNOWN).tolist()}
+    if kind.ids is None:
+        meanings.pop(IGNORE, None)  # by dataset.ignore
+    if len(meanings) > _NAMED:
+        what = "colour" if len(table) > IDS else "ids"
+        return f", or take it out of dataset.classes and make its {what} null in dataset.class_map"
+    names = {id_: name for id_, name in enumerate(kind.classes) if name in kept}
+    class_map = ", ".join(f"{kind.spell(x)}: {names.get(y, 'null')}" for x, y in meanings.items())
     return (
-        f'train without it: "dataset.classes=[{", ".join(kept)}]" '
+        f', or train without it: "dataset.classes=[{", ".join(kept)}]" '
         f'"dataset.class_map={{{class_map}}}"'
     )
 

@@ -1,5 +1,6 @@
 """Small inputs that users bring: each trains, or ends in the one line that helps."""
 
+import json
 import re
 import shlex
 import shutil
@@ -17,6 +18,62 @@ from utils.config.reading import config_from
 CASES = SHARED / "cases"
 pytestmark = pytest.mark.skipif(not CASES.is_dir(), reason="needs ../shared/cases")
 TWO = '"dataset.class_map={0: background, 255: object}" "dataset.ignore=[]"'
+
+
+# What a row of the README ends in, or None: it trains; then words with which it trains.
+RGB = "dataset.class_map={'#000000': background, '#800000': disc, '#008000': box}"
+ROWS = {
+    "base": (None, ()),
+    "base12": (None, ()),
+    "base_more": (None, ()),
+    "grey_as_rgb": (None, ()),
+    "img_i16_12bit": (None, ()),
+    "bin255": ("if 255 is a class, set dataset.kind=custom", "dataset.kind"),
+    "absent_lab": ("no labeled image shows 'box'; label one that does, or", '"dataset.classes'),
+    "abs": ("is not in dataset.root, ", None),
+    "comma": ("separate image and mask by a space, as in", None),
+    "cvat": ("name CVAT's file: dataset.class_map=", ("dataset.class_map=labelmap.txt",)),
+    "rgb": ("say in dataset.class_map which class each is ('#ff0000': NAME, in", (RGB,)),
+    "roboflow": ("from a labeling tool: python -m dataset.prepare labels --help", None),
+    "nounl": ("or train on labels alone by --method supervised", ("--method", "supervised")),
+    "exif": ("turned upright by its EXIF orientation (6); turn", None),
+    "img_5band": ("say which three are red, green and blue", ("dataset.bands=[3,2,1]",)),
+}
+
+
+def typed(case, outdir):
+    """What a user types, with the settings of ``tiny.yaml``."""
+    (outdir / "tiny.yaml").write_text(yaml.safe_dump(tiny()))
+    words = "--config", outdir / "tiny.yaml", f"dataset.root={CASES / case}"
+    return [*words, f"outdir={outdir}", f"name={case}"]
+
+
+def test_every_case_is_a_row_here():
+    assert {path.name for path in CASES.iterdir() if path.is_dir()} == ROWS.keys()
+
+
+@pytest.mark.parametrize("case", [case for case, (told, _) in ROWS.items() if told])
+def test_a_case_that_does_not_train_ends_in_the_line_that_helps(case, complaint, tmp_path):
+    if case == "img_5band":
+        pytest.importorskip("tifffile")
+    line = complaint(train_program, *typed(case, tmp_path))
+    assert ROWS[case][0] in line
+    assert not (tmp_path / case).exists() or case == "img_5band"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case, (_, words) in ROWS.items() if words is not None])
+def test_a_case_trains_with_the_words_of_its_line(case, complaint, answer, tmp_path):
+    if case == "img_5band":
+        pytest.importorskip("tifffile")
+    words = typed(case, tmp_path)
+    fix = ROWS[case][1]
+    if isinstance(fix, str):  # where it begins in the line
+        fix = advised(complaint(train_program, *words), fix)
+    lines = answer(train_program, *words, *fix)
+    stages = json.loads((tmp_path / case / "results.json").read_text())["stages"]
+    assert len(stages) == (1 if case == "nounl" else 6)
+    assert lines[-1].startswith(list(stages)[-1])
 
 
 def tiny():
@@ -131,13 +188,33 @@ def test_commas_in_a_list_are_named():
     assert problems("comma")[0] == line
 
 
-def test_labels_alone_train_without_a_list_of_unlabeled_images(complaint, answer, tmp_path):
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny()))
-    words = "--config", tmp_path / "tiny.yaml", f"dataset.root={CASES / 'nounl'}"
-    words = *words, f"outdir={tmp_path}"
-    line = complaint(train_program, *words)
-    assert "dataset.unlabeled: unlabeled.txt is not in" in line
-    assert line.endswith("or train on labels alone by --method supervised")
-    lines = answer(train_program, *words, "--method", "supervised", "name=nounl")
-    assert lines[-1].startswith("1_supervised ")
+def test_labels_alone_need_no_list_of_unlabeled_images():
     assert problems("nounl", "stages=[1]") == []
+
+
+def test_a_class_that_no_colour_shows_is_taken_out_as_the_line_says():
+    classes = "dataset.classes=[background,disc,box,tram]"
+    class_map = f"{RGB[:-1]}, '#0000ff': tram, '#ff0000': null}}"
+    line = refusal(read, "rgb", classes, class_map)
+    assert "no labeled image shows 'tram'; label one that does, or train without it: " in line
+    notes = []
+    fixed = config("rgb", *advised(line, '"dataset.classes'))
+    assert len(read_splits(fixed.dataset, note=notes.append).labeled) == 4
+    assert fixed.dataset.class_map["#ff0000"] is None
+    assert notes == []
+
+
+def test_more_classes_than_a_line_has_room_for_are_named_without_their_numbers():
+    many = [f"c{number}" for number in range(9)]
+    classes = f"dataset.classes=[background,disc,box,{','.join(many)}]"
+    start = "take it out of dataset.classes and make its"
+    line = refusal(read, "base", classes)
+    assert line.endswith(f"{start} ids null in dataset.class_map")
+    colours = ", ".join(f"'#0000{number + 1:02x}': c{number}" for number in range(9))
+    line = refusal(read, "rgb", classes, f"{RGB[:-1]}, {colours}}}")
+    assert line.endswith(f"{start} colour null in dataset.class_map")
+
+
+def test_of_two_classes_none_is_taken_out():
+    words = "dataset.classes=[all,tram]", "dataset.class_map={0: all, 1: all, 2: all, 3: tram}"
+    assert refusal(read, "base", *words).endswith("shows 'tram'; label one that does")

@@ -6,11 +6,12 @@ import torch
 from conftest import SHARED, reading
 from PIL import Image
 
-from dataset.catalog import KINDS, dataset_info, id_table, voc_colours
+from dataset.catalog import KINDS, dataset_info, id_table
 from dataset.lists import read_label, read_splits, read_val, with_pseudo_masks
 from dataset.loader import RandomStreams, SampleKey, whole_images
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.training import LabeledPairs
+from utils.colours import voc_colours
 from utils.config.schema import DatasetSection, QuerySection
 from utils.errors import UserError
 
@@ -142,9 +143,20 @@ def test_labelmap_is_read_once_into_class_map(tmp_path):
     assert dataset_info(section) == dataset_info(custom("gone", class_map=section.class_map))
 
 
+def test_labelmap_of_datumaro_without_colours(tmp_path):
+    """Of classes that no mask shows; or of all of them, which then have Pascal's colours."""
+    some = labelmap_root(tmp_path, "ground:0,0,0::\nsky:::\nthing:128,0,16::\n")
+    found = custom(some, class_map="labelmap.txt").class_map
+    assert found == {"#000000": "ground", "#800010": "thing"}
+    none = labelmap_root(tmp_path, "ground:::\nsky:::\nthing::arm,leg:run\n")
+    found = custom(none, class_map="labelmap.txt").class_map
+    assert found == {"#000000": "ground", "#800000": "sky", "#008000": "thing"}
+
+
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
+        ("thing:red::", r"labelmap\.txt:2: a line reads 'name:red,green,blue::', .* 'thing:red::'"),
         ("thing 1,2,3", r"labelmap\.txt:2: a line reads 'name:red,green,blue::', .* 'thing 1,2,3'"),
         ("thing:1,2,300::", r"labelmap\.txt:2: a line reads .* with 0 to 255"),
         ("thing:1,2,3::\nground:1,2,3::", r":3: ground has the colour of thing; give it another"),

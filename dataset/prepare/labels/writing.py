@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from dataset.catalog import DatasetInfo, voc_colours
+from dataset.catalog import DatasetInfo
 from dataset.lists import Sample, line_of, write_lists
 from dataset.prepare.labels.drawing import OVERLAPS, draw
 from dataset.prepare.labels.records import (
@@ -31,6 +31,7 @@ from dataset.prepare.labels.records import (
 )
 from dataset.reading import picture_size, read_ids
 from utils import IGNORE
+from utils.colours import voc_colours
 from utils.errors import UserError
 from utils.files import write_atomically
 from utils.panels import save_mask
