@@ -191,6 +191,11 @@ def test_class_map_is_kept_and_changed_id_by_id():
     assert changed.dataset.class_map == {3: "b", 4: 1, "other": None}
     colours = config_from(kept, "config.yaml", ["dataset.class_map={'#FF0000': a}"])
     assert colours.dataset.class_map["#ff0000"] == "a"
+    by_channels = "dataset.class_map={[255, 0, 0]: a, [0,16,255]: b}"
+    found = config_from({**SMALL, "dataset": dataset}, "mine.yaml", [by_channels])
+    assert found.dataset.class_map == {"#ff0000": "a", "#0010ff": "b"}
+    line = refusal(config_from, values, "mine.yaml", ["dataset.class_map={[0,0,256]: a}"])
+    assert "or as [255, 0, 0]" in line
 
 
 @pytest.fixture

@@ -51,9 +51,12 @@ def _file_id(key: Any) -> int | str:
         return _file_id(int(key))
     if isinstance(key, str) and re.fullmatch("#[0-9a-fA-F]{6}", key):
         return key.lower()
+    channels = re.fullmatch(r"\[?(\d{1,3}), *(\d{1,3}), *(\d{1,3})\]?", str(key))
+    if channels and max(colour := [*map(int, channels.groups())]) <= 255:
+        return f"#{bytes(colour).hex()}"
     raise ValueError(
-        "ids in mask files go from 0 to 65535, colours from '#000000' to '#ffffff'; 'other' stands "
-        "for all that remain"
+        "ids in mask files go from 0 to 65535, colours from '#000000' to '#ffffff' or as "
+        "[255, 0, 0]; 'other' stands for all that remain"
     )
 
 
@@ -146,9 +149,9 @@ class DatasetSection(Section):
     groups: Pattern | None = None
     # Names of a custom kind, by class id.
     classes: ClassNames | None = None
-    # Id in mask files, or colour such as "#ff0000" (in quotes), to class name, class id, or null
-    # for ignored; 'other' stands for all that neither class_map nor ignore names. A file name is
-    # CVAT's labelmap.txt in the root. null: ids in files are class ids.
+    # Id in mask files, or colour such as "#ff0000" (in quotes) or [255, 0, 0], to class name, class
+    # id, or null for ignored; 'other' stands for all that neither class_map nor ignore names. A
+    # file name is CVAT's labelmap.txt in the root. null: ids in files are class ids.
     class_map: ClassMap | None = None
     ignore: FileIds = [255]  # ids in mask files that count as ignored; not colours
     # Bands of a picture that are its red, green and blue, counted from 1, as [4, 3, 2] of a

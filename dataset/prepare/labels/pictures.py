@@ -123,7 +123,8 @@ def _meaning(source: Source) -> Meaning:
         return dict(enumerate(source.classes))
     raise UserError(
         f"{source.labels}: nothing tells what the ids of masks mean; add --classes NAME,NAME in "
-        "the order of the ids, or --class-map '{0: NAME, 255: NAME}'"
+        "the order of the ids, or --class-map '{0: NAME, 255: NAME}' (of colours: "
+        "'{[255, 0, 0]: NAME}')"
     )
 
 
