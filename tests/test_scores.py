@@ -219,6 +219,15 @@ def test_networks_are_compared_by_group():
     assert ["y,", "Dice", "by", "group", "76.36", "86.36", "+10.00"] in rows
 
 
+def test_means_over_other_classes_are_named():
+    found = compare_scores({"a": scores_of_shares([0.5])}, "xy")
+    assert "mIoU over" not in lay_out_comparison(found)
+    found["networks"][0]["per_class_iou"]["y"] = None
+    said = "A: mIoU over 1 of 2 classes ('x'); others are neither labeled nor predicted"
+    for markdown in (False, True):
+        assert said in lay_out_comparison(found, markdown).splitlines()
+
+
 @pytest.mark.slow
 def test_checkpoints_are_compared_by_the_command_line(finished, tmp_path, run_program):
     run, _ = finished

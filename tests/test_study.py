@@ -127,19 +127,23 @@ def test_the_table_compares_equal_seeds_with_the_best_supervised_row(jobs):
     assert by_method["cisc"][3:] == ["25.0 ± 0.0", "encoder", "14", "10", "120", "4"]
 
 
-def test_stages_that_patience_ended_are_named_below_the_table(tmp_path):
+def test_means_and_stages_that_are_not_whole_are_named_below_the_table(tmp_path):
     jobs = plan(["self_training"], [f"outdir={tmp_path}"], [(0, 0), (1, 0)])
     for job in jobs:
         done = 40 + 20 * job.config.seed
         stage = {"seconds": 60, "iterations": done, "planned_iterations": 60}
         stage |= {"labeled_crops": done, "unlabeled_crops": 0}
-        results = {"miou": 0.5, "stages": {"1_supervised": stage}}
+        results = {"name": job.config.name, "miou": 0.5, "stages": {"1_supervised": stage}}
+        results["per_class_iou"] = {"ground": 0.5, "box": None}
         job.folder.mkdir(parents=True)
         (job.folder / "results.json").write_text(json.dumps(results))
-    *rows, empty, stops = study.table(jobs).splitlines()
+    *rows, empty, remarks = study.table(jobs).splitlines()
     assert rows[-1].split("|")[7].strip() == "50"  # labeled crops, the mean
     assert empty == ""
-    assert stops == "self_training_0, 1_supervised: stopped early at 40 of 60 iterations, by val."
+    assert remarks == (
+        "mIoU over 1 of 2 classes ('ground'); others are neither labeled nor predicted. "
+        "self_training_0, 1_supervised: stopped early at 40 of 60 iterations, by val."
+    )
 
 
 def test_the_table_has_dice_by_group_where_runs_have_it(jobs):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from utils import IGNORE
 from utils.errors import UserError
+from utils.evaluation import describe_mean
 
 RESAMPLES = 2_000
 _LEVEL = (2.5, 97.5)  # percentiles
@@ -362,9 +363,12 @@ def lay_out_comparison(comparison: Mapping[str, Any], markdown: bool = False) ->
     for name in reports[0].get("by_group", {}).get("per_class_dice", ()):
         add(f"{name}, Dice by group", *pick("by_group", "per_class_dice", name))
     named = [f"{letter}  {each['network']}" for letter, each in zip(letters, reports, strict=True)]
+    means = [describe_mean(each["per_class_iou"]) for each in reports]
+    few = [f"{letter}: mIoU {x}" for letter, x in zip(letters, means, strict=True) if x]
+    notes = "\n".join([comparison["resamples"], *few])
     if not markdown:
-        return "\n".join([*named, "", align(rows), "", comparison["resamples"]])
-    parts = ["\n".join(f"- {line}" for line in named), as_markdown(rows), comparison["resamples"]]
+        return "\n".join([*named, "", align(rows), "", notes])
+    parts = ["\n".join(f"- {line}" for line in named), as_markdown(rows), notes]
     for letter, report in zip(letters, reports, strict=True):
         parts.append(f"Confusion matrix of {letter}, % of the pixels of each true class:")
         parts.append(as_markdown(confusion_rows(report["confusion"], [*report["per_class_iou"]])))

@@ -35,6 +35,7 @@ from utils.config.schema import Config
 from utils.config.stages import readers
 from utils.document import check_section, put_section
 from utils.errors import Parser, Stopped, UserError, exit_with_one_line
+from utils.evaluation import describe_mean
 from utils.files import read_json, read_records, sha256, write_json, write_text
 from utils.outputs import Output, refuse_outputs
 from utils.run.comparison import differing_keys
@@ -367,7 +368,8 @@ def table(jobs: Sequence[Job]) -> str:
     epoch on val would have been, and mIoU on ``dataset.test``; Dice by group on both, where runs
     have it; what students start from; labeled and unlabeled crops that they saw; seconds; settings
     that were tried. Means and sample standard deviations; differences are between runs of one seed
-    and labeled list. Below it, the stages that ``evaluate.patience`` ended.
+    and labeled list. A paragraph below names means that are not over all classes, and stages that
+    ``evaluate.patience`` ended.
     """
     results: dict[Row, dict[tuple[int, int], dict[str, Any]]] = defaultdict(dict)
     for job in jobs:
@@ -408,17 +410,21 @@ def table(jobs: Sequence[Job]) -> str:
                 str(row.tried),
             )
         )
+    rows = [f"| {' | '.join(cells)} |" for cells in lines]
+    remarks = _remarks([found for runs in results.values() for found in runs.values()])
+    return "\n".join([*rows, "", " ".join(remarks)] if remarks else rows)
+
+
+def _remarks(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name means that are not over all classes, and stages that ``evaluate.patience`` ended."""
+    means = {describe_mean(found.get("per_class_iou", {})) for found in results}
     stops = [
-        f"{job.folder.name}, {name}: {stop}."
-        for job in jobs
-        for name, stage in results[job.row][job.draw]["stages"].items()
-        if (stop := describe_stop(stage))
+        f"{found['name']}, {stage}: {stop}."
+        for found in results
+        for stage, made in found["stages"].items()
+        if (stop := describe_stop(made))
     ]
-    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), *_paragraph(stops)])
-
-
-def _paragraph(sentences: Sequence[str]) -> list[str]:
-    return ["", " ".join(sentences)] if sentences else []
+    return [*(f"mIoU {few}." for few in sorted(means - {None})), *stops]
 
 
 def _group_dice(results: Mapping[Row, Mapping[Any, dict[str, Any]]]) -> dict[str, dict[Row, str]]:

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from utils import IGNORE
+from utils.evaluation import describe_mean
 from utils.panels import encode, in_colour, mark_places
 from utils.report import figures
 from utils.report.reading import (
@@ -110,13 +111,15 @@ def _run(run: RunFolder) -> dict[str, Any]:
 
 def _gain(run: RunFolder) -> str:
     (first, before), *_, (last, after) = [*run.mious.items(), *run.mious.items()]
+    few = describe_mean(run.stages[last].get("per_class_iou", {}))
+    note = f" mIoU {few}." if few else ""
     if first == last:
-        return f"Only supervised training has ended: {before:.1f} mIoU after {first}."
+        return f"Only supervised training has ended: {before:.1f} mIoU after {first}.{note}"
     helped = "Yes" if after > before else "No"
     return (
         f"{helped}: mIoU went from {before:.1f} after {first} to {after:.1f} after {last}, "
         f"{after - before:+.1f} points. Longer supervised training gains too: compare with runs of "
-        "--method supervised (python -m utils.study), and with other seeds."
+        f"--method supervised (python -m utils.study), and with other seeds.{note}"
     )
 
 
