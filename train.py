@@ -583,9 +583,10 @@ def fit(
                 break
     outcome = {"iterations": iterations, **at.report, "planned_iterations": iterations}
     if outcome["iterations"] < iterations:
+        waited = config.evaluate.patience
         stage.log.say(
             f"{stage.name}: stopped after epoch {at.epoch} of {epochs}: no better mIoU on val in "
-            f"{config.evaluate.patience} validations"
+            f"{waited} validation{'s' if waited > 1 else ''}"
         )
     counts = {f"{kind}_crops": n * outcome["iterations"] for kind, n in crops._asdict().items()}
     return {**outcome, **counts}

@@ -104,6 +104,11 @@ def evaluate_masks(config: Config, folder: Path) -> dict[str, Any]:
     matrix = ConfusionMatrix(len(info.classes), groups=groups)
     for number, sample in enumerate(samples):
         file = mask_file(folder, sample)
+        if not file.is_file():
+            raise UserError(
+                f"{file}: no such file; --masks names a folder with a mask of each image of "
+                "dataset.val, under its name in that list"
+            )
         predicted, label = read_mask(file, info.table().tobytes()), read_label(sample)
         if predicted.size != label.size:
             raise UserError(f"{file}: has not the size of {sample.mask}; score masks of full size")

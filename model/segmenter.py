@@ -117,6 +117,8 @@ class Segmenter:
             raise UserError(f"source: a {type(source).__name__}; give the path of a checkpoint")
         path = find_checkpoint(source)
         content = checkpoint.load(path)
+        weights = checkpoint.weights_in(content, path)
+        checkpoint.refuse_smp(weights, path)
         words = []
         if classes is not None:
             if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
@@ -135,7 +137,6 @@ class Segmenter:
                 f"{path}: holds no config; name one with --config, or config= in Python"
             )
         net = network_of(found.model, len(dataset_info(found.dataset).classes), pretrained=None)
-        weights = checkpoint.weights_in(content, path)
         checkpoint.put_weights(net, weights, path, reset_classifier)
         origin = {key: content[key] for key in ("stage", "epoch") if key in content}
         return cls(net, found, origin, colours)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet as torchvision_resnet
 
-from model import build_model, preprocessing_of, start_from
+from model import Segmenter, build_model, preprocessing_of, start_from
 from model.networks import weights
 from model.networks.weights import find_weights, read_weights
 from utils import IMAGENET, checkpoint
@@ -125,6 +125,7 @@ def test_the_encoder_of_a_network_of_smp_loads_and_the_rest_is_refused(tmp_path)
         f"start training from its encoder by model.pretrained={file}"
     )
     assert line == refusal(start_from, net, file, ["a", "b", "c"])
+    assert line == refusal(Segmenter.load, file)
     with pytest.raises(UserError, match="weights of another network"):
         build_model("deeplabv3plus", "resnet34", 3, pretrained=file)
 

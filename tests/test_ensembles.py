@@ -101,7 +101,8 @@ def test_masks_of_any_program_are_scored(nets, demo_root, answer, complaint, tmp
     Image.new("L", (6, 48)).save(masks[0])
     assert "has not the size of" in complaint(eval_program, "--masks", tmp_path / "a", *words)
     masks[0].unlink()
-    assert "no such file" in complaint(eval_program, "--masks", tmp_path / "a", *words)
+    line = complaint(eval_program, "--masks", tmp_path / "a", *words)
+    assert f"{masks[0]}: no such file; --masks names a folder with a mask of each image" in line
 
 
 def test_a_module_that_hides_ours_is_named(tmp_path, run_program):

@@ -181,21 +181,9 @@ def put_weights(
     """
     own, left_out = net.state_dict(), []
     if not hasattr(net, "backbone"):
-        if is_smp(weights):  # timm's own networks, called "tu-...", are below "model"
-            prefix = "encoder.model." if hasattr(net, "rename") else "encoder."
-            left_out = [key for key in weights if not key.startswith("encoder.")]
-            weights = {
-                k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)
-            }
-        else:
-            whole = any(key.startswith(_BACKBONE) for key in weights)
-            left_out = [key for key in weights if whole and not key.startswith(_BACKBONE)]
-        weights = _backbone_of(weights, net)
-    elif is_smp(weights):
-        raise UserError(
-            f"{path}: is a network of segmentation_models_pytorch, whose decoder has other layers; "
-            f"start training from its encoder by model.pretrained={path}"
-        )
+        weights, left_out = _backbone_of(weights, net)
+    else:
+        refuse_smp(weights, path)
     if reset_classifier:
         weights = {key: value for key, value in weights.items() if not _is_classifier(key)}
         weights |= {key: value for key, value in own.items() if _is_classifier(key)}
@@ -219,6 +207,15 @@ def put_weights(
 def is_smp(keys: Iterable[str]) -> bool:
     """Tell whether keys of weights are those of a network of segmentation_models_pytorch."""
     return any(key.startswith(_SMP_HEAD) for key in keys)
+
+
+def refuse_smp(weights: Weights, path: Path) -> None:
+    """Raise a ``UserError`` if weights are of a whole network of segmentation_models_pytorch."""
+    if is_smp(weights):
+        raise UserError(
+            f"{path}: is a network of segmentation_models_pytorch, whose decoder has other layers; "
+            f"start training from its encoder by model.pretrained={path}"
+        )
 
 
 def _kind(numbers: Tensor) -> tuple[bool, bool, bool]:
@@ -261,14 +258,21 @@ def _all_have(weights: Weights, prefix: str) -> bool:
     return all(key.startswith(prefix) for key in weights)
 
 
-def _backbone_of(weights: Weights, backbone: nn.Module) -> Weights:
-    """Return a backbone's part: of a whole network, or of an image classifier."""
+def _backbone_of(weights: Weights, backbone: nn.Module) -> tuple[Weights, list[str]]:
+    """Return a backbone's part of a whole network and the other keys; or a classifier's weights."""
     part = {key: value for key, value in weights.items() if key.startswith(_BACKBONE)}
     if part:
-        return {key.removeprefix(_BACKBONE): value for key, value in part.items()}
+        others = [key for key in weights if key not in part]
+        return {key.removeprefix(_BACKBONE): value for key, value in part.items()}, others
+    left_out = []
+    if is_smp(weights):
+        left_out = [key for key in weights if not key.startswith("encoder.")]
+        # timm's own networks, called "tu-...", are below "model".
+        prefix = "encoder.model." if hasattr(backbone, "rename") else "encoder."
+        weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     if hasattr(backbone, "rename"):  # an encoder of timm's
-        return backbone.rename(weights)
-    return {key: value for key, value in weights.items() if not key.startswith("fc.")}
+        return backbone.rename(weights), left_out
+    return {key: value for key, value in weights.items() if not key.startswith("fc.")}, left_out
 
 
 def _is_classifier(key: str) -> bool:
