@@ -75,6 +75,7 @@ from utils.optimization import Optimization
 from utils.panels import save_mask
 from utils.progress import StageBar
 from utils.run.resume import Journal, Progress
+from utils.run.rounds import former_network
 from utils.run.stages import Report, Run, Stage, checkpoint_of
 from utils.scores import group_images
 
@@ -134,7 +135,9 @@ def train(
 def train_supervised(stage: Stage, splits: Splits, index: QueryIndex | None) -> Report:
     """Stage 1: pairs of labeled images, cross entropy on both, and the consistency loss."""
     config, streams = stage.config, RandomStreams(stage.config.seed, stage.name)
-    net = _new_network(stage, streams)
+    run = stage.folder.parent
+    former = former_network(run) if config.supervised.start == "last" else None
+    net = _new_network(stage, streams, former)
     read = sample_reader(config.cache, splits.labeled, config.workers)
     shares = config.pairs_share_classes
     pairs = LabeledPairs(
@@ -154,7 +157,9 @@ def train_supervised(stage: Stage, splits: Splits, index: QueryIndex | None) -> 
     )
     classes = len(dataset_info(config.dataset).classes)
     objective = SupervisedObjective(loss, ClassPixels(classes, losses.class_weights))
-    return fit(stage, net, objective, TrainingData(pairs, splits.val), config.supervised)
+    outcome = fit(stage, net, objective, TrainingData(pairs, splits.val), config.supervised)
+    start = {} if former is None else {"started_from": former.relative_to(run).as_posix()}
+    return {"labeled_images": len(splits.labeled), **start, **outcome}
 
 
 def train_fold(stage: Stage, splits: Splits, fold: Sequence[Sample]) -> Report:
@@ -162,7 +167,8 @@ def train_fold(stage: Stage, splits: Splits, fold: Sequence[Sample]) -> Report:
     config, settings = stage.config, stage.config.supervised
     rest = [sample for sample in splits.labeled if sample not in fold]
     iterations = count_iterations(settings, count_samples(settings, len(splits.labeled)))
-    shorter = {"iterations": math.ceil(FOLD_LENGTH * iterations)}
+    # A network of an earlier round has seen the fold.
+    shorter = {"iterations": math.ceil(FOLD_LENGTH * iterations), "start": "encoder"}
     own = {"supervised": settings.model_copy(update=shorter), "evaluate": _AT_THE_END}
     stage = replace(stage, config=config.model_copy(update={**own, "select": SelectSection()}))
     rule = QueryRule.of(config.query, dataset_info(config.dataset))
@@ -623,15 +629,16 @@ def _validate(stage: Stage, net: nn.Module, val: Sequence[Sample]) -> ConfusionM
     return validate(predict, loader, classes, groups=groups)
 
 
-def _new_network(stage: Stage, streams: RandomStreams) -> nn.Module:
-    """Build a network from the backbone's weights; the head is initialised at random."""
+def _new_network(stage: Stage, streams: RandomStreams, checkpoint: Path | None = None) -> nn.Module:
+    """Build a network from the backbone's weights, the head at random; or from a whole network."""
     torch.manual_seed(streams.torch_seed())
     settings, info = stage.config.model, dataset_info(stage.config.dataset)
-    encoder = settings.pretrained if settings.init is None else None
+    whole = checkpoint or settings.init
+    encoder = settings.pretrained if whole is None else None
     net = stage.device.place(network_of(settings, len(info.classes), encoder))
     weights, images = net.pretrained_from or "initialised at random", net.preprocessing
-    if settings.init is not None:
-        weights = start_from(net, Path(settings.init), info.classes)
+    if whole is not None:
+        weights = start_from(net, Path(whole), info.classes)
     stage.log.say(f"{stage.name}: {settings.backbone}, {weights}, images {tuple(images)}")
     if settings.compile:
         net.compile(dynamic=False)

@@ -1,6 +1,7 @@
 """Run folders that someone spoilt, as the report and the diagnosis read them."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -103,6 +104,30 @@ def folder_there(name):
 
 LAST, SCORES = "val/6_retrain", "3_select/unlabeled_scores.csv"
 MASK, LABEL = f"{LAST}/masks/JPEGImages/1000.png", "val/labels/JPEGImages/1000.png"
+
+
+def test_the_learning_curve_of_a_run_that_went_on(run, tmp_path):
+    assert "How much do more labels help?" not in page([read_run(run)])
+    (run / "rounds").mkdir()
+    shutil.copytree(run, tmp_path / "ended", ignore=shutil.ignore_patterns("rounds"))
+    (tmp_path / "ended").rename(run / "rounds/1")
+    for folder, labeled, miou in ((run / "rounds/1", 6, 0.4), (run, 12, 0.5)):
+        for stage in ("1_supervised", "6_retrain"):
+            file = folder / stage / "stage.json"
+            more = {"labeled_images": labeled} if stage[0] == "1" else {"miou": miou}
+            file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+    (mask,) = (run / LAST / "masks").rglob("*.png")
+    ids = np.zeros((48, 64), np.uint8)
+    ids[:24] = 1  # half of the ground is taken for the next class: IoU 0.5 and 0
+    save_mask(mask, ids, KINDS["demo"].palette())
+    content = page([read_run(run)])
+    words = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", content))
+    assert "How much do more labels help?" in words
+    assert "demo 1 6 6_retrain 40.0 100.0 to 100.0" in words  # one image: no other resample
+    assert "demo 2 12 6_retrain 50.0 25.0 to 25.0" in words
+    mask.unlink()
+    content = page([read_run(run), read_run(run / "rounds/1")])
+    assert "not known" in content
 
 
 def test_the_page_of_an_undamaged_folder(run):

@@ -1,8 +1,9 @@
-"""Lists of images: ``python -m dataset.splits make | check | suggest``.
+"""Lists of images: ``python -m dataset.splits make | check | suggest | extend``.
 
 make      draw a labeled list from a training list, for example 1/8 of it
 check     look for what would invalidate a result: counts, overlaps, files, classes
 suggest   choose the unlabeled images of a run that are worth a label
+extend    add new labels to the lists of a run
 """
 
 import argparse
@@ -14,6 +15,7 @@ from dataset.catalog import dataset_info
 from dataset.lists import find_root
 from dataset.query import QueryRule
 from dataset.splits.check import audit, table_of
+from dataset.splits.extend import extend_lists
 from dataset.splits.make import make_lists
 from dataset.splits.suggest import write_suggestions
 from utils.config.reading import read_config
@@ -47,6 +49,11 @@ def main() -> None:
     add("folder", type=Path, metavar="RUN", help="outdir/<name>, of which stage 2 has ended")
     add("--count", type=int, default=20, help="of images to label (20)")
     add("--out", type=Path, metavar="DIR", help="gets list, table and pictures (RUN/suggested)")
+    add = (one := commands.add_parser("extend")).add_argument
+    one.set_defaults(run=extend)
+    add("folder", type=Path, metavar="RUN", help="outdir/<name>, whose lists are extended")
+    add("--labels", type=Path, required=True, metavar="LIST", help="image mask lines to add")
+    add("--out", type=Path, required=True, metavar="DIR", help="gets both lists")
     typed, settings = parser.parse_known_args()
     if unknown := [word for word in settings if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -83,10 +90,20 @@ def check(typed: argparse.Namespace, settings: list[str]) -> None:
 
 def suggest(typed: argparse.Namespace, settings: list[str]) -> None:
     """Write which images to label next, and print why."""
-    if settings:
-        raise UserError(f"{settings[0]}: suggest takes no settings; they are the run's")
+    _refuse_settings("suggest", settings)
     out = typed.folder / "suggested" if typed.out is None else typed.out
     print(*write_suggestions(typed.folder, typed.count, out), sep="\n")
+
+
+def extend(typed: argparse.Namespace, settings: list[str]) -> None:
+    """Write the lists of a run with new labels, and print how it goes on."""
+    _refuse_settings("extend", settings)
+    print(*extend_lists(typed.folder, typed.labels, typed.out), sep="\n")
+
+
+def _refuse_settings(command: str, settings: list[str]) -> None:
+    if settings:
+        raise UserError(f"{settings[0]}: {command} takes no settings; they are the run's")
 
 
 def _fraction(text: str) -> Fraction:

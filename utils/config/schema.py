@@ -143,9 +143,9 @@ class DatasetSection(Section):
     unlabeled: str = "unlabeled.txt"
     val: str = "val.txt"  # image and mask a line
     test: str | None = None  # image and mask a line; scored once, when a run ends; null: none
-    # Regular expression that finds an image's group in its name, as 'patient\d+_frame\d+' the volume
-    # that a slice is of: scores are also reported by group, and votes are fitted on whole groups left
-    # out. null: every image is a group of its own, and scores are of all images together.
+    # Regular expression that finds an image's group in its name, as 'patient\d+_frame\d+' the
+    # volume that a slice is of: scores are also reported by group, and votes are fitted on whole
+    # groups left out. null: every image is a group of its own.
     groups: Pattern | None = None
     # Names of a custom kind, by class id.
     classes: ClassNames | None = None
@@ -283,6 +283,10 @@ class SupervisedSection(TrainingSection):
 
     consistency: float = Field(0.0, ge=0)  # weight of the consistency loss; 0 is SupOnly
     repeat_below: int = Field(200, ge=0)  # a shorter labeled list counts twice an epoch
+    # From 'model.pretrained' or 'model.init'. 'last': a finished run goes on when its labeled or
+    # unlabeled list has changed. What it has made stays in rounds/1, and stage 1 starts from the
+    # last network there (docs/labels.md).
+    start: Literal["encoder", "last"] = "encoder"
 
 
 class RetrainSection(TrainingSection):

@@ -31,6 +31,7 @@ READERS: Mapping[str, tuple[int, ...]] = {
     "loss": TRAINING,
     "ohem": TRAINING,
     "supervised": (1,),
+    "supervised.start": (),  # says what the next round does; the report of stage 1 has what it did
     "pseudo_label": LABELING,
     "query": (1, 3, 4, 6),
     "select": (3,),

@@ -107,6 +107,27 @@ def curves(epochs: Sequence[Mapping[str, Any]], stages: Mapping[str, Mapping[str
     return svg[0]
 
 
+def learning(lines: Sequence[Sequence[Any]]) -> str:
+    """Draw mIoU with its interval by the number of labeled images, a line a run.
+
+    Args:
+        lines: ``Point`` of ``utils.report.learning``.
+    """
+    with _drawn(7, 3.2) as ((axis,), svg):
+        for points in lines:
+            values = [point.miou for point in points]
+            spans = [(x.miou - x.low, x.high - x.miou) for x in points]
+            errors = [[max(0, y) if y == y else 0 for y in z] for z in zip(*spans, strict=True)]
+            places = [point.labeled for point in points]
+            axis.errorbar(places, values, errors, marker="o", capsize=4, label=points[0].run)
+        axis.set_xlabel("labeled images")
+        axis.set_ylabel("mIoU of val, %")
+        axis.set_xticks(sorted({point.labeled for points in lines for point in points}))
+        if len(lines) > 1:
+            axis.legend(fontsize=9)
+    return svg[0]
+
+
 def histogram(scores: Sequence[float], kept: int) -> str:
     """Draw image scores, the best first, by whether they are among the ``kept`` reliable ones."""
     with _drawn(7, 2.8) as ((axis,), svg):

@@ -14,6 +14,7 @@ from utils import IGNORE
 from utils.evaluation import describe_mean
 from utils.panels import encode, in_colour, mark_places
 from utils.report import figures
+from utils.report.learning import learning_curve
 from utils.report.reading import (
     PredictedImage,
     Predictions,
@@ -44,6 +45,7 @@ def page(runs: Sequence[RunFolder]) -> str:
     return template.render(
         title=title,
         comparison=_comparison(runs) if len(runs) > 1 else None,
+        learning=learning_curve(runs),
         runs=[_run(run) for run in runs],
     )
 

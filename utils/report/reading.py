@@ -22,6 +22,7 @@ from utils.run.folder import (
     read_scores,
     read_stages,
     read_table,
+    rounds_of,
     stage_again,
 )
 
@@ -68,6 +69,7 @@ class RunFolder:
     predictions: list[Predictions]  # of stage 1, then of the last stage if it is another one
     panels: dict[str, Path] = field(default_factory=dict)  # the newest of each stage
     diagnosis: dict[str, Any] | None = None
+    rounds: list["RunFolder"] = field(default_factory=list)  # that have ended, the oldest first
 
     @property
     def name(self) -> str:
@@ -121,6 +123,7 @@ def read_run(folder: Path) -> RunFolder:
         found,
         {name: files[-1] for name, files in drawn.items() if files},
         read_diagnosis(folder),
+        [read_run(ended) for ended in rounds_of(folder)],
     )
 
 

@@ -46,23 +46,22 @@ def refuse_other_run(
     Raises:
         UserError: what a kept stage has read differs, or a file of the run folder is damaged.
     """
-    was = differing_keys(_kept_config(folder), config)
-    differing = {f"{x}={value}": readers(x) for x, value in was.items() if not saves_memory(x)}
-    lists, then = _kept(folder / "lists.json"), _kept(folder / "environment.json")
+    was, then = differing_keys(_kept_config(folder), config), _kept(folder / "environment.json")
+    lists, now = _kept(folder / "lists.json"), environment(device)
     others = [name for name in digests if lists.get(name) != digests[name]]
-    other_lists = [name for name in others if " " not in name]
-    differing |= {f"another list dataset.{x}": readers(f"dataset.{x}") for x in other_lists}
-    now = environment(device)
+    other_lists = changed_lists(folder, digests)
     changed = [key for key in _ROUNDING if then.get(key) != now[key]]
-    if "precision" in changed:
-        differing[f"precision={then.get('precision')}"] = readers("precision")
+    differing = find_changes(folder, config, digests, device)
     read = {what: _of(kept, numbers) for what, numbers in differing.items()}
     refused = [what for what, stages in read.items() if stages]
     if refused:
         first = min(read[what][0] for what in refused)
+        finished = (folder / "results.json").is_file()
+        more = ", set supervised.start=last without --from-stage to go on from its result"
+        more = more if finished and may_go_on(other_lists) else ""
         raise UserError(
             f"{folder}: holds a run with {', '.join(refused)}; restore that, set name=... for "
-            f"another run, or do {first} and later stages again with --from-stage {first[0]}"
+            f"another run{more}, or do {first} and later stages again with --from-stage {first[0]}"
         )
     for key in filter(saves_memory, was):
         if stages := _of(kept, readers(key)):
@@ -76,6 +75,37 @@ def refuse_other_run(
         what = ", ".join(f"{key} {then.get(key)} → {now[key]}" for key in changed)
         say(f"{what}: results may differ in their last digits")
     return {**lists, **taken}
+
+
+def find_changes(
+    folder: Path, config: Config, digests: Mapping[str, str], device: Device
+) -> dict[str, tuple[int, ...]]:
+    """Return what differs from the run in a folder, in words, and the stages that read it.
+
+    Args, Raises: as ``refuse_other_run``.
+    """
+    was, then = differing_keys(_kept_config(folder), config), _kept(folder / "environment.json")
+    found = {f"{x}={value}": readers(x) for x, value in was.items() if not saves_memory(x)}
+    lists = changed_lists(folder, digests)
+    found |= {f"another list dataset.{x}": readers(f"dataset.{x}") for x in lists}
+    if then.get("precision") != device.precision:
+        found[f"precision={then.get('precision')}"] = readers("precision")
+    return found
+
+
+def changed_lists(folder: Path, digests: Mapping[str, str]) -> list[str]:
+    """Return the names of the lists that differ from those of the run in a folder.
+
+    Raises:
+        UserError: ``lists.json`` is damaged.
+    """
+    lists = _kept(folder / "lists.json")
+    return [name for name in digests if " " not in name and lists.get(name) != digests[name]]
+
+
+def may_go_on(changed: Sequence[str]) -> bool:
+    """Tell whether a finished run may go on with other lists: what validates it is the same."""
+    return bool(changed) and {*changed} <= {"labeled", "unlabeled"}
 
 
 def _of(stages: Sequence[str], numbers: Sequence[int]) -> list[str]:

@@ -27,7 +27,15 @@ _FILES = (
     *("config.yaml", "lists.json", "environment.json", "log.txt", "metrics.jsonl", "results.json"),
     *("diagnosis.json", "examples.png", "lock", "lock.holder"),
 )
-_FOLDERS = ("val", "tensorboard", "wandb")
+_FOLDERS = ("val", "tensorboard", "wandb", "rounds")
+# What goes with a round that ends: first what tells that it has ended, last what dataset.splits
+# suggests after it.
+_STAYS = ("results.json", "lock", "lock.holder", "rounds")
+ROUND = (
+    "results.json",
+    *(name for name in (*_FILES, *_FOLDERS) if name not in _STAYS),
+    *(*STAGES, "suggested"),
+)
 
 # null, and NaN in files of earlier versions: there is no such number.
 Share = Annotated[
@@ -48,6 +56,7 @@ class _Stage(_Record):
     seconds: float = Field(0, ge=0)
     iterations: int = Field(1, gt=0)
     planned_iterations: int = Field(1, gt=0)
+    labeled_images: int | None = Field(None, gt=0)
 
 
 class _Group(_Record):
@@ -102,6 +111,12 @@ def is_run_folder(folder: Path) -> bool:
     """Tell whether a run works or has worked in a folder."""
     others = (folder / name for name in ("lists.json", *STAGES))
     return (folder / "config.yaml").is_file() and any(path.exists() for path in others)
+
+
+def rounds_of(folder: Path) -> list[Path]:
+    """Return the folders of a run's ended rounds, the oldest first; each is a run folder."""
+    found = [path for path in folder.glob("rounds/*") if path.name.isdecimal()]
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def run_of(path: Path) -> Path | None:

@@ -34,10 +34,17 @@ from utils.files import (
     writing,
 )
 from utils.progress import clock
-from utils.run.comparison import portable, refuse_other_run
+from utils.run.comparison import (
+    changed_lists,
+    find_changes,
+    may_go_on,
+    portable,
+    refuse_other_run,
+)
 from utils.run.folder import STAGES
 from utils.run.log import Log, Numbers
 from utils.run.results import environment, stage_table
+from utils.run.rounds import end_round, finish_round, is_ending, tell_round
 from utils.run.signals import defer_signals
 
 Report = dict[str, Any]  # what results.json says of a stage
@@ -338,8 +345,8 @@ class Run:
 
     @property
     def is_new(self) -> bool:
-        """Whether there is nothing that the run will continue."""
-        return not self._kept()
+        """Whether there is nothing that the run will continue, or it goes on with other lists."""
+        return not self._kept() or is_ending(self.folder) or self._goes_on()
 
     def stage(self, name: str, work: Callable[..., Report], *inputs: Any) -> Path:
         """Do a stage, unless it is done, and return its folder.
@@ -435,6 +442,13 @@ class Run:
 
     def _prepare(self) -> None:
         """Compare with what the folder holds, and remove what is to be done again."""
+        ended = finish_round(self.folder)  # if a kill left it half ended
+        if ended is None and self._kept() and self._goes_on():
+            found = find_changes(self.folder, self.config, self._lists, self.device)
+            first = min(number for numbers in found.values() for number in numbers)
+            ended = end_round(self.folder, STAGES[: first - 1])
+        if ended is not None:
+            self.log.say(tell_round(self.folder, ended))
         kept, lists = self._kept(), self._lists
         is_new = not kept
         if not is_new:
@@ -447,11 +461,18 @@ class Run:
         if self._first == 1:
             _remove(self.folder / "wandb" / "id")  # another run there
         if self._fresh:
-            names = ("config.yaml", "lists.json", "environment.json", "log.txt", *_CURVES)
+            names = ("config.yaml", "lists.json", "environment.json", "log.txt", "rounds", *_CURVES)
             _remove(*(self.folder / name for name in names))
         settings = yaml.safe_dump(self.config.model_dump(mode="json"))
         write_text(self.folder / "config.yaml", settings)
         write_json(self.folder / "lists.json", lists)
+
+    def _goes_on(self) -> bool:
+        """Tell whether other lists begin the next round of a finished run."""
+        if self.config.supervised.start != "last" or self._first is not None:
+            return False
+        finished = (self.folder / "results.json").is_file()
+        return finished and may_go_on(changed_lists(self.folder, self._lists))
 
     def _kept(self) -> list[str]:
         """Return the stages before ``from_stage`` that are done, or begun so far that it counts."""
