@@ -16,10 +16,10 @@ from utils import IMAGENET
 from utils.config.reading import read_config
 from utils.config.stages import HOW
 from utils.errors import UserError, _line_of
-from utils.evaluation import describe_mean
 from utils.run import stages
 from utils.run.results import stage_table
 from utils.run.stages import Run, Stage, lock_folder
+from utils.scores import describe_mean
 
 
 def config(tmp_path, *words):

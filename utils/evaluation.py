@@ -1,6 +1,6 @@
 """From a network to class probabilities and scores: views, windows, confusion matrix."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -16,7 +16,7 @@ from utils.device import Device
 from utils.distributed import all_reduce_sum, world
 from utils.progress import no_bar
 from utils.run.signals import stop_here
-from utils.scores import Groups, align, by_class, dice_of, percent, report_groups
+from utils.scores import Groups, align, by_class, describe_mean, dice_of, percent, report_groups
 
 
 class ConfusionMatrix:
@@ -317,13 +317,3 @@ def lay_out_scores(results: dict[str, Any]) -> str:
     if few := describe_mean(results["per_class_iou"]):
         lines.append(f"mean {few}")
     return "\n".join(lines)
-
-
-def describe_mean(per_class_iou: Mapping[str, float | None]) -> str | None:
-    """Say over which classes a mean IoU is where it is not over all; None where it is."""
-    seen = [name for name, iou in per_class_iou.items() if iou is not None]
-    if len(seen) == len(per_class_iou):
-        return None
-    shown = f" ('{seen[0]}')" if len(seen) == 1 else ""
-    count = f"over {len(seen)} of {len(per_class_iou)} classes{shown}"
-    return f"{count}; others are neither labeled nor predicted"

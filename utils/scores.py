@@ -14,7 +14,6 @@ from torch import Tensor
 
 from utils import IGNORE
 from utils.errors import UserError
-from utils.evaluation import describe_mean
 
 RESAMPLES = 2_000
 _LEVEL = (2.5, 97.5)  # percentiles
@@ -414,3 +413,13 @@ def percent(value: float | None, sign: str = "") -> str:
 
 def _span(interval: Mapping[str, float], sign: str = "") -> str:
     return " to ".join(f"{100 * interval[end]:{sign}.1f}" for end in ("low", "high"))
+
+
+def describe_mean(per_class_iou: Mapping[str, float | None]) -> str | None:
+    """Say over which classes a mean IoU is where it is not over all; None where it is."""
+    seen = [name for name, iou in per_class_iou.items() if iou is not None]
+    if len(seen) == len(per_class_iou):
+        return None
+    shown = f" ('{seen[0]}')" if len(seen) == 1 else ""
+    count = f"over {len(seen)} of {len(per_class_iou)} classes{shown}"
+    return f"{count}; others are neither labeled nor predicted"

@@ -35,13 +35,12 @@ from utils.config.schema import Config
 from utils.config.stages import readers
 from utils.document import check_section, put_section
 from utils.errors import Parser, Stopped, UserError, exit_with_one_line
-from utils.evaluation import describe_mean
 from utils.files import read_json, read_records, sha256, write_json, write_text
 from utils.outputs import Output, refuse_outputs
 from utils.run.comparison import differing_keys
 from utils.run.folder import STAGES, read_kept
 from utils.run.results import describe_stop
-from utils.scores import mean_and_spread
+from utils.scores import describe_mean, mean_and_spread
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 LENGTHS = (1, 2, 4)  # of supervised training; the best one is what other methods are compared with

@@ -11,7 +11,6 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from utils import IGNORE
-from utils.evaluation import describe_mean
 from utils.panels import encode, in_colour, mark_places
 from utils.report import figures
 from utils.report.learning import learning_curve
@@ -24,7 +23,7 @@ from utils.report.reading import (
     read_picture,
 )
 from utils.run.results import describe_stop
-from utils.scores import confusion_rows, mean_and_spread
+from utils.scores import confusion_rows, describe_mean, mean_and_spread
 
 _SHOWN, _FALLEN = 12, 6  # best and worst images; images that fell most
 _SIDE = 200  # pixels of a picture, the longer side

@@ -14,7 +14,7 @@ import torchvision
 
 from utils.device import Device
 from utils.distributed import world
-from utils.evaluation import describe_mean
+from utils.scores import describe_mean
 
 
 def stage_table(stages: dict[str, dict[str, Any]], checkpoint: str) -> str:
