@@ -61,7 +61,7 @@ def test_the_recipes_of_the_paper_are_the_paper():
         assert (config.supervised.consistency, config.retrain.weight) == (1.0, "cisc_map")
         assert (config.retrain.start, config.retrain.mix) == ("encoder", "none")
         assert not config.pseudo_label.neighbours
-    for name in ("demo", "custom", "animals_cpu", "camvid_cpu", "pascal_dinov2"):
+    for name in ("demo", "custom", "animals_cpu", "camvid_cpu", "pascal_dinov2", "acdc"):
         assert read_config(f"{name}.yaml").method == "cisc_patch"
 
 
