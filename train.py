@@ -34,13 +34,20 @@ from dataset.loader import RandomStreams, batch_keys, training_batches, whole_im
 from dataset.predictions import draw_examples, keep_predictions
 from dataset.query import Querier, QueryIndex, QueryRule, build_query_index
 from dataset.training import LabeledPair, LabeledPairs, RetrainSample, RetrainSamples, parts
+from dataset.votes import votes_file, write_votes
 from model import refuse_crop, start_from
 from model.cisc.anchors import EARLIER, read_selection, select
 from model.cisc.calibration import FOLD_LENGTH, draw_folds
 from model.cisc.doubt import ImageSummary, summarize, write_summaries
 from model.cisc.maps import consistency_loss
 from model.cisc.panels import Panels, keep_opinions, shown_samples
-from model.cisc.pseudo_labels import FoldTeacher, Opinions, PseudoLabeler, fit_votes
+from model.cisc.pseudo_labels import (
+    FoldTeacher,
+    Opinions,
+    PseudoLabeler,
+    fit_votes,
+    read_exponents,
+)
 from model.cisc.students import ClassPixels, Labeler, StudentBatch, needs_teacher, student_batch
 from model.losses import (
     balanced_weights,
@@ -107,10 +114,12 @@ def train(
             run.log.say(note)
         first = final = run.stage("1_supervised", train_supervised, splits, index)
         teacher, labeled_by, pseudo_labeled = first, [], splits.unlabeled
+        votes = None
         if 2 in config.stages:
-            voting = config.pseudo_label.neighbours
-            votes = fit_votes_beside_teachers(run, splits) if voting else None
-            labeling, stage = Labeling(first, votes), "2_pseudo_label"
+            if config.pseudo_label.neighbours:
+                votes = fit_votes_beside_teachers(run, splits)
+            labeling = Labeling(first, votes, config.retrain.labels == "average")
+            stage = "2_pseudo_label"
             labeled_by = [run.stage(stage, write_pseudo_labels, labeling, splits, splits.unlabeled)]
             pseudo_labeled = with_pseudo_masks(splits.unlabeled, labeled_by[0] / "masks")
         if 3 in config.stages:
@@ -118,13 +127,13 @@ def train(
             chosen = run.stage("3_select", select, first, splits, pseudo_labeled, partners)
             reliable, unreliable, index = read_selection(chosen, splits.unlabeled, info.classes)
             pseudo_labeled = with_pseudo_masks(reliable, labeled_by[0] / "masks")
-            source = RetrainSource(first, index, labeled_by, truth)
+            source = RetrainSource(first, index, labeled_by, truth, votes)
             teacher = run.stage("4_retrain", retrain, splits, pseudo_labeled, source)
             labeling, stage = Labeling(teacher, votes), "5_relabel"
             labeled_by.append(run.stage(stage, write_pseudo_labels, labeling, splits, unreliable))
             pseudo_labeled += with_pseudo_masks(unreliable, labeled_by[1] / "masks")
         if 6 in config.stages:
-            source = RetrainSource(teacher, index, labeled_by, truth)
+            source = RetrainSource(teacher, index, labeled_by, truth, votes)
             final = run.stage("6_retrain", retrain, splits, pseudo_labeled, source)
         run.finish()
         _keep_predictions(run, splits.val, first, final)
@@ -195,13 +204,17 @@ class Labeling(NamedTuple):
 
     teacher: Path  # folder of the training stage
     votes: Path | None  # folder of the stage that fitted votes
+    stores_votes: bool = False  # where there are some: for retraining that labels anew
 
 
 @torch.inference_mode()
 def write_pseudo_labels(
     stage: Stage, labeling: Labeling, splits: Splits, unlabeled: Sequence[Sample]
 ) -> Report:
-    """Stages 2 and 5: the most probable class of every pixel by teacher and votes, as PNGs."""
+    """Stages 2 and 5: the most probable class of every pixel by teacher and votes, as PNGs.
+
+    Stage 2 stores the votes, too, if retraining asks for them.
+    """
     config, info = stage.config, dataset_info(stage.config.dataset)
     device, file = stage.device, checkpoint_of(labeling.teacher)
     labeler = PseudoLabeler(config, device, file, splits.labeled, labeling.votes)
@@ -211,11 +224,15 @@ def write_pseudo_labels(
     loader = whole_images(config, unlabeled, labeler.teacher.preprocessing, frozenset(done))
 
     def keep(
-        samples: Sequence[Sample], masks: Any, found: Sequence[ImageSummary]
+        samples: Sequence[Sample], masks: Any, ratios: Any, found: Sequence[ImageSummary]
     ) -> dict[str, ImageSummary]:
-        files = [mask_file(stage.folder / "masks", sample) for sample in samples]
-        for file, mask in zip(files, masks, strict=True):
+        files = [[mask_file(stage.folder / "masks", sample)] for sample in samples]
+        for (file,), mask in zip(files, masks, strict=True):
             save_mask(file, mask, info.palette(), durable=False)  # the end of the stage waits
+        if ratios is not None:
+            for own, sample, ratio in zip(files, samples, ratios, strict=True):
+                own.append(votes_file(stage.folder / "votes", sample))
+                write_votes(own[-1], ratio)
         return journal.add([sample.name for sample in samples], files, found)
 
     with in_background(max(1, config.workers)) as write:  # while the next batches are predicted
@@ -230,8 +247,11 @@ def write_pseudo_labels(
                     keep_opinions(stage.folder, sample, batch.image[one], own, labeler)
             probabilities, ids = opinions.both.max(dim=1)
             ids = ids.where(probabilities >= config.pseudo_label.threshold, IGNORE)
+            ratios = opinions.by_patch if labeling.stores_votes else None
+            if ratios is not None:
+                ratios = ratios.half().cpu().numpy()
             found = summarize(opinions)
-            kept.append(write(keep, samples, ids.byte().cpu().numpy(), found))
+            kept.append(write(keep, samples, ids.byte().cpu().numpy(), ratios, found))
     done |= gather_dict([batch.result() for batch in kept])
     summaries = {sample.name: done[sample.name] for sample in unlabeled}
     return write_summaries(stage.folder, info.classes, summaries)
@@ -244,6 +264,7 @@ class RetrainSource(NamedTuple):
     index: QueryIndex | None  # partners by class; None where none are queried
     labeled_by: Sequence[Path]  # folders of the labeling stages so far
     truth: Mapping[str, Sample]  # true masks by image name: drawn in panels, not used otherwise
+    votes: Path | None = None  # folder of the stage that fitted votes
 
 
 def retrain(
@@ -256,6 +277,7 @@ def retrain(
     if settings.start == "teacher":
         load_weights(net, teacher_file)
     average = deepcopy(net).requires_grad_(False) if settings.labels == "average" else None
+    exponents = None if average is None else read_exponents(source.votes)
     teacher = load_frozen(config, stage.device, teacher_file) if needs_teacher(settings) else None
     read = sample_reader(config.cache, [*pseudo_labeled, *splits.labeled], config.workers)
     samples = RetrainSamples(
@@ -268,8 +290,10 @@ def retrain(
         _querier(config, splits, source.index, read) if config.retraining_queries else None,
         read,
         net.preprocessing,
+        # Stage 2 stored them for all images; those of stage 5 would be the same.
+        None if exponents is None else source.labeled_by[0] / "votes",
     )
-    labeler = Labeler(settings, teacher, average)
+    labeler = Labeler(settings, teacher, average, exponents)
     losses = _losses(stage, splits.labeled)
     loss = partial(
         retrain_loss,
@@ -278,7 +302,8 @@ def retrain(
         pseudo_loss=losses.pseudo,
     )
     shown = shown_samples(splits.unlabeled, config.panels.images)
-    by_votes = source.labeled_by if config.pseudo_label.neighbours else ()
+    stored = config.pseudo_label.neighbours and average is None  # else the crop's labels count
+    by_votes = source.labeled_by if stored else ()
     panels = Panels(stage, samples, shown, labeler, by_votes, source.truth)
     seen = ClassPixels(len(dataset_info(config.dataset).classes), losses.class_weights)
     objective = RetrainObjective(loss, seen, labeler, panels)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -15,7 +16,8 @@ from dataset.lists import Sample, SampleReader, read_sample
 from dataset.loader import RandomStreams, SampleKey
 from dataset.query import NoPartner, Partner, Querier
 from dataset.reading import to_input, to_label
-from dataset.transforms import random_view, recolour
+from dataset.transforms import CropParams, random_view, recolour
+from dataset.votes import CropVotes, NoVotes, cut_votes
 from utils import IGNORE, IMAGENET, Preprocessing
 from utils.config.schema import AugmentSection
 
@@ -41,6 +43,7 @@ class RetrainSample(NamedTuple):
     labeled_image: Tensor  # (3, H, W) float, normalised, of a labeled image
     labeled_label: Tensor  # (H, W) long, true
     partner: Partner | NoPartner
+    votes: CropVotes | NoVotes = NoVotes()
 
 
 def parts(batch: Record, count: int) -> list[Record]:
@@ -87,7 +90,7 @@ class LabeledPairs(Dataset[LabeledPair]):
         """Read, augment and pair a labeled image."""
         rng, preprocessing, count = self.chance.of(*key), self.preprocessing, len(self.labeled)
         sample = self.labeled[key.index % count]
-        image, mask = _weak_view(self, sample, rng)
+        image, mask, _ = _weak_view(self, sample, rng)
         pair = to_input(image, preprocessing), to_label(mask)
         if self.querier is not None:
             shared, *partner = self.querier.draw(sample.name, mask, rng, preprocessing)
@@ -97,7 +100,7 @@ class LabeledPairs(Dataset[LabeledPair]):
         else:
             shift = 1 + (key.index // count + key.epoch * self.repeat) % max(1, count - 1)
             place, aimed_at = (key.index + shift) % count, None
-        other, label = _weak_view(self, self.labeled[place], rng, aimed_at)
+        other, label, _ = _weak_view(self, self.labeled[place], rng, aimed_at)
         return LabeledPair(*pair, to_input(other, preprocessing), to_label(label), IGNORE)
 
 
@@ -126,6 +129,7 @@ class RetrainSamples(Dataset[RetrainSample]):
     querier: Querier | None = None
     read: SampleReader = read_sample
     preprocessing: Preprocessing = IMAGENET
+    votes: Path | None = None  # folder of the votes that stage 2 stored; None: none are read
 
     def __post_init__(self) -> None:
         """Count the labeled pixels of the classes, if crops are aimed."""
@@ -157,16 +161,17 @@ class RetrainSamples(Dataset[RetrainSample]):
         """Read and augment an unlabeled image, a labeled image, and the partner."""
         rng, preprocessing = self.chance.of(*key), self.preprocessing
         sample, (labeled, aimed_at) = self.unlabeled[key.index], self._labeled_at(key)
-        weak, mask = _weak_view(self, sample, rng)
+        weak, mask, view = _weak_view(self, sample, rng)
         views = (recolour(weak, self.augment.strong, rng) for _ in range(self.views))
         strong = torch.stack([to_input(view, preprocessing) for view in views])
-        image, label = _weak_view(self, labeled, rng, aimed_at)
+        image, label, _ = _weak_view(self, labeled, rng, aimed_at)
         teacher = strong[0] if self.strong_teacher else to_input(weak, preprocessing)
         partner = NoPartner()
         if self.querier is not None:  # last: the views must not depend on it
             partner = self.querier.draw(sample.name, mask, rng, preprocessing)
         labeled = to_input(image, preprocessing), to_label(label)
-        return RetrainSample(teacher, to_label(mask), strong, *labeled, partner)
+        votes = NoVotes() if self.votes is None else cut_votes(self.votes, sample, view)
+        return RetrainSample(teacher, to_label(mask), strong, *labeled, partner, votes)
 
 
 def _weak_view(
@@ -174,8 +179,8 @@ def _weak_view(
     sample: Sample,
     rng: np.random.Generator,
     aimed_at: int | None = None,
-) -> tuple[Image.Image, Image.Image]:
-    """Cut the same random view from a sample's image and mask.
+) -> tuple[Image.Image, Image.Image, CropParams]:
+    """Cut the same random view from a sample's image and mask; return it too.
 
     Where crops are aimed, it shows class ``aimed_at``, or if that is None one of the mask's.
     """
@@ -184,4 +189,4 @@ def _weak_view(
         aimed_at = data.aim.draw_class(mask, rng)
     target = None if aimed_at is None else random_pixel(mask, aimed_at, rng)
     view = random_view((image.height, image.width), data.augment, rng, target)
-    return view.image(image, data.preprocessing.interpolation), view.mask(mask)
+    return view.image(image, data.preprocessing.interpolation), view.mask(mask), view

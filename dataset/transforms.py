@@ -55,6 +55,29 @@ class CropParams(NamedTuple):
         window = Image.fromarray(np.asarray(mask)[rows][:, columns])
         return self._turn(window, Image.Resampling.NEAREST, IGNORE)
 
+    def places(self, count: int) -> np.ndarray:
+        """Say where the crop lies in the picture.
+
+        Returns:
+            (count, count, 2) float, of equally spaced places from the crop's first pixel to its
+            last: x and y as shares of the picture's width and height, beyond it outside of [0, 1].
+        """
+        steps = np.linspace(0.5, self.crop - 0.5, count)
+        y, x = np.meshgrid(steps, steps, indexing="ij")
+        top, left, bottom, right = self._window
+        height, width = (self.crop,) * 2 if self.angle else (bottom - top, right - left)
+        sides = [width, height] if self.quarters % 2 else [height, width]
+        for _ in range(self.quarters):  # undone in reverse: turns, mirrors, rotation
+            x, y = sides[0] - y, x
+            sides.reverse()
+        x = width - x if self.flip else x
+        y = height - y if self.vertical else y
+        half, (sine, cosine) = self.crop / 2, _sine_cosine(self.angle)
+        x, y = x - half, y - half
+        across = self.left + half + cosine * x - sine * y
+        down = self.top + half + sine * x + cosine * y
+        return np.stack([across / self.scaled[1], down / self.scaled[0]], axis=-1)
+
     @property
     def _window(self) -> tuple[int, int, int, int]:
         """(top, left, bottom, right) of what the scaled image has for the crop."""

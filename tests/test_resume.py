@@ -147,9 +147,13 @@ def labeling(stage):
     masks[0].parent.mkdir(parents=True)
     for mask in masks:
         mask.write_text(mask.name)
+    votes = made.folder / "votes" / "b.npy"  # of one image
+    votes.parent.mkdir()
+    votes.write_text("votes")
+    files = [masks[:1], [masks[1], votes]]
     journal = Journal(made)
     assert journal.read() == {}
-    assert journal.add(["a.jpg", "b.jpg"], masks, [A, B]) == {"a.jpg": A, "b.jpg": B}
+    assert journal.add(["a.jpg", "b.jpg"], files, [A, B]) == {"a.jpg": A, "b.jpg": B}
     return made, masks
 
 
@@ -166,13 +170,22 @@ def test_a_mask_of_which_a_power_cut_left_a_part_is_written_again(labeling):
     assert Journal(stage).read() == {"a.jpg": A}
 
 
+def test_an_image_whose_votes_are_gone_or_cut_short_is_done_again(labeling):
+    stage, _ = labeling
+    votes = stage.folder / "votes" / "b.npy"
+    votes.write_text("vote")
+    assert Journal(stage).read() == {"a.jpg": A}
+    votes.unlink()
+    assert Journal(stage).read() == {"a.jpg": A}
+
+
 def test_lines_that_are_cut_short_or_garbage_do_not_count(labeling):
     stage, masks = labeling
     path = stage.unfinished / "masks.0.jsonl"
-    edited = b'{"image": [], "found": {}, "mask": "a"}\n'
+    edited = b'{"image": [], "found": {}, "files": {}}\n{"image": "e", "found": {}, "files": {}}\n'
     path.write_bytes(b"\xff\n[]\n{}\n" + edited + path.read_bytes() + b'\n{"image": "c.jpg", "fou')
     assert set(Journal(stage).read()) == {"a.jpg", "b.jpg"}
-    Journal(stage).add(["d.jpg"], masks[:1], [{}])
+    Journal(stage).add(["d.jpg"], [masks[:1]], [{}])
     path.rename(path.with_name("masks.1.jsonl"))  # of another process
     assert set(Journal(stage).read()) == {"a.jpg", "b.jpg", "d.jpg"}
 

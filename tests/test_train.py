@@ -126,7 +126,7 @@ def test_labeled_images_vote_for_their_own_labels(demo_root, tmp_path, tiny_sett
     right = []
     for sample in labeled:
         image, label = to_input(read_image(sample.image), IMAGENET), to_label(read_label(sample))
-        told, _ = both.judge(image.unsqueeze(0), tuple(label.shape))
+        told = both.judge(image.unsqueeze(0), tuple(label.shape)).log_ratio
         (found,) = (told + both.prior.log().view(1, -1, 1, 1)).argmax(dim=1)
         right.append((found == label)[label != 255].float().mean())
         (most, share), (_, less) = both.voters_of(image.unsqueeze(0), 2)

@@ -1,5 +1,6 @@
 """The objectives of train.py, and one training step, on networks small enough to check."""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -10,6 +11,8 @@ from torch import nn
 
 from dataset.query import Partner
 from dataset.training import LabeledPair, RetrainSample
+from dataset.votes import CropVotes
+from model.cisc.calibration import Exponents
 from model.cisc.maps import class_region, cross_image_weight, masked_average_pooling
 from model.cisc.students import (
     ClassPixels,
@@ -212,7 +215,7 @@ def test_confidence_is_the_probability_of_the_label(net, samples):
     assert confidence[3, 8, 8] == probability[3, label, 8, 8]
     padding = samples.pseudo_label == IGNORE
     assert (confidence[padding] == 0).all()
-    predicted, most = predict_labels(net, samples.image, samples.pseudo_label)
+    predicted, most = predict_labels(net, samples, None)
     assert (predicted[padding] == IGNORE).all()
     assert torch.equal(predicted[~padding], probability.argmax(dim=1)[~padding])
     assert (most >= confidence).all()
@@ -222,6 +225,31 @@ def test_confidence_is_the_probability_of_the_label(net, samples):
     label, weight = Labeler(average, None, net)(samples)
     assert torch.equal(label, predicted)
     assert torch.equal(weight, (most >= 0.3).float())
+
+
+def test_votes_correct_the_running_average(net, samples):
+    """By hand at a pixel; padding alone is ignored, not what the stored label ignores."""
+    shown = torch.ones(4, 9, 9, dtype=torch.bool)
+    shown[:, :, 7:] = False
+    ratio = 2 * torch.randn(4, CLASSES, 3, 3).half()
+    voted = samples._replace(votes=CropVotes(ratio, shown))
+    settings = RetrainSection(labels="average", threshold=0.6)
+    label, weight = Labeler(settings, None, net, Exponents(0.8, 1.5))(voted)
+    assert (label[~shown] == IGNORE).all()
+    assert (samples.pseudo_label[shown] == IGNORE).any()
+    assert (label[shown] != IGNORE).all()
+    own = net(samples.image).logits.softmax(dim=1)
+    for y, x in ((0, 4), (4, 0), (4, 4)):  # where the ratios' places are
+        power = own[2, :, y, x] ** 0.8 * ratio[2, :, y // 4, x // 4].float().exp() ** 1.5
+        both = power / power.sum()
+        assert label[2, y, x] == both.argmax()
+        assert weight[2, y, x] == (both.max() >= 0.6)
+    assert 0 < weight.mean() < 1
+    labeler = Labeler(settings.model_copy(update={"mix": "none"}), None, net, Exponents(0.8, 1.5))
+    whole = student_batch(voted, labeler)
+    parts = replace(labeler, settings=labeler.settings.model_copy(update={"accumulate": 2}))
+    for one, other in zip(student_batch(voted, parts), whole, strict=True):
+        close(one, other)
 
 
 def test_pixels_of_each_class_are_counted():

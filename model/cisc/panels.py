@@ -196,7 +196,9 @@ class Panels:
         if sample.name not in self._truth:
             return image, "no true mask"
         unlabeled = {key.index: self._truth[sample.name]}
-        true = replace(self._samples, unlabeled=unlabeled, querier=None, read=read_sample)[key]
+        true = replace(
+            self._samples, unlabeled=unlabeled, querier=None, read=read_sample, votes=None
+        )[key]
         return _mark_errors(image, _ids(label), _ids(true.pseudo_label))
 
     def _errors(self, sample: Sample, image: Image.Image, ids: np.ndarray) -> Picture:

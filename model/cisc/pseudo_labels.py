@@ -163,6 +163,7 @@ class Opinions(NamedTuple):
     votes: Tensor | None  # None without votes
     both: Tensor  # what pseudo labels are the most probable class of
     features: Tensor | None = None  # (B, D) float, means of the voter's maps; None without votes
+    by_patch: Tensor | None = None  # (B, C, h, w) float, log ratios of the votes; None without
 
 
 def combine(log_posterior: Tensor, log_ratio: Tensor, exponents: Exponents) -> Tensor:
@@ -179,6 +180,19 @@ def combine(log_posterior: Tensor, log_ratio: Tensor, exponents: Exponents) -> T
     Source: docs/method.md, section 10.
     """
     return (exponents.teacher * log_posterior + exponents.votes * log_ratio).softmax(dim=1)
+
+
+def read_exponents(votes: Path | None) -> Exponents | None:
+    """Read from the folder of ``fit_votes`` how far votes are believed.
+
+    Returns:
+        None if there is no folder, or votes do not help.
+
+    Raises:
+        UserError: ``votes.json`` is missing or damaged.
+    """
+    fitted = {"votes": 0} if votes is None else read_votes(votes)
+    return Exponents(fitted["teacher"], fitted["votes"]) if fitted["votes"] else None
 
 
 def adjust(probability: Tensor, prior: Tensor, share: float) -> Tensor:
@@ -244,7 +258,7 @@ class PseudoLabeler:
             own = self._teacher.prior
             both = teacher if own is None else adjust(teacher, own, adjustment)
             return Opinions(teacher, None, both)
-        prior, (ratio, features) = self.voter.prior, self.voter.judge(images, size)
+        prior, (ratio, *others) = self.voter.prior, self.voter.judge(images, size)
         both = combine(self._teacher.log_posterior(teacher, prior), ratio, self._exponents)
         votes = combine(prior.log().view(1, -1, 1, 1), ratio, Exponents(1.0, self._exponents.votes))
-        return Opinions(teacher, votes, adjust(both, prior, adjustment), features)
+        return Opinions(teacher, votes, adjust(both, prior, adjustment), *others)

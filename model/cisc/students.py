@@ -2,9 +2,10 @@
 
 Retraining (stages 4 and 6) reads unlabeled images with their stored pseudo labels. ``Labeler``
 says which label each pixel has and how much it counts: the stored label, or that of the running
-average of the student; weight 1, or agreement with the CISC map of a labeled partner (the paper);
-0 where the probability of the label is below ``retrain.threshold``. ``student_batch`` adds the
-labeled images and mixes the strongly coloured views. ``train.py`` turns the result into a loss.
+average of the student, which stored votes may correct; weight 1, or agreement with the CISC map of
+a labeled partner (the paper); 0 where the probability of the label is below ``retrain.threshold``.
+``student_batch`` adds the labeled images and mixes the strongly coloured views. ``train.py`` turns
+the result into a loss.
 
 To change what a student is told about unlabeled images, this is the file.
 """
@@ -18,12 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from dataset.training import RetrainSample, parts
+from model.cisc.calibration import Exponents
 from model.cisc.maps import (
     class_region,
     cross_image_weight,
     masked_average_pooling,
     similarity_map,
 )
+from model.cisc.pseudo_labels import combine
+from model.ops.bilinear import resize
 from model.ops.layers import full_size
 from utils import IGNORE
 from utils.config.schema import RetrainSection
@@ -81,18 +85,20 @@ class Labeler:
         settings: labels, weight, threshold.
         teacher: frozen; None where neither weights nor threshold ask it (``needs_teacher``).
         average: running average of the student, which labels instead; None: stored labels.
+        exponents: of the running average and of the samples' votes; None: they have none.
     """
 
     settings: RetrainSection
     teacher: nn.Module | None = None
     average: nn.Module | None = None
+    exponents: Exponents | None = None
 
     def __call__(self, samples: RetrainSample) -> tuple[Tensor, Tensor]:
         """Return labels (B, H, W) long, 255 = ignored, and weights (B, H, W) float in [0, 1]."""
         label, probability = samples.pseudo_label, None
         features = None if self.teacher is None else self.teacher.extract(samples.image)
         if self.average is not None:
-            label, probability = predict_labels(self.average, samples.image, label)
+            label, probability = predict_labels(self.average, samples, self.exponents)
         elif self.settings.threshold:
             probability = label_probability(self.teacher, features, label)
         weight = torch.ones_like(label, dtype=torch.float32)
@@ -129,17 +135,26 @@ def needs_teacher(settings: RetrainSection) -> bool:
     return settings.weight == "cisc_map" or thresholded
 
 
-def predict_labels(average: nn.Module, images: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Label weak views by the running average: (B, H, W) long, and the labels' probabilities.
+def predict_labels(
+    average: nn.Module, samples: RetrainSample, exponents: Exponents | None
+) -> tuple[Tensor, Tensor]:
+    """Label weak views by the running average, and by the samples' votes where there are exponents.
 
-    Pixels that ``like``, (B, H, W) long, ignores (padding) stay ignored.
+    Returns:
+        (B, H, W) long, and the labels' probabilities. Pixels that a stored label ignores stay
+        ignored; with votes, which decide anew, those that are padding alone.
 
     Source: mean teacher (Tarvainen and Valpola, NeurIPS 2017), FixMatch (Sohn et al., NeurIPS
-    2020).
+    2020); votes: docs/method.md, section 10.
     """
     average.eval()
-    probability, ids = average(images).logits.softmax(dim=1).max(dim=1)
-    return ids.where(like != IGNORE, IGNORE), probability
+    probability, kept = average(samples.image).logits.softmax(dim=1), samples.pseudo_label != IGNORE
+    if exponents is not None:
+        ratio, kept = samples.votes
+        ratio = resize(ratio.float(), tuple(kept.shape[-2:]), align_corners=True)
+        probability = combine(probability.float().clamp_min(1e-6).log(), ratio, exponents)
+    probability, ids = probability.max(dim=1)
+    return ids.where(kept, IGNORE), probability
 
 
 def label_probability(teacher: nn.Module, features: Tensor, label: Tensor) -> Tensor:

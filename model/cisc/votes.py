@@ -236,6 +236,7 @@ class Judgement(NamedTuple):
 
     log_ratio: Tensor  # (B, C, H, W) float: see ``log_ratio``
     features: Tensor  # (B, D) float: means of the voter's maps
+    by_patch: Tensor  # (B, C, h, w) float: ``log_ratio`` where the voter has patches
 
 
 @dataclass(frozen=True)
@@ -263,9 +264,8 @@ class PatchVoter:
     def judge(self, images: Tensor, size: tuple[int, int]) -> "Judgement":
         """Vote on (B, 3, h, w) images, of their files' size, at (H, W)."""
         maps = self.encoder(images, self.factor)
-        votes = neighbour_votes(maps, self.patches)
-        ratio = resize(log_ratio(votes, self.prior), size)
-        return Judgement(ratio, maps.float().mean(dim=(2, 3)))
+        by_patch = log_ratio(neighbour_votes(maps, self.patches), self.prior)
+        return Judgement(resize(by_patch, size), maps.float().mean(dim=(2, 3)), by_patch)
 
     def without(self, samples: Sequence[Sample]) -> "PatchVoter":
         """Return the voter without the patches of some labeled images."""

@@ -296,7 +296,8 @@ class RetrainSection(TrainingSection):
     start: Literal["encoder", "teacher"] = "teacher"
     # Pseudo labels: stored by stages 2 and 5; or predicted in each iteration by the running average
     # of the student, which is then the network that is validated and kept. Pixels that a stored
-    # label ignores stay ignored.
+    # label ignores stay ignored. Where votes help, stage 2 stores them, too, and they correct the
+    # running average: 'threshold' is then of both together, and the stored labels are not read.
     labels: Literal["stored", "average"] = "stored"
     average_decay: float = Field(0.99, ge=0, lt=1)  # of the running average, an iteration
     # Pixels of pseudo labels whose probability is lower count with weight 0.

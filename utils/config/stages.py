@@ -37,6 +37,7 @@ READERS: Mapping[str, tuple[int, ...]] = {
     "select": (3,),
     "select.score": (1, 3),  # 'stability' keeps earlier networks of stage 1
     "retrain": STUDENTS,
+    "retrain.labels": (2, *STUDENTS),  # stage 2 stores votes for 'average'
     "inference": ALL,
     "evaluate": TRAINING,
     "panels": (),

@@ -110,10 +110,10 @@ class Progress:
 
 
 class Journal:
-    """The masks that an unfinished labeling has written, and what it found of their images.
+    """The files that an unfinished labeling has written, and what it found of their images.
 
-    A line is added once its mask is there, and has its size: after a power cut a mask that the disk
-    has no more than a part of is written again.
+    A line is added once its files are there, and has their sizes: after a power cut a mask that the
+    disk has no more than a part of is written again.
 
     Args:
         stage: its ``unfinished`` folder keeps a file a process, ``masks.0.jsonl`` and so on.
@@ -124,21 +124,24 @@ class Journal:
         self._one_at_a_time = Lock()
 
     def read(self) -> dict[str, Any]:
-        """Return what was found of every image whose mask is there, whichever process wrote it."""
+        """Return what was found of every image whose files are there, by any process."""
         files = sorted(self._stage.unfinished.glob("masks.*.jsonl"))
         records = [record for file in files for record in read_records(file)]
         return {r["image"]: r["found"] for r in records if self._is_there(r)}
 
     def add(
-        self, images: Sequence[str], masks: Sequence[Path], found: Sequence[Mapping[str, Any]]
+        self,
+        images: Sequence[str],
+        files: Sequence[Sequence[Path]],
+        found: Sequence[Mapping[str, Any]],
     ) -> dict[str, Any]:
-        """Keep what was found, as JSON has it, of a batch whose masks are written.
+        """Keep what was found, as JSON has it, of a batch; the files of each image are written.
 
         Returns it by image. Threads may call it.
         """
-        names = [mask.relative_to(self._stage.folder).as_posix() for mask in masks]
-        sizes = [mask.stat().st_size for mask in masks]
-        rows = zip(images, found, names, sizes, strict=True)
+        folder = self._stage.folder
+        sizes = [{x.relative_to(folder).as_posix(): x.stat().st_size for x in own} for own in files]
+        rows = zip(images, found, sizes, strict=True)
         lines = [json.dumps(dict(zip(_KEYS, row, strict=True))) for row in rows]
         with self._one_at_a_time:
             # A kill may have cut the last line short: the next one begins anew.
@@ -148,10 +151,12 @@ class Journal:
 
     def _is_there(self, record: dict[str, Any]) -> bool:
         whole = all(isinstance(record.get(key), kind) for key, kind in _KEYS.items())
-        path = self._stage.folder / record["mask"] if whole else None
-        # A power cut may have left a part of a mask.
-        return whole and path.is_file() and path.stat().st_size == record["bytes"]
+        files = record["files"] if whole else {}
+        paths = [self._stage.folder / name for name in files]
+        # A power cut may have left a part of a file.
+        sizes = [path.stat().st_size for path in paths if path.is_file()]
+        return bool(files) and sizes == [*files.values()]
 
 
 # Of a line of the journal.
-_KEYS = {"image": str, "found": dict, "mask": str, "bytes": int}
+_KEYS = {"image": str, "found": dict, "files": dict}  # sizes by path

@@ -53,9 +53,9 @@ _CONTINUED = ("stage.json", f"{_UNFINISHED}/resume.pth", f"{_UNFINISHED}/masks.*
 # What stages leave in their folders; other files there are the user's.
 _MADE = (
     "votes.json",
-    *("checkpoint.pth", "earlier_[12].pth", "masks/**/*.png", "confidence.csv", "doubt.csv"),
-    *("features.npz", "reliable.txt", "unreliable.txt", "query_index.json"),
-    *("unlabeled_scores.csv", "labeled_scores.csv"),
+    *("checkpoint.pth", "earlier_[12].pth", "masks/**/*.png", "votes/**/*.npy"),
+    *("confidence.csv", "doubt.csv", "features.npz", "reliable.txt", "unreliable.txt"),
+    *("query_index.json", "unlabeled_scores.csv", "labeled_scores.csv"),
 )
 # What they draw; it is neither compared nor counted as what later stages are made from.
 _DRAWN = (
