@@ -107,6 +107,9 @@ def test_the_error_is_that_of_a_mean_over_images():
     assert fit.miou == pytest.approx((2 / 3 + 1 / 2) / 2)
 
 
+FRAMES = (r"patient\d+_frame\d+", r"(patient\d+)_frame\d+")
+
+
 def sample(name: str) -> Sample:
     return Sample(name, Path(name), Path(name))
 
@@ -121,6 +124,8 @@ def test_folds_share_out_the_images_and_keep_groups_together():
     groups = [{group_of(x, r"patient\d+") for x in fold} for fold in grouped]
     assert not set.intersection(*groups)
     assert sum(map(len, groups)) == 6
+    volume, patient = (group_of(sample("patient3_frame1_z2"), x) for x in FRAMES)
+    assert (volume, patient) == ("patient3_frame1", "patient3")
     assert draw_folds(labeled[:5], r"patient\d+", RandomStreams(0, "folds")) == []
     assert draw_folds(labeled[:1], None, RandomStreams(0, "folds")) == []
 

@@ -92,9 +92,13 @@ def draw_folds(
 
 
 def group_of(sample: Sample, groups: str | None) -> str:
-    """Return the group of an image; its name where no expression finds one."""
+    r"""Return what an image is left out with: its group, or what a bracket of the expression finds.
+
+    '(patient\d+)_frame\d+' groups the slices of a volume, and leaves out whole patients. An image
+    in whose name nothing is found is a group of its own.
+    """
     found = re.search(groups, sample.name) if groups else None
-    return found[0] if found else sample.name
+    return sample.name if found is None else found[min(1, len(found.groups()))]
 
 
 def fit_exponents(pixels: HeldOut) -> Fit:

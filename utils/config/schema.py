@@ -145,7 +145,7 @@ class DatasetSection(Section):
     test: str | None = None  # image and mask a line; scored once, when a run ends; null: none
     # Regular expression that finds an image's group in its name, as 'patient\d+_frame\d+' the
     # volume that a slice is of: scores are also reported by group, and votes are fitted on whole
-    # groups left out. null: every image is a group of its own.
+    # groups left out; on whole patients with '(patient\d+)_frame\d+'. null: every image is a group.
     groups: Pattern | None = None
     # Names of a custom kind, by class id.
     classes: ClassNames | None = None
