@@ -19,7 +19,7 @@ UNLIKE = ("log.txt", "environment.json", "lock", "lock.holder")
 
 
 def run_stages(outdir, lists, *words, from_stage=None):
-    """Do three stages; what a stage makes tells its lists and settings. Return those done."""
+    """Do four stages; what a stage makes tells its lists and settings. Return those done."""
     settings = [f"outdir={outdir}", "device=cpu", "precision=fp32", "tensorboard=false", *words]
     config, done = read_config("demo.yaml", settings), []
 
@@ -35,6 +35,7 @@ def run_stages(outdir, lists, *words, from_stage=None):
 
     with Run(config, from_stage, lists=lists) as run:
         run.stage("1_supervised", work, "labeled")
+        run.stage("1_fold_1", work, "labeled")
         run.stage("2_pseudo_label", work, "labeled", "unlabeled")
         run.stage("6_retrain", work, "labeled", "unlabeled")
         run.finish()
@@ -57,7 +58,7 @@ def contents(folder):
     return found
 
 
-ALL = ["1_supervised", "2_pseudo_label", "6_retrain"]
+ALL = ["1_supervised", "1_fold_1", "2_pseudo_label", "6_retrain"]
 
 
 def test_more_labels_begin_a_round_and_the_result_stays(tmp_path, capsys):
@@ -91,8 +92,10 @@ def test_more_labels_begin_a_round_and_the_result_stays(tmp_path, capsys):
 def test_stages_that_saw_only_what_has_not_changed_are_kept(tmp_path, capsys):
     run = tmp_path / "demo"
     run_stages(tmp_path, FIRST)
-    assert run_stages(tmp_path, OTHERS, LAST) == ALL[1:]
-    assert "is in " + f"{run}/rounds/1; 1_supervised kept, later" in capsys.readouterr().out
+    assert run_stages(tmp_path, OTHERS, LAST) == ALL[2:]
+    assert (
+        "is in " + f"{run}/rounds/1; 1_supervised, 1_fold_1 kept, later" in capsys.readouterr().out
+    )
     assert (run / "rounds/1/1_supervised/checkpoint.pth").read_text() == "25"
     assert (run / "1_supervised/checkpoint.pth").samefile(
         run / "rounds/1/1_supervised/checkpoint.pth"

@@ -1,7 +1,7 @@
 """What the report knows of a run, read from its folder; what is missing there is missing here."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -78,8 +78,8 @@ class RunFolder:
 
     @property
     def mious(self) -> dict[str, float]:
-        """The mIoU of each training stage that has ended, in percent."""
-        return {k: 100 * v["miou"] for k, v in self.stages.items() if v.get("miou") is not None}
+        """The mIoU on val of each training stage that has ended, in percent."""
+        return {name: 100 * self.stages[name]["miou"] for name in _validated(self.stages)}
 
     @cached_property
     def selection(self) -> tuple[list[float], int]:
@@ -101,7 +101,7 @@ def read_run(folder: Path) -> RunFolder:
         UserError: it is none; no training stage has ended; a file of it is damaged.
     """
     config, stages = read_kept(folder), read_stages(folder)
-    trained = [name for name, report in stages.items() if report.get("miou") is not None]
+    trained = _validated(stages)
     if not trained:
         raise UserError(f"{folder}: no stage has ended; continue the run first")
     places = [folder / "val" / name for name in trained]
@@ -125,6 +125,12 @@ def read_run(folder: Path) -> RunFolder:
         read_diagnosis(folder),
         [read_run(ended) for ended in rounds_of(folder)],
     )
+
+
+def _validated(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the stages with an mIoU on val; folds have theirs on labeled images."""
+    scored = [name for name, report in stages.items() if report.get("miou") is not None]
+    return [name for name in scored if "fold" not in name]
 
 
 def _predictions(place: Path, root: str) -> Predictions:

@@ -446,7 +446,9 @@ class Run:
         if ended is None and self._kept() and self._goes_on():
             found = find_changes(self.folder, self.config, self._lists, self.device)
             first = min(number for numbers in found.values() for number in numbers)
-            ended = end_round(self.folder, STAGES[: first - 1])
+            earlier = _numbered(range(1, first))
+            there = [name for name in earlier if (self.folder / name).is_dir()]
+            ended = end_round(self.folder, there)
         if ended is not None:
             self.log.say(tell_round(self.folder, ended))
         kept, lists = self._kept(), self._lists
