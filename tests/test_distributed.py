@@ -34,6 +34,7 @@ from utils.config.schema import OptimizerSection
 from utils.device import Device
 from utils.errors import Stopped
 from utils.evaluation import ConfusionMatrix
+from utils.files import write_json
 from utils.optimization import Optimization
 from utils.run.signals import defer_signals, stop_here
 from utils.run.stages import Run
@@ -209,6 +210,8 @@ def test_files_of_labeling_and_selection_are_those_of_one_process(together, conf
     teacher = tmp_path / "teacher"
     net = network_of(config().model, 7, pretrained=None)
     checkpoint.save(teacher / "checkpoint.pth", {"model": net.state_dict()})
+    votes = tmp_path / "2_votes"
+    write_json(votes / "votes.json", {"factor": 4.0, "teacher": 1.0, "votes": 1.0})
 
     def infer():
         settings = config(f"name=of{dist.world()}", "inference.batch_size=2", "query.exclude=[]")
@@ -216,7 +219,8 @@ def test_files_of_labeling_and_selection_are_those_of_one_process(together, conf
         rule = QueryRule.of(settings.query, dataset_info(settings.dataset))
         index = build_query_index(splits.labeled, rule)
         with Run(settings) as run:
-            inputs = teacher, splits, splits.unlabeled
+            labeling = train.Labeling(teacher, votes, stores_votes=True)
+            inputs = labeling, splits, splits.unlabeled
             masks = run.stage("2_pseudo_label", train.write_pseudo_labels, *inputs)
             labeled = with_pseudo_masks(splits.unlabeled, masks / "masks")
             run.stage("3_select", train.select, teacher, splits, labeled, index)
@@ -227,7 +231,8 @@ def test_files_of_labeling_and_selection_are_those_of_one_process(together, conf
     outcomes = [together(count, infer) for count in (1, 2, 3)]
     ((folder, score),) = outcomes[0]
     files = made(folder)
-    assert len(files) == 10 + 3 + 5  # masks, and three files about them; what stage 3 leaves
+    # Masks and votes, and three files about them; what stage 3 leaves.
+    assert len(files) == 10 + 10 + 3 + 5
     for processes in outcomes[1:]:
         assert made(processes[0][0]) == files
         assert all(other == score for _, other in processes)
