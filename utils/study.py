@@ -54,7 +54,6 @@ LADDER = (
     "retrain.start=teacher",  # on equal terms with what starts from stage 1
     "retrain.mix=unlabeled pseudo_label.threshold=0.6",
     "retrain.weight=ones",
-    "pseudo_label.neighbours=true",
 )
 
 
@@ -92,7 +91,7 @@ def read_rows(methods: Sequence[str]) -> list[Row]:
 
     Args:
         methods: names of overlays, each with settings of its own after spaces, and ``tried=N``; or
-            ``ladder``.
+            ``ladder``, whose last row takes the settings after it.
 
     Raises:
         UserError: no such method, one that is named twice, a setting that the study makes.
@@ -103,8 +102,10 @@ def read_rows(methods: Sequence[str]) -> list[Row]:
         if method == "ladder":
             steps = [" ".join(LADDER[: n + 1]).split() for n in range(len(LADDER))]
             rows += [Row(" ".join(["cisc", *step]), "cisc", tuple(step)) for step in steps]
-            rows.append(Row("cisc_patch", "cisc_patch"))  # without the consistency loss, too
-            continue
+            # Without the consistency loss of stage 1; then with votes.
+            silent = "pseudo_label.neighbours=false"
+            rows.append(Row(f"cisc_patch {silent}", "cisc_patch", (silent,)))
+            method = "cisc_patch"
         if method not in METHODS:
             raise UserError(f"--methods: '{method}' is not one of {', '.join(METHODS)}, ladder")
         for word in words:
