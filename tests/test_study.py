@@ -68,8 +68,8 @@ def test_the_ladder_changes_one_thing_a_row_from_the_paper_to_ours(tmp_path):
         {"retrain.start"},
         {"retrain.mix", "pseudo_label.threshold"},
         {"retrain.weight"},
-        {"pseudo_label.neighbours"},
         {"method", "supervised.consistency"},
+        {"pseudo_label.neighbours"},
     ]
     assert rows[0] | {"name": ""} == plain("cisc", tmp_path)
     assert rows[-1] | {"name": ""} == plain("cisc_patch", tmp_path)
