@@ -13,7 +13,7 @@ from dataset.catalog import KINDS
 from dataset.lists import mask_file, read_list
 from dataset.splits import __main__ as program
 from dataset.splits.suggest import cluster, count_images, suggest
-from utils.files import write_csv
+from utils.files import write_csv, write_json
 
 GIVEN = ("suggest", "--count", "1")
 
@@ -77,6 +77,7 @@ def run(tmp_path, demo_root):
         mask.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(sample.mask, mask)
     stage, classes = folder / "2_pseudo_label", KINDS["demo"].classes
+    write_json(folder / "2_votes" / "votes.json", {"factor": 1.0, "teacher": 1.0, "votes": 1.0})
     doubts = {names[3]: ("mug", 0.31), names[7]: ("ball", 0.4)}
     rows = []
     for name in names:
@@ -116,6 +117,13 @@ def test_suggestions_of_a_run(run, answer, demo_root):
     told = refusal(answer, program, "suggest", folder, "--count", "3")
     assert "list.txt: is there with other lines" in told
     answer(program, "suggest", folder, "--count", "10", "--out", folder / "all")
+
+
+def test_where_votes_do_not_help_the_teacher_alone_is_in_doubt(run, answer):
+    folder, _ = run
+    write_json(folder / "2_votes" / "votes.json", {"factor": 1.0, "teacher": 1.0, "votes": 0.0})
+    said = answer(program, *GIVEN, folder)
+    assert ": the teacher is unsure of 'mug' (0.31), in " in said[1]
 
 
 def test_images_that_have_a_label_by_now_are_left_out(run, answer, demo_root, tmp_path):

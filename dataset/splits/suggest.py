@@ -15,7 +15,7 @@ from dataset.pseudo_labels import STAGES, read_pseudo_labels
 from utils.errors import UserError
 from utils.files import write_csv
 from utils.panels import overlay, panel, save
-from utils.run.folder import ImageDoubt, read_doubt
+from utils.run.folder import ImageDoubt, read_doubt, read_votes
 
 _ROUNDS = 50  # of k-means, at most
 
@@ -150,7 +150,7 @@ def write_suggestions(run: Path, count: int, out: Path) -> list[str]:
         for sample, each in zip(chosen, found, strict=True)
     ]
     write_csv(out / "images.csv", head, rows)
-    voted = labels.config.pseudo_label.neighbours
+    voted = labels.config.pseudo_label.neighbours and read_votes(run / "2_votes")["votes"] > 0
     who = "teacher and votes disagree on" if voted else "the teacher is unsure of"
     whys = [
         f"{who} '{row[2]}' ({row[3]:.2f}), in {row[4]} of {len(labeled)} labeled images; cluster "
