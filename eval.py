@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 
+from dataset.lists import files_of
 from model import Segmenter
 from model.diagnosis import diagnose
 from model.inference import compare, evaluate, evaluate_masks, segment
@@ -27,7 +28,7 @@ from utils.config.schema import Config
 from utils.device import Device, fixed_order
 from utils.diagnosis import lay_out_diagnosis
 from utils.distributed import broadcast, on_rank_zero, process_group
-from utils.errors import Parser, UserError, exit_with_one_line
+from utils.errors import Parser, UserError, exit_with_one_line, refuse_repeated
 from utils.evaluation import lay_out_scores
 from utils.export import export
 from utils.files import write_json
@@ -107,6 +108,7 @@ def read_arguments() -> argparse.Namespace:
     arguments.settings = [word for word, is_file in pairs if not is_file]
     if arguments.groups is not None:
         arguments.settings.append(f"dataset.groups={json.dumps(arguments.groups)}")
+    refuse_repeated(arguments.checkpoints)
     given = [key for key in _TOGETHER if getattr(arguments, key[2:].replace("-", "_"))]
     given += [_SEVERAL] * (len(arguments.checkpoints) > 1 and not arguments.ensemble)
     for one, other in combinations(given, 2):
@@ -132,6 +134,9 @@ def refuse_places(arguments: argparse.Namespace, configs: Mapping[str, Config]) 
     read = {f"dataset.root of {name}": configs[name].dataset.root for name in configs}
     read |= {f"checkpoint {name}": name for name in configs}
     read |= {name: getattr(arguments, name[2:]) for name in _READ}
+    if arguments.images is not None and not arguments.images.is_dir():
+        # What fits a pattern may lie in --out: the user's pictures, or what an earlier call wrote.
+        read |= {f"the picture {file} of --images": file for file in files_of(arguments.images)}
     written = [
         Output("--save-masks", arguments.save_masks),
         Output("--json", arguments.json, [".json"]),

@@ -89,9 +89,8 @@ def find_pictures(
     """
     if place.is_dir():
         folder, candidates = place, place.rglob("*")
-    else:  # a file fits itself, whatever letters its name has
-        fitting = glob(str(place), recursive=True)  # noqa: PTH207 - Path takes no whole pattern
-        candidates = [place] if place.is_file() else [Path(name) for name in fitting]
+    else:
+        candidates = files_of(place)
         folder = Path(os.path.commonpath([x.parent for x in candidates] or ["."]))
     found = pictures_among(candidates, folder)
     if not found:
@@ -105,6 +104,12 @@ def find_pictures(
             raise UserError(f"{other}: {one.name} has this name too and would share its mask")
     names = (path.relative_to(folder).as_posix() for path in found)
     return [Sample(*pair, None, pixels=pixels) for pair in zip(names, found, strict=True)]
+
+
+def files_of(pattern: Path) -> list[Path]:
+    """List what fits a pattern, such as ``photos/*.jpg``; a file fits itself, whatever its name."""
+    fitting = glob(str(pattern), recursive=True)  # noqa: PTH207 - Path takes no whole pattern
+    return [pattern] if pattern.is_file() else [Path(name) for name in fitting]
 
 
 def pictures_among(files: Iterable[Path], folder: Path) -> list[Path]:

@@ -1,14 +1,13 @@
 """The pseudo labels that a run leaves in its folder."""
 
-from csv import DictReader
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from dataset.catalog import DatasetInfo, dataset_info
 from dataset.lists import Sample, find_root, mask_file
 from utils.config.schema import Config
 from utils.errors import UserError
-from utils.run.folder import read_kept
+from utils.run.folder import number_in, read_kept, read_table, stage_again
 
 STAGES = ("2_pseudo_label", "5_relabel")  # the later one counts where it has an image
 
@@ -27,7 +26,7 @@ def read_pseudo_labels(run: Path) -> PseudoLabels:
     """Find the last pseudo labels of a run.
 
     Raises:
-        UserError: no run, no data, or no pseudo labels.
+        UserError: no run, no data, or no pseudo labels; a damaged table.
     """
     config = read_kept(run)
     kind, root = dataset_info(config.dataset), find_root(config.dataset)
@@ -35,10 +34,11 @@ def read_pseudo_labels(run: Path) -> PseudoLabels:
     for table in (run / stage / "confidence.csv" for stage in STAGES):
         if not table.is_file():  # a stage that has not ended
             continue
-        with table.open(encoding="utf-8", newline="") as file:
-            found = {row["image"]: float(row["confidence"]) for row in DictReader(file)}
-        confidence |= found
-        for name in found:
+        again = stage_again(table.parent.name)
+        for name, cell in read_table(table, ("image", "confidence"), again)[1]:
+            if {"..", "/"} & {*PurePosixPath(name).parts}:
+                raise UserError(f"{table}: {name} leaves the data root; {again}")
+            confidence[name] = number_in(cell, table, again, low=0)
             sample = Sample(name, root / name, None, pixels=kind.pixels)
             samples[name] = sample._replace(mask=mask_file(table.parent / "masks", sample))
     if not samples:

@@ -6,6 +6,7 @@ mask, confidence = net("photo.jpg")
 
 import json
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ from utils.evaluation import Average, Predictor
 from utils.hub import find_checkpoint, upload
 from utils.panels import in_colour, overlay
 from utils.run.comparison import portable
+from utils.run.folder import run_of
 
 Colour = tuple[int, int, int]  # red, green, blue in 0-255
 
@@ -121,9 +123,10 @@ class Segmenter:
         checkpoint.refuse_smp(weights, path)
         words = []
         if classes is not None:
-            if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+            names = [classes] if isinstance(classes, str) else list(classes)
+            if isinstance(classes, str) or not all(isinstance(name, str) for name in names):
                 raise UserError(f"classes: {classes!r} is no list of names; give one a class")
-            words += ["dataset.kind=custom", f"dataset.classes={json.dumps(list(classes))}"]
+            words += ["dataset.kind=custom", f"dataset.classes={json.dumps(names)}"]
         for key, value in keys.items():
             whole = key if key in ("device", "precision") else f"inference.{key}"
             words.append(f"{whole}={_as_json(key, value)}")
@@ -149,8 +152,10 @@ class Segmenter:
             nets: of the same classes and preprocessing; config, colours and device are the first's.
 
         Raises:
-            UserError: classes or preprocessing differ.
+            UserError: none are given, or no networks; classes or preprocessing differ.
         """
+        if not nets or not all(isinstance(net, Segmenter) for net in nets):
+            raise UserError("ensemble: give a list of networks, as Segmenter.load returns them")
         first, *others = nets
         for other in others:
             if (other.classes, other.preprocessing) != (first.classes, first.preprocessing):
@@ -189,7 +194,13 @@ class Segmenter:
         return ids[0].cpu().numpy(), confidence[0].cpu().numpy()
 
     def segment(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ids and probabilities, (B, H, W), of normalised images, (B, 3, H, W)."""
+        """Return ids and probabilities, (B, H, W), of normalised images, (B, 3, H, W).
+
+        Raises:
+            UserError: the network is in training mode, which would change its running statistics.
+        """
+        if self.net.training:
+            raise UserError("net: is in training mode; call net.eval() of the network first")
         probabilities = self.predict(images, tuple(images.shape[-2:]))
         # The first of equal probabilities, as in validation.
         return probabilities.argmax(dim=1).byte(), probabilities.amax(dim=1)
@@ -221,9 +232,11 @@ class Segmenter:
                 ``config.json`` and ``model.safetensors`` as on the Hugging Face hub.
 
         Raises:
-            UserError: another suffix, or the place cannot be written to.
+            UserError: another suffix, a file of a run, or the place cannot be written to.
         """
         path = Path(path)
+        if (run := run_of(Path(os.path.realpath(path)))) is not None:
+            raise UserError(f"{path}: is of the run in {run}; name another place")
         if isinstance(self.predict, Average):
             raise UserError(f"{path}: an ensemble is several networks; save each of them")
         if path.suffix not in checkpoint.SUFFIXES:

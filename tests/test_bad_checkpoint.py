@@ -1,5 +1,8 @@
+import errno
 import json
+import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -126,6 +129,14 @@ def test_predictions_go_elsewhere(complaint, trained, demo_root, tmp_path):
     for out in (photos, photos / "seg", tmp_path):  # the last one's masks would be pictures, too
         line = complaint(eval_program, trained, "--images", photos, "--out", out)
         assert line.startswith("error: --out: ")
+    made = tmp_path / "seg" / "overlays" / "a.jpg"  # of an earlier call
+    for picture, out in ((photos / "a.png", tmp_path), (made, made.parents[1])):
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 48)).save(picture)
+        line = complaint(eval_program, trained, "--images", tmp_path / "**" / "*.*", "--out", out)
+        assert line.startswith("error: --out: ")
+        assert f"would lie where the picture {picture} of --images is read" in line
+        picture.unlink()
     data = f"dataset.root={demo_root}"
     for words in (
         ["--save-masks", demo_root],
@@ -139,6 +150,15 @@ def test_predictions_go_elsewhere(complaint, trained, demo_root, tmp_path):
     assert not root.exists()
     words = ["--images", photos, "--out", photos, "--export", tmp_path / "n.pt2"]
     assert "--export and --images do not go together" in complaint(eval_program, trained, *words)
+
+
+def test_what_the_system_does_not_let_read_is_told(complaint, trained, monkeypatch):
+    def closed(_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(zipfile, "is_zipfile", closed)
+    line = complaint(eval_program, trained)
+    assert line.startswith(f"error: {trained}: cannot read this file (Permission denied); ")
 
 
 def test_weights_that_are_not_finite_are_refused(complaint, trained, tmp_path):

@@ -197,6 +197,7 @@ APART = [
         (["eval"], ["name a checkpoint, such as outdir/"]),
         (["eval", "--masks", "x"], ["--masks: takes --config FILE and no checkpoint"]),
         (["eval", "nowhere.pth", "--save", "confidence"], ["--save: goes with --images"]),
+        (["eval", "no.pth", "./no.pth"], ["./no.pth: is named twice; name it once"]),
         (["eval", "nowhere.pth"], ["nowhere.pth: no such checkpoint"]),
         (["eval", "nowhere.pth", "--jsn", "x"], ["unrecognized arguments: --jsn"]),
         (["eval", "nowhere.pth", "--out", "x"], ["--images and --out go together"]),

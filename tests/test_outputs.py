@@ -38,6 +38,7 @@ def answer_to(path: str, suffixes: list[str] = JSON) -> str:
         ("other.pth", "is there and is no .json file"),
         ("run", "run is a folder; name a file .json"),
         ("b.pth/new.json", "where checkpoint is read"),
+        ("~/new.json", "would be in a folder called ~"),
         ("notes/new.json", "notes is no folder"),
     ],
 )

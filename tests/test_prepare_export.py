@@ -165,6 +165,26 @@ def test_chosen_images_alone(run, answer, tmp_path, tool):
     assert ": 1 images; " in said[0]
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"image,confidence\nphotos/a.jpg,x\n", "'x' is no such number"),
+        (b"image,confidence\nphotos/a.jpg,nan\n", "'nan' is no such number"),
+        (b"image,confidence\nphotos/a.jpg\n", ":2: has not 2 cells"),
+        (b"image,confidence\n../a.jpg,1\n", "../a.jpg leaves the data root"),
+        (b"a,b\n", "its columns are not image, confidence"),
+        (b"\xff\xfe", "cannot read this file (no table)"),
+    ],
+)
+def test_a_damaged_table_is_named(run, answer, content, told):
+    table = run / "2_pseudo_label" / "confidence.csv"
+    table.write_bytes(content)
+    line = refusal(answer, program, "export-labels", run, "--to", "cvat")
+    assert line.startswith(f"{table}")
+    assert told in line
+    assert line.endswith("with --from-stage 2")
+
+
 def test_export_that_cannot_be(run, answer, tmp_path):
     def told(folder, *words):
         return refusal(answer, program, "export-labels", folder, "--to", "cvat", *words)
@@ -173,6 +193,7 @@ def test_export_that_cannot_be(run, answer, tmp_path):
     (tmp_path / "list.txt").write_text("photos/e.jpg\n")
     assert "photos/e.jpg has no pseudo label" in told(run, "--images", tmp_path / "list.txt")
     assert "is there already; move it away" in told(run, "--out", tmp_path)
+    assert "is of the run in" in told(run, "--out", run / "2_pseudo_label" / "x")
     for stage in ("2_pseudo_label", "5_relabel"):
         (run / stage / "confidence.csv").unlink()
     assert "has no pseudo labels; stage 2" in told(run)

@@ -401,14 +401,20 @@ def test_source_that_is_damaged(source, labels):
     ("words", "told"),
     [
         (["--val", "2"], "--val: '2' is no share between 0 and 1"),
+        (["--val", "1e-999999999"], "--val: '1e-999999999' is no share between 0 and 1"),
+        (["--classes", "a,,b"], "--classes: a class without a name in 'a,,b'"),
         (["--classes", "a,a"], "--classes: two classes have one name"),
         (["--classes", "a"], "has 1 classes"),
+        (["--classes", ",".join(f"class {n}" for n in range(300))], "has 300 classes"),
+        (["--classes", "binary.txt"], "binary.txt: cannot read this as UTF-8 text ("),
         (["--class-map", "{"], "--class-map: '{' is not YAML"),
         (["--class-map", "{70000: a}"], "--class-map: '{70000: a}' is not allowed: ids in mask"),
         (["--images", "gone"], "gone: no picture is here; name their folder with --images DIR"),
     ],
 )
-def test_words_that_are_wrong(source, labels, words, told):
+def test_words_that_are_wrong(source, labels, words, told, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
     labelme(source, "a", [("disc", corners(0, 0, 1, 3), {})])
     assert told in refusal(labels, "labelme", source, *words)
 

@@ -184,6 +184,8 @@ def test_the_command_line(run, complaint, tmp_path, run_program):
     assert done.stdout == f"{run / 'report.html'}: open it in a browser\n"
     assert (run / "report.html").read_text().startswith("<!doctype html>")
     assert "--out: missing" in complaint(report_program, run, run)
+    twice = complaint(report_program, run, run, "--out", tmp_path / "page.html")
+    assert twice == f"error: {run}: is named twice; name it once"
     assert "is no run folder" in complaint(report_program, tmp_path)
 
 

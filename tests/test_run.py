@@ -332,6 +332,14 @@ def test_changed_files_are_refused_by_size_by_time_or_to_verify(tmp_path):
     assert refusal(run_stages, settings).startswith(line)
 
 
+def test_a_file_that_is_gone_when_its_stage_ends_is_told(tmp_path):
+    with Run(config(tmp_path)) as run:
+        path = run.stage("1_supervised", lambda _: {"miou": 0.5}) / "checkpoint.pth"
+        line = refusal(run.digest, path)
+    assert line.startswith(f"{path}: was gone when its stage ended; ")
+    assert line.endswith("with --from-stage 1")
+
+
 def test_the_disk_has_all_files_before_the_stage_has_ended(tmp_path, monkeypatch):
     ended = []
     folder = tmp_path / "demo"

@@ -236,6 +236,28 @@ def test_wrong_arguments_are_refused(net, weights, tmp_path):
     assert found.classes == net.classes
 
 
+def test_a_network_is_not_saved_over_one_of_a_run(net, tmp_path):
+    for file in ("run/config.yaml", "run/lists.json", "run/6_retrain/checkpoint.pth"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    line = refusal(net.save, tmp_path / "run" / "6_retrain" / "checkpoint.pth")
+    assert "is of the run in" in line
+    assert (tmp_path / "run" / "6_retrain" / "checkpoint.pth").read_bytes() == b""
+
+
+@pytest.mark.parametrize("nets", [[], "net.pth", ["net.pth"]])
+def test_what_is_no_ensemble_is_refused(nets):
+    assert refusal(Segmenter.ensemble, nets).startswith("ensemble: give a list of networks")
+
+
+def test_a_network_left_in_training_mode_is_told(weights, pixels):
+    net = Segmenter.load(weights, classes=(f"class {n}" for n in range(7)))  # any iterable
+    net.net.train()
+    before = {key: value.clone() for key, value in net.net.state_dict().items()}
+    assert refusal(net, pixels).startswith("net: is in training mode")
+    assert same(net.net.state_dict(), before)
+
+
 @pytest.mark.parametrize(
     ("mask", "told"),
     [

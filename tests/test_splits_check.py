@@ -66,8 +66,12 @@ def test_classes_are_counted_by_hand(rows):
     assert (found["unreachable"], found["hardly_reachable"]) == (["tram"], [])
 
 
-def test_table_and_json_hold_the_same(rows, answer, tmp_path):
-    words = "--config", "demo.yaml", *rows, "--json", tmp_path / "audit.json"
+def test_table_and_json_hold_the_same(rows, answer, complaint, tmp_path, tmp_path_factory):
+    file = tmp_path_factory.mktemp("out") / "audit.json"
+    inside = complaint(program, "check", "--config", "demo.yaml", *rows, "--json", tmp_path / "a")
+    assert "--json: " in inside
+    assert "would lie where dataset.root is read" in inside
+    words = "--config", "demo.yaml", *rows, "--json", file
     assert answer(program, "check", *rows[:2], *words) == [
         "list         images   ignored pixels",
         "labeled           4          12.500%",
@@ -86,7 +90,7 @@ def test_table_and_json_hold_the_same(rows, answer, tmp_path):
         "predicted",
         "nothing found that training would refuse",
     ]
-    found = json.loads((tmp_path / "audit.json").read_text())
+    found = json.loads(file.read_text())
     assert found["classes"][2] == {"name": "bus", "share": 10 / 350, "images": 1, "partners": 1}
     assert found["unreachable"] == ["tram"]
     assert found == json.loads(json.dumps(look(rows)))

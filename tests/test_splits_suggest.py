@@ -148,6 +148,14 @@ def test_suggestions_that_cannot_be(run, answer, tmp_path):
     assert "seed=1: suggest takes no settings" in refusal(
         answer, program, "suggest", folder, "seed=1"
     )
+    (tmp_path / "sheet.png").write_text("another program's")
+    for out, told in (
+        (tmp_path, f"{tmp_path / 'sheet.png'}: is there already; move it away, or name another"),
+        (folder / "2_pseudo_label", "is of the run in"),  # its tables are not written over
+    ):
+        line = refusal(answer, program, *GIVEN, folder, "--out", out)
+        assert told in line
+    assert (tmp_path / "sheet.png").read_text() == "another program's"
     place = folder / "2_pseudo_label"
     (place / "features.npz").write_bytes(b"PK garbage")
     line = refusal(answer, program, *GIVEN, folder)

@@ -101,6 +101,10 @@ def test_labeled_lists_of_the_same_size_are_drawn_from_images_with_masks(demo_ro
     assert lists[0] != lists[1]
     bare = read_config("demo.yaml", [*words, "panels.truth=null"])
     assert "set panels.truth=LIST" in refusal(study.draw_lists, bare, 1, tmp_path)
+    gone = read_config("demo.yaml", [*words, "panels.truth=gone.txt"])
+    assert "gone.txt: cannot read this as UTF-8 text" in refusal(
+        study.draw_lists, gone, 1, tmp_path
+    )
 
 
 def test_the_table_compares_equal_seeds_with_the_best_supervised_row(jobs):
@@ -209,6 +213,7 @@ def test_wrong_words_are_refused(complaint):
     assert "below 1" in complaint(study, *words, "supervised", "--processes", "0")
     assert "below 1" in complaint(study, *words, "supervised", "--lists", "0")
     assert "tried=N counts" in complaint(study, *words, "cisc tried=many")
+    assert "tried=N counts" in complaint(study, *words, "cisc tried=0")
     assert "twice" in complaint(study, *words, "ladder,cisc_patch")
 
 

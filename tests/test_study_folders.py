@@ -4,6 +4,7 @@ import pytest
 from conftest import refusal
 
 from utils import study
+from utils.run.stages import lock_folder
 
 
 def test_lists_that_change_between_two_sittings_are_refused(demo_copy, tmp_path):
@@ -26,6 +27,33 @@ def test_lists_that_change_between_two_sittings_are_refused(demo_copy, tmp_path)
 def test_runs_that_would_share_a_folder_are_refused(complaint, tmp_path):
     words = ("--config", "demo.yaml", f"outdir={tmp_path}", "--methods", "st++")
     assert "'st++' and 'st++' would both work in" in complaint(study, *words, "--seeds", "1,1")
+
+
+def test_two_studies_in_one_folder_are_refused(complaint, demo_root, tmp_path):
+    words = ("--config", "demo.yaml", f"outdir={tmp_path}", f"dataset.root={demo_root}")
+    with lock_folder(tmp_path / "demo_study"):
+        line = complaint(study, *words, "--methods", "st++")
+    assert f"{tmp_path / 'demo_study' / 'lock'}: another run works in this folder (pid" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\xff", "holds no JSON ("),
+        (b"[]", "holds no JSON object; delete it, and type the command again"),
+        (b"{}", "miou: Field required; delete it"),
+        (b'{"miou": null, "stages": {"1_supervised": {"seconds": 1}}}', "miou: Input should be"),
+        (b'{"miou": 0.5, "stages": {}}', "stages: Dictionary should have at least 1 item"),
+        (b'{"miou": 0.5, "stages": {"1_supervised": {}}}', "1_supervised.seconds: Field required"),
+    ],
+)
+def test_damaged_results_are_named(tmp_path, content, told):
+    (job,) = study.plan("demo.yaml", study.read_rows(["st++"]), [(0, 0)], [f"outdir={tmp_path}"])
+    job.folder.mkdir(parents=True)
+    (job.folder / "results.json").write_bytes(content)
+    line = refusal(study.table, [job])
+    assert line.startswith(f"{job.folder / 'results.json'}: ")
+    assert told in line
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from utils.errors import UserError
 from utils.evaluation import ConfusionMatrix
 
 STAGES = ["1_supervised", "2_pseudo_label", "3_select", "4_retrain", "5_relabel", "6_retrain"]
+FITTED = ["1_fold_1", "1_fold_2", "2_votes"]  # only where labeled patches vote
 
 
 def weights(folder):

@@ -136,6 +136,8 @@ def load(path: Path) -> dict[str, Any]:
 
 def _complaint(error: Exception, path: Path) -> str:
     refused = _REFUSED.search(str(error))
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot read this file ({error.strerror}); correct that, or copy it again"
     if refused is None:
         kind = type(error).__name__
         return f"not a whole checkpoint of tensors ({kind}); copy or download it again"

@@ -3,9 +3,11 @@
 import argparse
 import errno
 import io
+import os.path
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -41,6 +43,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise argparse's complaint as a ``UserError``."""
         raise UserError(f"{self.prog}: {message}; {self.prog} --help lists what there is")
+
+
+def refuse_repeated(places: Iterable[str | Path]) -> None:
+    """Refuse a command line that names one file or folder twice, which would count once, or twice.
+
+    Raises:
+        UserError: names it.
+    """
+    seen: set[str] = set()
+    for place in places:
+        real = os.path.realpath(place)
+        if real in seen:
+            raise UserError(f"{place}: is named twice; name it once")
+        seen.add(real)
 
 
 def exit_with_one_line(program: Callable[[], None]) -> None:

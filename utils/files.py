@@ -123,6 +123,20 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
     write_text(path, text.getvalue())
 
 
+def read_text(path: Path) -> str:
+    """Read UTF-8 text, with or without a byte order mark.
+
+    Raises:
+        UserError: the file cannot be read, or is no such text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot read this as UTF-8 text ({error}); correct it, or name another file"
+        ) from error
+
+
 def append_text(path: Path, text: str) -> None:
     """Append UTF-8 text; a killed run may leave a part of the last line."""
     with writing(path):

@@ -48,6 +48,11 @@ def _refuse_read(output: Output, inputs: Mapping[str, Path]) -> None:
 
 def _refuse_taken(output: Output) -> None:
     option, path, suffixes = output
+    if path.parts[:1] == ("~",):
+        raise UserError(
+            f"{option}: {path} would be in a folder called ~, since shells read ~ at the begin of "
+            "a word alone; write a space in place of =, or the whole path"
+        )
     run = run_of(_real(path))
     if run is not None:
         raise UserError(f"{option}: {path} is of the run in {run}; name another place")

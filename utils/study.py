@@ -35,11 +35,12 @@ from utils.config.schema import Config
 from utils.config.stages import readers
 from utils.document import check_section, put_section
 from utils.errors import Parser, Stopped, UserError, exit_with_one_line
-from utils.files import read_json, read_records, sha256, write_json, write_text
+from utils.files import read_json, read_records, read_text, sha256, write_json, write_text
 from utils.outputs import Output, refuse_outputs
 from utils.run.comparison import differing_keys
-from utils.run.folder import STAGES, read_kept
+from utils.run.folder import STAGES, read_environment, read_kept, read_results
 from utils.run.results import describe_stop
+from utils.run.stages import lock_folder
 from utils.scores import describe_mean, mean_and_spread
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -114,7 +115,7 @@ def read_rows(methods: Sequence[str]) -> list[Row]:
             if word.startswith(("outdir=", "name=", "method=")):
                 raise UserError(f"--methods: '{text}': the study names its runs, in one outdir")
         tried = [word.removeprefix("tried=") for word in words if word.startswith("tried=")]
-        if any(not number.isdecimal() for number in tried):
+        if any(not number.isdecimal() or int(number) < 1 for number in tried):
             raise UserError(f"--methods: '{text}': tried=N counts the settings that were tried")
         settings = tuple(word for word in words if not word.startswith("tried="))
         title, count = " ".join([method, *settings]), int(tried[-1]) if tried else 1
@@ -179,11 +180,11 @@ def draw_lists(config: Config, number: int, folder: Path) -> None:
             "of the unlabeled images with their masks; set panels.truth=LIST, or leave --lists out"
         )
     labeled, others = (
-        (Path(section.root) / name).read_text("utf-8").splitlines()
+        {line.strip() for line in read_text(Path(section.root) / name).splitlines()} - {""}
         for name in (section.labeled, truth)
     )
-    pool = sorted({line.strip() for line in (*labeled, *others) if line.strip()})
-    drawn = random.Random(number).sample(pool, k=len([line for line in labeled if line.strip()]))
+    pool = sorted(labeled | others)
+    drawn = random.Random(number).sample(pool, k=len(labeled))
     rest = [line.split()[0] for line in pool if line not in drawn]
     for name, lines in (("labeled", sorted(drawn)), ("unlabeled", rest)):
         write_text(folder / f"{name}.txt", "".join(f"{line}\n" for line in lines))
@@ -373,7 +374,7 @@ def table(jobs: Sequence[Job]) -> str:
     """
     results: dict[Row, dict[tuple[int, int], dict[str, Any]]] = defaultdict(dict)
     for job in jobs:
-        results[job.row][job.draw] = read_json(job.folder / "results.json")
+        results[job.row][job.draw] = read_results(job.folder)
     starts = {job.row: _start(job.config) for job in jobs}
     mious = {
         row: {draw: 100 * found["miou"] for draw, found in runs.items()}
@@ -455,7 +456,7 @@ def report(jobs: Sequence[Job], command: str) -> str:
     """Return the table with its title, command, machine and date."""
     config = jobs[0].config
     seeds, lists = (sorted({job.draw[part] for job in jobs}) for part in (0, 1))
-    environments = [read_json(job.folder / "environment.json") for job in jobs]
+    environments = [defaultdict(lambda: "unknown", read_environment(job.folder)) for job in jobs]
     machines = {
         f"{made['machine']}, {made['cores']} cores, {made['threads']} threads a run, "
         f"{made['device']}, {made['precision']}, torch {made['torch']}"
@@ -519,19 +520,20 @@ def main() -> None:
     if arguments.write is not None:
         refuse_outputs([Output("--write", arguments.write, [".md", ".markdown"])], {})
         check_section(arguments.write, study)
-    for number in range(1, arguments.lists):
-        draw_lists(jobs[0].config, number, folder / "lists" / str(number))
-    refuse_changed_lists(jobs, folder)
-    before = signal.signal(signal.SIGTERM, _stop)
-    try:
-        work(jobs, arguments.processes)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    text = report(jobs, f"python -m utils.study {shlex.join(sys.argv[1:])}")
-    print(text)
-    write_text(folder / "study.md", text)
-    if arguments.write is not None:
-        put_section(arguments.write, study, text)
+    with lock_folder(folder, patience=0):
+        for number in range(1, arguments.lists):
+            draw_lists(jobs[0].config, number, folder / "lists" / str(number))
+        refuse_changed_lists(jobs, folder)
+        before = signal.signal(signal.SIGTERM, _stop)
+        try:
+            work(jobs, arguments.processes)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        text = report(jobs, f"python -m utils.study {shlex.join(sys.argv[1:])}")
+        print(text)
+        write_text(folder / "study.md", text)
+        if arguments.write is not None:
+            put_section(arguments.write, study, text)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from dataset.lists import write_lists
 from dataset.prepare.archives import Archive, provide
 from utils.errors import UserError
+from utils.files import read_text
 
 
 class Step(NamedTuple):
@@ -87,4 +88,4 @@ def refuse_missing(files: Iterable[Path]) -> None:
 def read_words(path: Path) -> list[str]:
     """Read the names in a published list; a ``UserError`` if it is missing."""
     refuse_missing([path])
-    return path.read_text(encoding="utf-8").split()
+    return read_text(path).split()

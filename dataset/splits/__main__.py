@@ -77,9 +77,11 @@ def make(typed: argparse.Namespace, settings: list[str]) -> None:
 
 def check(typed: argparse.Namespace, settings: list[str]) -> None:
     """Look for what would invalidate a result; a ``UserError`` if training would refuse it."""
+    config = read_config(typed.config, settings)
     if typed.json is not None:
-        refuse_outputs([Output("--json", typed.json, [".json"])], {"--config": Path(typed.config)})
-    found = audit(read_config(typed.config, settings))
+        read = {"--config": Path(typed.config), "dataset.root": Path(config.dataset.root)}
+        refuse_outputs([Output("--json", typed.json, [".json"])], read)
+    found = audit(config)
     print(*table_of(found), sep="\n")
     if typed.json is not None:
         write_json(typed.json, found)
@@ -92,6 +94,7 @@ def suggest(typed: argparse.Namespace, settings: list[str]) -> None:
     """Write which images to label next, and print why."""
     _refuse_settings("suggest", settings)
     out = typed.folder / "suggested" if typed.out is None else typed.out
+    refuse_outputs([Output("--out", out)], {})
     print(*write_suggestions(typed.folder, typed.count, out), sep="\n")
 
 

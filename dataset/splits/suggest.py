@@ -124,6 +124,7 @@ def write_suggestions(run: Path, count: int, out: Path) -> list[str]:
             f"--count: {count} is not from 1 to {len(candidates)}, the images of {run} with pseudo "
             "labels and without labels"
         )
+    _refuse_files_of_others(out)
     kept = dict[str, ImageDoubt]()
     for stage in (run / name for name in STAGES):
         if (stage / "confidence.csv").is_file():  # the stage has ended
@@ -165,6 +166,13 @@ def write_suggestions(run: Path, count: int, out: Path) -> list[str]:
         "to correct their pseudo labels in a tool:",
         f"  python -m dataset.prepare export-labels {shlex.join(words)}",
     ]
+
+
+def _refuse_files_of_others(out: Path) -> None:
+    """Refuse a table and a sheet that no list, which is compared, stands beside."""
+    for path in (out / "images.csv", out / "sheet.png"):
+        if path.exists() and not (out / "list.txt").exists():
+            raise UserError(f"{path}: is there already; move it away, or name another --out")
 
 
 def _sheet(samples: Sequence[Sample], notes: Sequence[str], kind: DatasetInfo) -> Image.Image:

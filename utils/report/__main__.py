@@ -5,7 +5,7 @@ python -m utils.report outdir/demo [outdir/other ...] [--out report.html]
 
 from pathlib import Path
 
-from utils.errors import Parser, UserError, exit_with_one_line
+from utils.errors import Parser, UserError, exit_with_one_line, refuse_repeated
 from utils.files import write_text
 from utils.outputs import Output, refuse_outputs
 from utils.report.page import page
@@ -20,6 +20,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.out is None and len(arguments.runs) > 1:
         raise UserError("--out: missing; name the page of several runs, such as report.html")
+    refuse_repeated(arguments.runs)
     out = arguments.out or arguments.runs[0] / "report.html"
     runs = [read_run(folder) for folder in arguments.runs]
     refuse_outputs([Output("--out", out, [".html", ".htm"])], {})

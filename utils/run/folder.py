@@ -76,6 +76,19 @@ class _Scored(_Record):
     miou: Share
 
 
+class _Ended(_Stage):
+    seconds: float = Field(ge=0)
+
+
+class _Tested(_Record):
+    miou: float = Field(ge=0, le=1)
+
+
+class _Results(_Tested):
+    stages: dict[str, _Ended] = Field(min_length=1)
+    test: _Tested | None = None  # absent without dataset.test
+
+
 class _Labels(_Scored):
     images: int
     share: Share
@@ -167,6 +180,16 @@ def read_diagnosis(folder: Path) -> dict[str, Any] | None:
     file = folder / "diagnosis.json"
     again = f"make it again with python eval.py {folder} --diagnose LIST, or delete it"
     return _read_object(file, _Diagnosis, again) if file.exists() else None
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Read what a run has come to.
+
+    Raises:
+        UserError: the run has not ended, or the file is damaged.
+    """
+    again = "delete it, and type the command again"
+    return _read_object(folder / "results.json", _Results, again)
 
 
 def read_environment(folder: Path) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from utils.run.comparison import (
     portable,
     refuse_other_run,
 )
-from utils.run.folder import STAGES
+from utils.run.folder import STAGES, stage_again
 from utils.run.log import Log, Numbers
 from utils.run.results import environment, stage_table
 from utils.run.rounds import end_round, finish_round, is_ending, tell_round
@@ -273,7 +273,7 @@ def lock_folder(folder: Path, patience: float = 10.0) -> Iterator[None]:
         try:
             lock.acquire(timeout=patience)
         except Timeout:
-            named = f" ({holder.read_text()})" if holder.is_file() else ""
+            named = f" ({holder.read_text('utf-8', 'replace')})" if holder.is_file() else ""
             raise UserError(
                 f"{path}: another run works in this folder{named}; wait for it, stop it, or set "
                 "name=... for another run"
@@ -375,8 +375,15 @@ class Run:
         return folder
 
     def digest(self, path: Path) -> str:
-        """Return the sha256 of a finished stage's file."""
-        return self._files[path.relative_to(self.folder).as_posix()]
+        """Return the sha256 of a finished stage's file.
+
+        Raises:
+            UserError: the file was gone when its stage ended.
+        """
+        name = path.relative_to(self.folder).as_posix()
+        if name not in self._files:
+            raise UserError(f"{path}: was gone when its stage ended; {stage_again(name)}")
+        return self._files[name]
 
     @on_rank_zero
     def finish(self) -> None:
@@ -412,7 +419,7 @@ class Run:
             content = read_json(done)
             then = content.get("made_from", then) if isinstance(content, dict) else then
         elif begun.is_file():
-            then = begun.read_text(encoding="utf-8")
+            then = begun.read_text(encoding="utf-8", errors="replace")
         if then != made_from:
             self.log.say(f"{folder.name}: was made from other files of earlier stages; done again")
             self._remove_stages(folder.name)

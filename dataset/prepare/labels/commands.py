@@ -1,6 +1,8 @@
 """Labeling tools by name: who reads and who writes their files, and the two commands for them."""
 
 import argparse
+import os.path
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -26,6 +28,7 @@ from dataset.prepare.labels.yolo import read_yolo
 from dataset.pseudo_labels import read_pseudo_labels
 from utils.config.schema import ClassMap
 from utils.errors import UserError
+from utils.outputs import Output, refuse_outputs
 
 
 def read_cvat(source: Source) -> Found:
@@ -96,20 +99,24 @@ def labels(typed: argparse.Namespace) -> None:
 
 def export(typed: argparse.Namespace) -> None:
     """Write the pseudo labels of a run for a tool; print what to do after correction."""
-    found, out = read_pseudo_labels(typed.folder), typed.out
+    out = typed.folder / f"labels_{typed.tool}" if typed.out is None else typed.out
+    refuse_outputs([Output("--out", out)], {})
+    found = read_pseudo_labels(typed.folder)
     if typed.threshold is not None:
         refuse_other_threshold(found, typed.threshold, typed.folder)
     found = found if typed.images is None else choose(found, typed.images)
-    out = typed.folder / f"labels_{typed.tool}" if out is None else out
     print(*export_labels(found, typed.tool, WRITERS[typed.tool], out), sep="\n")
 
 
 def _classes(text: str | None) -> list[str] | None:
     if text is None:
         return None
-    names = read_names(Path(text)) if Path(text).is_file() else [x.strip() for x in text.split(",")]
+    is_file = os.path.isfile(text)  # noqa: PTH113 - False also for names longer than a path
+    names = read_names(Path(text)) if is_file else [x.strip() for x in text.split(",")]
     if len(set(names)) < len(names):
         raise UserError(f"--classes: two classes have one name in {', '.join(names)}")
+    if "" in names:
+        raise UserError(f"--classes: a class without a name in {text!r}; leave that comma out")
     return names
 
 
@@ -129,8 +136,8 @@ def _class_map(text: str | None) -> dict[int | str, str | None] | None:
 
 
 def _share(text: str) -> Fraction:
-    try:
-        share = Fraction(text)
+    try:  # without exponents: Fraction writes 1e-999999999 out
+        share = Fraction(text if re.fullmatch(r"[\d./]{1,20}", text, re.ASCII) else 0)
     except (ValueError, ZeroDivisionError):
         share = Fraction(0)
     if not 0 < share < 1:

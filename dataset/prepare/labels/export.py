@@ -1,6 +1,7 @@
 """Pseudo labels of a run, for correction in a labeling tool."""
 
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from dataset.pseudo_labels import PseudoLabels
 from dataset.reading import read_ids
 from utils import IGNORE
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import write_text, writing
 
 Writer = Callable[[PseudoLabels, Path], None]
 
@@ -59,8 +60,12 @@ def export_labels(labels: PseudoLabels, tool: str, write: Writer, out: Path) -> 
     """
     if out.exists():
         raise UserError(f"{out}: is there already; move it away, or name another place with --out")
-    write(labels, out)
-    write_text(out / "classes.txt", "".join(f"{name}\n" for name in labels.kind.classes))
+    partial_out = out.with_name(f".{out.name}.partial")  # whole or absent, as a file is
+    shutil.rmtree(partial_out, ignore_errors=True)
+    write(labels, partial_out)
+    write_text(partial_out / "classes.txt", "".join(f"{x}\n" for x in labels.kind.classes))
+    with writing(out):
+        partial_out.rename(out)
     ids = [read_ids(sample.mask) for sample in labels.samples]
     share = sum(np.count_nonzero(x == IGNORE) for x in ids) / sum(x.size for x in ids)
     options = {

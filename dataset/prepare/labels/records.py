@@ -12,6 +12,7 @@ import numpy as np
 
 from dataset.lists import pictures_among
 from utils.errors import UserError
+from utils.files import read_text
 
 BACKGROUND, OPEN = "background", "__ignore__"  # class of the rest; label of pixels to ignore
 MASKS = "masks_from_"  # begins the name of a folder of masks that ``write_labels`` wrote
@@ -187,8 +188,7 @@ def readable_labels(path: Path) -> Iterator[None]:
 
 def read_names(path: Path) -> list[str]:
     """Read names, one a line."""
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def class_name(label: str) -> str | None:
