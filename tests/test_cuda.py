@@ -25,7 +25,7 @@ from dataset.catalog import KINDS
 from dataset.loader import whole_images
 from dataset.predictions import keep_predictions
 from dataset.query import QueryRule, build_query_index
-from model import Segmenter, build_model
+from model import Segmenter, build_model, fitting
 from model.ops.frozen import freeze
 from utils.config.reading import read_config
 from utils.device import Device
@@ -154,7 +154,7 @@ def test_the_same_command_gives_the_same_bits_and_so_does_a_stopped_one(run, mon
     first = run("first")
     assert_same(first, run("second"))
 
-    step_done, done = train.Progress.step_done, []
+    step_done, done = fitting.Progress.step_done, []
 
     def stop_twice(self):
         done.append(None)
@@ -162,7 +162,7 @@ def test_the_same_command_gives_the_same_bits_and_so_does_a_stopped_one(run, mon
             signal.raise_signal(signal.SIGTERM)
         step_done(self)
 
-    monkeypatch.setattr(train.Progress, "step_done", stop_twice)
+    monkeypatch.setattr(fitting.Progress, "step_done", stop_twice)
     for _ in range(2):
         with pytest.raises(Stopped):
             run("stopped")

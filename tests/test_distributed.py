@@ -23,10 +23,11 @@ from dataset.loader import RandomStreams, training_batches, whole_images
 from dataset.query import QueryRule, build_query_index
 from dataset.training import LabeledPair
 from eval import evaluate
-from model import Segmenter, network_of
+from model import Segmenter, fitting, network_of
 from model.cisc.students import StudentBatch
+from model.fitting import TrainingStep
 from model.losses import cross_entropy
-from train import TrainingStep, retrain_loss, supervised_loss
+from train import retrain_loss, supervised_loss
 from utils import checkpoint
 from utils import distributed as dist
 from utils.config.reading import read_config
@@ -254,7 +255,7 @@ def test_two_processes_report_the_score_of_the_checkpoint_that_they_keep(togethe
 
 @pytest.mark.slow
 def test_two_processes_stop_early_together(together, config, monkeypatch):
-    validate, seen = train._validate, []
+    validate, seen = fitting._validate, []
 
     def fallen(*arguments):
         """Validate; from the second time on everything is wrong."""
@@ -264,7 +265,7 @@ def test_two_processes_stop_early_together(together, config, monkeypatch):
         matrix.counts[0, 0] += 0 if before else 10**6
         return matrix
 
-    monkeypatch.setattr(train, "_validate", fallen)
+    monkeypatch.setattr(fitting, "_validate", fallen)
     monkeypatch.setattr(train, "_keep_predictions", lambda *_: None)
     words = ["name=two", "stages=[1]", "supervised.epochs=5", "evaluate={every: 1, patience: 2}"]
     settings = config(*words)

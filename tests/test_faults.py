@@ -15,6 +15,7 @@ from conftest import ROOT, same
 from torch.utils.data import DataLoader
 
 import train
+from model import fitting
 from utils.config.reading import read_config
 from utils.errors import Stopped, UserError, exit_with_one_line
 from utils.run.signals import defer_signals, ignore_interrupts, stop_here
@@ -48,7 +49,7 @@ def test_an_image_that_is_gone_for_a_while_changes_nothing(
     stage_one, demo_copy, tmp_path, monkeypatch
 ):
     expected = stage_one("name=quiet")
-    image, epoch_done = demo_copy / "JPEGImages" / "0001.jpg", train.Progress.epoch_done
+    image, epoch_done = demo_copy / "JPEGImages" / "0001.jpg", fitting.Progress.epoch_done
     content = image.read_bytes()
 
     def deleted(self, report):
@@ -56,7 +57,7 @@ def test_an_image_that_is_gone_for_a_while_changes_nothing(
         image.unlink()
 
     with monkeypatch.context() as patched:
-        patched.setattr(train.Progress, "epoch_done", deleted)
+        patched.setattr(fitting.Progress, "epoch_done", deleted)
         with pytest.raises(UserError, match=r"0001\.jpg: no such file; correct the list"):
             stage_one("name=cut")
     image.write_bytes(content)

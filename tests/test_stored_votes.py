@@ -16,6 +16,7 @@ from dataset.loader import RandomStreams, SampleKey
 from dataset.training import RetrainSamples
 from dataset.transforms import CropParams, random_view
 from dataset.votes import CropVotes, NoVotes, cut_votes, votes_file, write_votes
+from model import fitting
 from model.ops.bilinear import resize
 from utils.checkpoint import load
 from utils.config.reading import read_config
@@ -134,7 +135,7 @@ def test_a_run_that_labels_anew_resumes_to_the_same_bits(
     assert sum(name.startswith("votes/") for name in kept) == images
 
     calls, add = iter(range(1, 99)), train.Journal.add
-    steps, done = iter(range(1, 99)), train.Progress.step_done
+    steps, done = iter(range(1, 99)), fitting.Progress.step_done
 
     def added(journal, *rest):
         if next(calls) == 2:  # the files of the second batch are there, its lines are not
@@ -148,7 +149,7 @@ def test_a_run_that_labels_anew_resumes_to_the_same_bits(
 
     for place, name, instead in (
         (train.Journal, "add", added),
-        (train.Progress, "step_done", stepped),
+        (fitting.Progress, "step_done", stepped),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(place, name, instead)

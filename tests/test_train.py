@@ -17,7 +17,7 @@ from dataset.lists import read_label, read_splits
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.reading import read_image, to_input, to_label
 from eval import evaluate
-from model import Segmenter
+from model import Segmenter, fitting
 from model.cisc.votes import cut_patches
 from utils import IMAGENET
 from utils.checkpoint import load
@@ -54,7 +54,7 @@ def start(overrides, name, **settings):
 
 def train_until(monkeypatch, config, event, shall_stop):
     """Train until ``Progress`` has an event at which it shall stop, and interrupt it there."""
-    original = getattr(train.Progress, event)
+    original = getattr(fitting.Progress, event)
 
     def interrupted(self, *report):
         original(self, *report)
@@ -62,7 +62,7 @@ def train_until(monkeypatch, config, event, shall_stop):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(train.Progress, event, interrupted)
+        patched.setattr(fitting.Progress, event, interrupted)
         with pytest.raises(KeyboardInterrupt):
             train.train(config)
 
@@ -367,7 +367,7 @@ def validations(monkeypatch):
             matrix.counts[0, :2] = counts
             return matrix
 
-        monkeypatch.setattr(train, "_validate", validated)
+        monkeypatch.setattr(fitting, "_validate", validated)
 
     return script
 
@@ -435,7 +435,7 @@ def test_validation_makes_no_copy_of_the_network(demo_overrides, monkeypatch):
     config, given = read_config("demo.yaml", demo_overrides), []
     stage = SimpleNamespace(config=config, device=Device("cpu", "fp32"))
     net = train.network_of(config.model, 7, pretrained=None).train()
-    monkeypatch.setattr(train, "validate", lambda predict, *_: given.append(predict.net))
-    train._validate(stage, net, read_splits(config.dataset).val)
+    monkeypatch.setattr(fitting, "validate", lambda predict, *_, **__: given.append(predict.net))
+    fitting._validate(stage, net, read_splits(config.dataset).val)
     assert given[0] is net
     assert not net.training

@@ -25,6 +25,7 @@ from model.cisc.students import (
     predict_labels,
     student_batch,
 )
+from model.fitting import TrainingStep
 from model.losses import (
     cross_entropy,
     dice_loss,
@@ -33,7 +34,7 @@ from model.losses import (
     rectified_dice_loss,
 )
 from model.ops.layers import SegmentationNetwork
-from train import TrainingStep, _losses, retrain_loss, supervised_loss
+from train import _losses, retrain_loss, supervised_loss
 from utils import IGNORE
 from utils.config.schema import LossSection, OhemSection, OptimizerSection, RetrainSection
 from utils.device import Device

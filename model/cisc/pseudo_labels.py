@@ -62,7 +62,7 @@ def fit_votes(stage: Stage, labeled: Sequence[Sample], teachers: Sequence[FoldTe
     voters = cut_patches(config, stage.device, labeled, config.pseudo_label.neighbour_scales)
     batches = [batch for one in teachers for batch in _judge_fold(stage, voters, one)]
     fitted = {"factor": voters[0].factor, **Exponents(1.0, 1.0)._asdict()}
-    if batches:
+    if sum(len(label) for _, _, label, _ in batches):
         teacher, ratios, label, image = (torch.cat(x) for x in zip(*batches, strict=True))
         pixels = [HeldOut(teacher, ratios[:, n], label, image) for n in range(len(voters))]
         fits = {v.factor: fit_exponents(x) for v, x in zip(voters, pixels, strict=True)}

@@ -36,7 +36,7 @@ from dataset.loader import RandomStreams, training_batches
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.training import LabeledPairs, RetrainSamples
 from eval import evaluate
-from model import Segmenter, network_of
+from model import Segmenter, fitting, network_of
 from model.cisc.students import ClassPixels, Labeler
 from model.losses import cross_entropy
 from model.ops.frozen import freeze
@@ -133,10 +133,10 @@ class Bench:
             for part in batch
         )
 
-    def step(self, net: nn.Module, objective: train.Objective, batch: tuple) -> Callable:
-        """Build the step that ``train.fit`` repeats."""
+    def step(self, net: nn.Module, objective: fitting.Objective, batch: tuple) -> Callable:
+        """Build the step that ``fit`` repeats."""
         optimization = Optimization(net, self.config.optimizer, 10_000, self.device.scaler())
-        step = train.TrainingStep(net, objective, optimization, self.device)
+        step = fitting.TrainingStep(net, objective, optimization, self.device)
         return lambda: step(self.device.move(batch), seed=0)
 
     def retrain_step(self, batch: tuple) -> Callable:
