@@ -114,6 +114,10 @@ def read_arguments() -> argparse.Namespace:
     for one, other in combinations(given, 2):
         if other not in _TOGETHER[one]:
             raise UserError(f"{one} and {other} do not go together; leave one of them out")
+    if arguments.masks is not None and (arguments.checkpoints or arguments.config is None):
+        raise UserError("--masks: takes --config FILE and no checkpoint")
+    if arguments.save is not None and arguments.images is None:
+        raise UserError("--save: goes with --images")
     if (arguments.images is None) != (arguments.out is None):
         raise UserError("--images and --out go together: pictures in, masks and overlays out")
     if arguments.masks is not None:

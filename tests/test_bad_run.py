@@ -21,6 +21,10 @@ def run(demo_overrides, tmp_path, monkeypatch) -> Path:
         stage.record(1, {"ce": 0.5})
         return {"miou": 0.5, "per_class_iou": {}}
 
+    def fit_votes(stage, *_):
+        (stage.folder / "votes.json").write_text('{"factor": 1.0, "teacher": 1.0, "votes": 0.0}')
+        return {}
+
     def write_pseudo_labels(stage, *_):
         (stage.folder / "masks").mkdir(exist_ok=True)
         for name in "abcd":
@@ -30,7 +34,7 @@ def run(demo_overrides, tmp_path, monkeypatch) -> Path:
     def select(stage, *_):
         raise UserError("as far as this goes")
 
-    for stub in (train_supervised, write_pseudo_labels, select):
+    for stub in (train_supervised, fit_votes, write_pseudo_labels, select):
         monkeypatch.setattr(train_program, stub.__name__, stub)
     return tmp_path / "outdir" / "demo"
 
@@ -100,6 +104,7 @@ CHANGED = (
         (folder_for_a_file("lock"), ["demo/lock: cannot write this file (Is a directory)"]),
         (garbage("1_supervised/stage.json"), ["1_supervised/stage.json: holds no JSON"]),
         (text("1_supervised/stage.json", "3"), ["stage.json: is no report of a stage", AGAIN_1]),
+        (gone("2_votes/votes.json"), ["2_votes/votes.json: changed or gone", AGAIN_2]),
         (text("2_pseudo_label/stage.json", "{}"), ["is no report of a stage", AGAIN_2]),
         (text("1_supervised/stage.json", '{"files": {"checkpoint.pth": "0f"}}'), [AGAIN_1]),
         (gone("1_supervised/checkpoint.pth"), [CHANGED]),
@@ -150,7 +155,8 @@ def test_garbage_in_metrics_is_left_out_when_stages_are_done_again(train, run):
     metrics.write_bytes(b'\xff\n[1]\n{"stage": 3}\n' + whole + b'{"stage": "2_')
     assert train("--from-stage", "2") == "error: as far as this goes"
     assert metrics.read_bytes() == whole
-    assert json.loads(whole)["stage"] == "1_supervised"
+    stages = [json.loads(line)["stage"] for line in whole.splitlines()]
+    assert stages == ["1_supervised", "1_fold_1", "1_fold_2"]
 
 
 # Options of eval.py of which one would do nothing.

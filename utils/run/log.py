@@ -14,6 +14,7 @@ from tqdm import tqdm
 from utils.config.schema import Config
 from utils.distributed import on_rank_zero
 from utils.files import append_text, read_records, write_text
+from utils.run.folder import STAGES
 from utils.run.loggers import Logger, add_tags, open_loggers
 
 Numbers = dict[str, float]
@@ -98,6 +99,7 @@ class Log:
             if isinstance(record.get("stage"), str) and isinstance(record.get("epoch"), int)
             if record["stage"] != stage or record["epoch"] <= epochs
         ]
-        kept.sort(key=lambda record: (record["stage"], record["epoch"]))
+        places = {name: place for place, name in enumerate(STAGES)}
+        kept.sort(key=lambda record: (places.get(record["stage"], -1), record["epoch"]))
         if kept or self._metrics.exists():
             write_text(self._metrics, "".join(f"{json.dumps(record)}\n" for record in kept))
