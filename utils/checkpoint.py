@@ -136,7 +136,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def _complaint(error: Exception, path: Path) -> str:
     refused = _REFUSED.search(str(error))
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, PermissionError):
         return f"cannot read this file ({error.strerror}); correct that, or copy it again"
     if refused is None:
         kind = type(error).__name__
