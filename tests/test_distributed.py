@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, as_objective, reading, same
+from conftest import ROOT, as_objective, reading, refusal, same
 from networks import FAMILIES, family
 from torch import nn
 
@@ -311,6 +312,21 @@ def torchrun(count, *words):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def test_processes_whose_torchrun_was_killed_at_once_end(monkeypatch):
+    """Else they would try to connect to it for twelve hours."""
+    with socket.socket() as taken:  # bound, and never listening
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        settings = {"RUN_ID": "x", "USE_AGENT_STORE": "True"}
+        for key, value in settings.items():
+            monkeypatch.setenv(f"TORCHELASTIC_{key}", value)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        monkeypatch.setattr(sys, "platform", "none")  # whose processes ask for no signal
+        line = refusal(dist.process_group().__enter__)
+    assert line.startswith(f"torchrun: has ended, or cannot be reached at 127.0.0.1:{port} (")
 
 
 @pytest.mark.slow

@@ -5,7 +5,9 @@ it returns what it is given.
 """
 
 import ctypes
+import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -142,6 +144,23 @@ def averaging(net: nn.Module, last: bool) -> AbstractContextManager:
     return nullcontext() if last or world() == 1 else net.no_sync()
 
 
+def _refuse_lost_torchrun() -> None:
+    """Raise where torchrun has ended before this process asked to end with it.
+
+    Connecting would wait for as long as the collectives' timeout.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return  # torchrun does not hold the store
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        socket.create_connection((host, port), timeout=60).close()
+    except OSError as error:
+        raise UserError(
+            f"torchrun: has ended, or cannot be reached at {host}:{port} ({error}); type the "
+            "command again"
+        ) from error
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
     """Connect the processes that ``torchrun`` started, if it did, while the block runs.
@@ -149,13 +168,14 @@ def process_group() -> Iterator[None]:
     A process that fails prints its error; ``torchrun`` then ends the others.
 
     Raises:
-        UserError: the connection to another process broke.
+        UserError: torchrun has ended, or the connection to another process broke.
     """
     if not dist.is_torchelastic_launched():
         yield
         return
     if sys.platform == "linux":  # a torchrun that is killed cannot end its processes
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    _refuse_lost_torchrun()
     # Decisions are reduced on the CPU, gradients on the device.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=_TIMEOUT)
