@@ -108,7 +108,7 @@ def demo(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "step"), [(labels, 3), (export, 2), (archive, 7), (demo, 1)])
+@pytest.mark.parametrize(("command", "step"), [(labels, 3), (export, 6), (archive, 7), (demo, 1)])
 def test_a_command_killed_at_any_file_goes_on_to_the_same_files(tmp_path, command, step):
     work, made = command(tmp_path), tmp_path / "made"
     assert in_a_process(work, tmp_path) == 0

@@ -20,7 +20,7 @@ from utils.config.schema import DatasetSection
 from utils.panels import save_mask
 from utils.report.page import page
 from utils.report.reading import read_run
-from utils.run.folder import is_run_folder, run_of
+from utils.run.folder import is_run_folder, read_votes, run_of
 
 CLASSES = KINDS["demo"].classes
 WEIGHT = {"auroc": None, "calibration_error": 0.1, "weight_on_wrong": 0.2, "curve": []}
@@ -269,6 +269,12 @@ def test_a_damaged_selection_is_told(run, demo_root, spoil):
 def test_what_is_no_run_folder_is_told_before_where_its_page_would_go(complaint, run):
     line = complaint(report_program, run / "6_retrain")
     assert "6_retrain: is no run folder" in line
+
+
+def test_votes_that_are_gone_say_which_stage_makes_them(tmp_path):
+    line = refusal(read_votes, tmp_path / "2_votes")
+    assert line.startswith(f"{tmp_path / '2_votes' / 'votes.json'}: no such file; ")
+    assert line.endswith("with --from-stage 2")
 
 
 def test_what_is_of_a_run(run):

@@ -334,6 +334,8 @@ def stage_again(name: str) -> str:
 
 
 def _read_object(path: Path, kind: type[_Record], again: str) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"{path}: no such file; {again}")
     try:
         content = read_json(path)
         if not isinstance(content, dict):
