@@ -246,6 +246,10 @@ def test_another_precision_is_refused_and_another_device_told(tmp_path):
     assert run_stages(config(tmp_path)) == []
     log = (tmp_path / "demo" / "log.txt").read_text()
     assert "device cuda:1 → cpu: results may differ in their last digits" in log
+    path.write_text(json.dumps({**json.loads(path.read_text()), "processes": 2}))
+    assert run_stages(config(tmp_path)) == []
+    log = (tmp_path / "demo" / "log.txt").read_text()
+    assert "processes 2 → 1: results may differ, since dropout, mixing and, on CPUs, batch" in log
 
 
 def test_seconds_count_all_sittings_whatever_the_clock_of_the_wall_does(tmp_path, monkeypatch):

@@ -73,8 +73,15 @@ def refuse_other_run(
         say(f"{what}: other sizes or times than when the run began; results may mix the two")
     if changed:
         what = ", ".join(f"{key} {then.get(key)} → {now[key]}" for key in changed)
-        say(f"{what}: results may differ in their last digits")
+        say(f"{what}: results may differ{_more(changed)}")
     return {**lists, **taken}
+
+
+def _more(changed: Sequence[str]) -> str:
+    """Say by how much results differ where these have changed."""
+    if "processes" in changed:
+        return ", since dropout, mixing and, on CPUs, batch norm depend on how many there are"
+    return " in their last digits"
 
 
 def find_changes(
