@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import subprocess
@@ -252,3 +253,9 @@ def finished(demo_root, tmp_path_factory, tiny_settings, run_program) -> tuple[P
     done = run_program("train.py", "--config", "demo.yaml", *words, "name=whole")
     assert done.returncode == 0, done.stderr
     return outdir / "whole", done.stdout
+
+
+def believe_votes(run: Path) -> None:
+    """Let the votes of a run count fully, which are silent after a training of seconds."""
+    file = run / "2_votes" / "votes.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "teacher": 1.0, "votes": 1.0}))

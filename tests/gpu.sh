@@ -45,7 +45,7 @@ from pathlib import Path
 for file in sorted(Path(sys.argv[1]).glob("*/stage.json")):
     stage = json.loads(file.read_text())
     crops = sum(stage.get(key, 0) for key in ("labeled_crops", "unlabeled_crops"))
-    images, seconds = crops or stage["images"], stage["seconds"]
+    images, seconds = crops or stage.get("images", 0), stage["seconds"]
     print(f"{file.parent.name}: {images} images in {seconds:.1f} s, {images / seconds:.2f} a second")
 '
 draw="

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import same
+from conftest import believe_votes, same
 from networks import FAMILIES, with_statistics
 from simulated import simulated_cuda
 from torch import nn
@@ -234,6 +234,7 @@ def test_eval_scores_and_compares(checkpoint, answer, tmp_path):
 
 def test_eval_diagnoses_a_run(checkpoint, answer, demo_root, tmp_path):
     run = shutil.copytree(checkpoint.parents[1], tmp_path / "run")
+    believe_votes(run)
     answer(evaluation, run, "--diagnose", demo_root / "truth.txt", *THERE)
     weights = json.loads((run / "diagnosis.json").read_text())["weights"]
     assert {"confidence", "probability by both"} <= weights.keys()
@@ -265,7 +266,7 @@ def test_segmenter_takes_tensors_of_both_devices(checkpoint, tmp_path):
 
 
 def label(stage, net, splits, samples):
-    train.write_pseudo_labels(stage, net, splits, samples)
+    train.write_pseudo_labels(stage, train.Labeling(net, None), splits, samples)
 
 
 def select(stage, net, splits, samples):

@@ -63,7 +63,8 @@ def test_an_image_that_is_gone_for_a_while_changes_nothing(
     image.write_bytes(content)
     assert same(weights(stage_one("name=cut")), weights(expected))
     runs = expected.parent, stage_one("name=cut").parent
-    assert [(run / "metrics.jsonl").read_text().count("\n") for run in runs] == [2, 2]
+    one, other = ((run / "metrics.jsonl").read_text().count("\n") for run in runs)
+    assert one == other > 0
 
 
 def wait_for(path, process):
@@ -133,8 +134,8 @@ def test_a_full_disk_a_dead_worker_and_two_signals_change_nothing(finished, type
     process = typed()
     assert process.communicate(timeout=120)[1] == ""
     assert same(weights(run / "6_retrain"), weights(finished[0] / "6_retrain"))
-    lines = [(folder / "metrics.jsonl").read_text().count("\n") for folder in (run, finished[0])]
-    assert lines == [6, 6]
+    one, other = ((x / "metrics.jsonl").read_text().count("\n") for x in (run, finished[0]))
+    assert one == other > 0
 
 
 @pytest.mark.exhaustive

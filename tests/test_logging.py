@@ -52,16 +52,17 @@ def test_iterations_that_are_repeated_count_once(tmp_path, demo_overrides):
 def test_a_run_has_curves_on_one_axis(finished):
     run, _ = finished
     board = events(run / "tensorboard")
-    iterations = [3, 6, 7, 8, 10, 12]  # batches of 4: 12, 5 and 10 samples an epoch, two epochs
+    # Batches of 4: 12, 5 and 10 samples an epoch, two epochs; of each fold 6, three epochs.
+    iterations = [3, 6, *range(7, 13), 13, 14, 16, 18]
     for tag in ("lr", "images_per_second", "stage"):
         assert steps(board, tag) == iterations
     for tag in ("miou", "iou/background"):  # of the last epoch of each stage
-        assert steps(board, tag) == [6, 8, 12]
-    assert [event.value for event in board.Scalars("stage")] == [1, 1, 4, 4, 6, 6]
-    assert steps(board, "loss/ce") == iterations[:2]
+        assert steps(board, tag) == [6, 9, 12, 14, 18]
+    assert [event.value for event in board.Scalars("stage")] == [1] * 8 + [4, 4, 6, 6]
+    assert steps(board, "loss/ce") == iterations[:8]
     for tag in ("loss/unlabeled", "loss/labeled", "weight"):
-        assert steps(board, tag) == iterations[2:]
-    assert [event.step for event in board.Images("query_panel")] == [8, 12]
+        assert steps(board, tag) == iterations[8:]
+    assert [event.step for event in board.Images("query_panel")] == [14, 18]
     text = board.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "backbone: resnet18" in text
     last = events(run / "tensorboard" / "hparams")
@@ -75,7 +76,7 @@ def test_without_a_terminal_each_stage_ends_in_a_line(finished):
     _, printed = finished
     assert "\r" not in printed
     ends = [line for line in printed.splitlines() if " done in " in line]
-    assert [line.split()[0][0] for line in ends] == list("123456")
+    assert [line.split()[0][0] for line in ends] == list("111223456")
 
 
 @pytest.mark.slow

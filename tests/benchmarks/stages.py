@@ -179,7 +179,7 @@ class Bench:
         samples, device = self.splits.unlabeled[: self.images], self.device.torch_device
 
         def ours() -> None:  # a new stage each time: one that is there goes on where it stopped
-            given = self.teacher, self.splits, samples
+            given = train.Labeling(self.teacher, None), self.splits, samples
             train.write_pseudo_labels(self.stage("labels"), *given)
 
         def naive() -> Callable:
