@@ -4,6 +4,7 @@ from conftest import ROOT, refusal
 from PIL import Image
 
 import train as train_program
+from model import fitting
 from utils import checkpoint
 from utils.config.batches import refuse_batch_sizes
 from utils.config.reading import read_config
@@ -40,7 +41,7 @@ def no_step(monkeypatch):
     def trained(*_):
         raise AssertionError("trained before it looked")
 
-    monkeypatch.setattr(train_program.Optimization, "step", trained)
+    monkeypatch.setattr(fitting.Optimization, "step", trained)
     return trained
 
 

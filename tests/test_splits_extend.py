@@ -9,6 +9,7 @@ from conftest import refusal
 import train as train_program
 import utils.report.__main__ as report_program
 from dataset.splits import __main__ as program
+from model import fitting
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_a_run_goes_on_with_the_labels_that_it_suggests(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_program.Progress, "epoch_done", interrupted)
+        patched.setattr(fitting.Progress, "epoch_done", interrupted)
         with pytest.raises(KeyboardInterrupt):
             answer(train_program, *words)
     said = "\n".join(answer(train_program, *words))
