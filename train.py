@@ -48,6 +48,7 @@ from model.cisc.pseudo_labels import (
     read_exponents,
 )
 from model.cisc.students import ClassPixels, Labeler, StudentBatch, needs_teacher, student_batch
+from model.cisc.votes import describe_voters
 from model.fitting import Crops, Loss, TrainingData, fit
 from model.losses import (
     balanced_weights,
@@ -103,6 +104,8 @@ def train(
     run = Run(config, from_stage, fresh, splits.digests(), verify)
     if broadcast(lambda: run.is_new):  # else a truncated image could end a late stage
         notes += broadcast(refuse_broken_images, splits)
+        if 2 in config.stages and config.pseudo_label.neighbours:
+            notes.append(broadcast(describe_voters, config, run.device, splits))
     with run, fixed_order(config.deterministic):
         for note in notes:
             run.log.say(note)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.cisc import votes as voting
-from model.cisc.votes import LabeledPatches
+from model.cisc.votes import LabeledPatches, Memory, PatchVoter
 from utils import IGNORE
 
 
@@ -88,26 +88,6 @@ def test_principal_components_keep_the_votes():
     assert few.project() is few  # once
 
 
-@pytest.mark.parametrize("size", [1, 40, 64, 1000])
-def test_tiles_have_the_features_of_the_whole_image(size):
-    """Of an encoder that sees less far than the margins: the same numbers, in the same places."""
-    torch.manual_seed(0)
-    encoder = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 5, 4, stride=4), torch.nn.Conv2d(5, 6, 3, padding=1)
-    )
-    images, seen = torch.randn(2, 3, 72, 100), []
-
-    def encode(tile):
-        seen.append(max(tile.shape[-2:]))
-        return encoder(tile)
-
-    with torch.no_grad():
-        found = voting.encode_tiles(encode, images, size, 4)
-        torch.testing.assert_close(found, encoder(images))
-    assert max(seen) <= max(size, 4 * (2 * 3 + 1))  # a place and its margins, at least
-    assert len(seen) == 1 or size < 1000
-
-
 def test_images_are_named_by_their_share_of_the_votes():
     patches = LabeledPatches(torch.eye(2), torch.eye(2), torch.tensor([3, 1]))
     features = torch.tensor([[4.0, 1.0], [3.0, 0.0]]).view(1, 2, 1, 2)  # places (4, 3), (1, 0)
@@ -117,3 +97,43 @@ def test_images_are_named_by_their_share_of_the_votes():
     assert shares[3].item() == pytest.approx(first, abs=1e-6)
     assert shares.sum().item() == pytest.approx(1)
     assert shares[[0, 2]].tolist() == [0, 0]
+
+
+def test_encoders_have_a_say_alike():
+    """Two encoders whose one place is nearest to other patches: the mean of what both tell."""
+    shares = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    patches = LabeledPatches(torch.eye(3), shares, torch.tensor([0, 1, 1]))
+    sees = [torch.tensor([1.0, 0, 0]), torch.tensor([0.6, 0.8, 0])]
+    memories = [
+        Memory(lambda _, factor, seen=seen: factor * seen.view(1, 3, 1, 1), patches)
+        for seen in sees
+    ]
+    told = PatchVoter(memories, 2.0, ["a", "b"]).judge(torch.zeros(1, 3, 8, 8), (4, 6))
+    alone = [
+        voting.log_ratio(voting.neighbour_votes(seen.view(1, 3, 1, 1), patches), patches.prior())
+        for seen in sees
+    ]
+    torch.testing.assert_close(told.by_patch, (alone[0] + alone[1]) / 2)
+    torch.testing.assert_close(told.log_ratio, told.by_patch.expand(1, 2, 4, 6))
+    assert told.features.tolist() == [[2.0, 0.0, 0.0]]  # the first one's
+    voter = PatchVoter(memories, 1.0, ["a", "b"])
+    (first, most), (second, least) = voter.voters_of(torch.zeros(1, 3, 8, 8), 2)
+    assert (first, second) == ("a", "b")
+    odds = math.exp(0.2 / 0.05)  # the first encoder asks "a" alone, the second one "b", nearly
+    assert most == pytest.approx((1 + 1 / (1 + odds)) / 2, abs=1e-4)
+    assert least == pytest.approx((odds / (1 + odds)) / 2, abs=1e-4)
+    assert voter.without(["b"]).memories[1].patches.image.tolist() == [0]
+    assert voter.without(["a", "b"]).is_empty
+    assert not voter.is_empty
+
+
+def test_maps_of_other_strides_are_resized_to_the_first_ones():
+    patches = LabeledPatches(torch.eye(2), torch.eye(2), torch.tensor([0, 1]))
+    coarse = torch.tensor([[[[1.0]], [[0.0]]]])
+    fine = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])
+    memories = [Memory(lambda *_, maps=maps: maps, patches) for maps in (fine, coarse)]
+    told = PatchVoter(memories, 1.0, []).judge(torch.zeros(1, 3, 8, 8), (1, 2))
+    sure = voting.log_ratio(torch.tensor([[1.0, 0.0]]), patches.prior())[0]
+    assert told.by_patch.shape == (1, 2, 1, 2)
+    torch.testing.assert_close(told.by_patch[0, :, 0, 0], sure, atol=1e-4, rtol=0)
+    torch.testing.assert_close(told.by_patch[0, :, 0, 1], sure.mean().expand(2), atol=1e-4, rtol=0)

@@ -7,7 +7,6 @@ To change how pseudo labels are made, this is the file.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +94,7 @@ def _judge_fold(
     """
     config, device = stage.config, stage.device
     others = [voter.without(teacher.fold) for voter in voters]
-    if not all(len(voter.patches.image) for voter in others):
+    if any(voter.is_empty for voter in others):
         return []
     judge = Teacher(config, device, checkpoint_of(teacher.folder))
     labeled = voters[0].labeled
@@ -244,7 +243,7 @@ class PseudoLabeler:
         if fitted is not None and fitted["votes"]:
             self._exponents = Exponents(fitted["teacher"], fitted["votes"])
             (voter,) = cut_patches(config, device, labeled, [fitted["factor"]])
-            self.voter = replace(voter, patches=voter.patches.project())
+            self.voter = voter.project()
 
     @property
     def teacher(self) -> nn.Module:

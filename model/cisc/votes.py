@@ -2,9 +2,9 @@
 
 Ours: the paper's query becomes a patch. Labeled images are cut into patches; each location of an
 unlabeled image retrieves its 30 nearest patches, in the features of the encoder as it was before
-training, and averages their labels. Those features know nothing of the teacher, so that the votes
-are evidence that the teacher's probabilities do not hold already. ``calibration.py`` fits how far
-they are trusted, ``pseudo_labels.py`` combines both.
+training, or of several (``pseudo_label.voters``), and averages their labels. Those features know
+nothing of the teacher, so that the votes are evidence that the teacher's probabilities do not hold
+already. ``calibration.py`` fits how far they are trusted, ``pseudo_labels.py`` combines both.
 
 To change who votes, this is the file.
 
@@ -13,9 +13,11 @@ is Hummingbird's (Balazevic et al., NeurIPS 2023).
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
 import numpy as np
@@ -24,24 +26,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset.catalog import dataset_info
-from dataset.lists import Sample
+from dataset.lists import Sample, Splits
 from dataset.loader import RandomStreams, whole_images
-from model.networks import largest_stride, network_of
+from dataset.reading import picture_size
+from model.cisc.voting_encoder import VotingEncoder
+from model.networks.timm_encoders import preprocessing_of
 from model.ops.bilinear import resize
-from model.ops.frozen import freeze
 from utils.config.schema import Config
 from utils.device import Device
 from utils.distributed import gather_list
 from utils.errors import UserError
-from utils.evaluation import base_size, iterate_batches, resize_images
+from utils.evaluation import iterate_batches
 
 VOTERS, PATCHES = 512, 20_000  # labeled images and patches that vote on pseudo labels, at most
 NEIGHBOURS = 30  # patches that vote
 TEMPERATURE = 0.05  # of the cosines, for the weight of a vote
 _COMPONENTS = 256  # of the features, that are compared
 _SMOOTHING = 0.05  # share of the prior in votes: a class without any is not impossible
-_MARGIN = 3  # places that a tile sees beyond each of its edges
 _ROWS = 2048  # patches that are compared at once
+_MUCH = 2e9  # bytes that a user should know how to lower
 
 
 class LabeledPatches(NamedTuple):
@@ -61,7 +64,8 @@ class LabeledPatches(NamedTuple):
     def project(self) -> "LabeledPatches":
         """Keep the 256 principal components of the features, not centred: cosines stay close.
 
-        Votes by 20,000 patches then cost a fifth. docs/rectifier.md has what it does to labels.
+        It pays for encoders with many channels, 2,048 of ResNets; EfficientNet-Lite has 320.
+        docs/rectifier.md has what it does to labels.
         """
         if self.features.shape[1] <= _COMPONENTS:
             return self
@@ -166,77 +170,19 @@ def _rows(features: Tensor) -> Tensor:
     return features.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def encode_tiles(
-    encode: Callable[[Tensor], Tensor], images: Tensor, size: int, stride: int
-) -> Tensor:
-    """Encode images tile by tile: what the encoder needs of memory is that of a tile.
-
-    Args:
-        encode: (B, 3, h, w) to (B, D, h / stride, w / stride).
-        images: (B, 3, H, W) float; H and W are multiples of the stride.
-        size: of a tile with its margins, pixels, at most, unless the margins leave no place of it.
-        stride: of the encoder.
-
-    Returns:
-        (B, D, H / stride, W / stride). Tiles see ``_MARGIN`` places beyond their edges, so that
-        only what lies farther away is missing from the features.
-    """
-    height, width = images.shape[-2:]
-    margin, rows = _MARGIN * stride, []
-    side = max(1, size // stride - 2 * _MARGIN) * stride
-    for top in range(0, height, side):
-        row = []
-        for left in range(0, width, side):
-            y, x = max(0, top - margin), max(0, left - margin)
-            tile = images[..., y : top + side + margin, x : left + side + margin]
-            first = (top - y) // stride, (left - x) // stride
-            last = (min(top + side, height) - y) // stride, (min(left + side, width) - x) // stride
-            row.append(encode(tile)[..., first[0] : last[0], first[1] : last[1]])
-        rows.append(torch.cat(row, dim=-1))
-    return torch.cat(rows, dim=-2)
-
-
-class VotingEncoder:
-    """The encoder as it was before training, on images that are enlarged first.
-
-    Args:
-        config: of the run.
-        device: where it works.
-    """
-
-    @torch.inference_mode()
-    def __init__(self, config: Config, device: Device) -> None:
-        self._device, self._long_side = device, config.inference.long_side
-        self._window = config.inference.window
-        # The network with which stage 1 began, as its encoder was pretrained: not dilated.
-        torch.manual_seed(RandomStreams(config.seed, "1_supervised").torch_seed())
-        self._stride = largest_stride(config.model.backbone)
-        model = config.model.model_copy(update={"output_stride": self._stride})
-        classes = len(dataset_info(config.dataset).classes)
-        net = freeze(network_of(model, classes, config.model.pretrained), device)
-        self._backbone, self.preprocessing = net.backbone, net.preprocessing
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor, factor: float) -> Tensor:
-        """Return the last map, (B, D, h', w'), of (B, 3, h, w) images of their files' size."""
-        base = base_size(images.shape[-2:], self._long_side)
-        # Multiples of the stride: labels and votes then lie where the maps are.
-        size = tuple(self._stride * math.ceil(side * factor / self._stride) for side in base)
-        images = resize_images(images, size, self.preprocessing.interpolation)
-        with self._device.autocast():
-            if self._window is None or max(size) <= self._window.size:
-                return self._backbone(images)[-1]
-            return encode_tiles(
-                lambda tile: self._backbone(tile)[-1], images, self._window.size, self._stride
-            )
-
-
 class Judgement(NamedTuple):
     """What votes tell of images."""
 
-    log_ratio: Tensor  # (B, C, H, W) float: see ``log_ratio``
-    features: Tensor  # (B, D) float: means of the voter's maps
-    by_patch: Tensor  # (B, C, h, w) float: ``log_ratio`` where the voter has patches
+    log_ratio: Tensor  # (B, C, H, W) float: see ``log_ratio``; the mean over encoders
+    features: Tensor  # (B, D) float: means of the first encoder's maps
+    by_patch: Tensor  # (B, C, h, w) float: ``log_ratio`` where the first encoder has patches
+
+
+class Memory(NamedTuple):
+    """Labeled patches in the features of an encoder."""
+
+    encoder: VotingEncoder
+    patches: LabeledPatches
 
 
 @dataclass(frozen=True)
@@ -244,42 +190,105 @@ class PatchVoter:
     """Labeled patches that vote on images which are enlarged by a factor.
 
     Attributes:
-        encoder: has the features.
+        memories: one an encoder; all have a say alike.
         factor: of the images' sides.
-        patches: vote.
         labeled: the images that the patches' numbers are of.
     """
 
-    encoder: VotingEncoder
+    memories: Sequence[Memory]
     factor: float
-    patches: LabeledPatches
     labeled: Sequence[Sample]
 
     @cached_property
     def prior(self) -> Tensor:
-        """(C,) positive float, sum 1: the classes' shares of the patches."""
-        return self.patches.prior()
+        """(C,) positive float, sum 1: the classes' shares of the first encoder's patches."""
+        return self.memories[0].patches.prior()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether an encoder has no patch."""
+        return not all(len(memory.patches.image) for memory in self.memories)
 
     @torch.inference_mode()
     def judge(self, images: Tensor, size: tuple[int, int]) -> "Judgement":
         """Vote on (B, 3, h, w) images, of their files' size, at (H, W)."""
-        maps = self.encoder(images, self.factor)
-        by_patch = log_ratio(neighbour_votes(maps, self.patches), self.prior)
-        return Judgement(resize(by_patch, size), maps.float().mean(dim=(2, 3)), by_patch)
+        ratios, features = [], []
+        for encoder, patches in self.memories:
+            maps = encoder(images, self.factor)
+            ratios.append(log_ratio(neighbour_votes(maps, patches), patches.prior()))
+            features.append(maps.float().mean(dim=(2, 3)))
+        grid = ratios[0].shape[-2:]
+        same = [x if x.shape[-2:] == grid else resize(x, grid) for x in ratios]
+        by_patch = torch.stack(same).mean(dim=0)
+        return Judgement(resize(by_patch, size), features[0], by_patch)
 
     def without(self, samples: Sequence[Sample]) -> "PatchVoter":
         """Return the voter without the patches of some labeled images."""
         numbers = [number for number, sample in enumerate(self.labeled) if sample in samples]
-        left_out = torch.tensor(numbers, dtype=torch.long, device=self.patches.image.device)
-        return replace(self, patches=self.patches.without(left_out))
+        left_out = torch.tensor(numbers, dtype=torch.long)
+        return self._with(lambda patches: patches.without(left_out.to(patches.image.device)))
+
+    def project(self) -> "PatchVoter":
+        """Return the voter with ``LabeledPatches.project`` of its patches."""
+        return self._with(LabeledPatches.project)
+
+    def _with(self, change: Callable[[LabeledPatches], LabeledPatches]) -> "PatchVoter":
+        changed = [memory._replace(patches=change(memory.patches)) for memory in self.memories]
+        return replace(self, memories=changed)
 
     @torch.inference_mode()
     def voters_of(self, image: Tensor, count: int) -> list[tuple[Sample, float]]:
         """Return the labeled images that vote most on a (1, 3, h, w) image, and their shares."""
-        shares = voting_images(self.encoder(image, self.factor), self.patches)
+        shares = torch.zeros(len(self.labeled), device=image.device)
+        for encoder, patches in self.memories:
+            own = voting_images(encoder(image, self.factor), patches)
+            shares[: len(own)] += own / len(self.memories)
         most = shares.topk(min(count, len(shares)))
         rows = zip(most.indices.tolist(), most.values.tolist(), strict=True)
         return [(self.labeled[number], share) for number, share in rows]
+
+
+def describe_voters(config: Config, device: Device, splits: Splits) -> str:
+    """Say which encoders compare patches, and what memory that takes, before anything is trained.
+
+    Args:
+        config: of the run.
+        device: where the patches will be compared.
+        splits: whose labeled and unlabeled images will be voted on.
+
+    Returns:
+        One line. The figure is for the largest image and factor, patches included.
+
+    Raises:
+        UserError: no such encoder, or its weights are not here.
+    """
+    encoders, factors = _encoders(config, device), config.pseudo_label.neighbour_scales
+    with ThreadPool() as pool:
+        images = [sample.image for sample in (*splits.labeled, *splits.unlabeled)]
+        sizes = Counter(pool.map(picture_size, images))
+    size = max(sizes, key=math.prod)
+    passing = min(sizes[size], config.inference.batch_size)
+    passes = [passing * encoder.estimate_memory(size, max(factors)) for encoder in encoders]
+    voting = min(len(splits.labeled), VOTERS)
+    places = [voting * math.prod(encoders[0].grid(size, factor)) for factor in factors]
+    rows = [min(PATCHES, count) for count in places]
+    held = [4 * count * encoder.channels for count in rows for encoder in encoders]
+    memory = max(passes) + sum(held) + 4 * max(rows) * _ROWS
+    named = " and ".join(encoder.name for encoder in encoders)
+    needed = f"about {memory / 1e9:.1f} GB for the largest images, {size[1]} x {size[0]}"
+    lower = "inference.window, inference.batch_size or pseudo_label.neighbour_scales"
+    hint = f"; to lower that, set {lower}" if memory > _MUCH else ""
+    return f"votes: features of {named}; {needed}, enlarged {max(factors):g} times{hint}"
+
+
+def _encoders(config: Config, device: Device) -> list[VotingEncoder]:
+    backbones = config.pseudo_label.voters
+    if backbones is None:
+        return [VotingEncoder(config, device, config.model.backbone)]
+    try:
+        return [VotingEncoder(config, device, backbone) for backbone in backbones]
+    except UserError as error:
+        raise UserError(f"pseudo_label.voters: {error}") from error
 
 
 @torch.inference_mode()
@@ -289,39 +298,47 @@ def cut_patches(
     """Cut labeled images into patches, once for each factor by which they are enlarged.
 
     Args:
-        config: of the run.
+        config: of the run; ``pseudo_label.voters`` are the encoders.
         device: where the patches are compared.
-        labeled: patches of at most ``VOTERS`` images, drawn at random, vote, ``PATCHES`` in all.
+        labeled: patches of at most ``VOTERS`` images, drawn at random, vote, ``PATCHES`` in all of
+            each encoder.
         factors: of the images' sides.
 
     Returns:
         A voter for each factor.
 
     Raises:
-        UserError: no patch is labeled on more than half of its pixels.
+        UserError: no patch is labeled on more than half of its pixels; an encoder's weights are
+            not here.
 
     Source: docs/method.md, section 10.
     """
-    chance, encoder = RandomStreams(config.seed, "1_supervised"), VotingEncoder(config, device)
+    chance = RandomStreams(config.seed, "1_supervised")
+    encoders = _encoders(config, device)
     drawn = chance.of(0, 0, 0).permutation(len(labeled))[:VOTERS]
     labeled = [labeled[number] for number in sorted(drawn)]
     classes = len(dataset_info(config.dataset).classes)
-    loader, found = whole_images(config, labeled, encoder.preprocessing), []
+    loader, found = whole_images(config, labeled, preprocessing_of(config.model.backbone)), []
+    kinds = [(factor, encoder) for factor in factors for encoder in encoders]
     for batch in iterate_batches(loader, device, "labeled patches"):
         limit = math.ceil(PATCHES * len(batch.index) / len(labeled))
         of_batch = []
-        for factor in factors:
+        for factor, encoder in kinds:
             maps, rng = encoder(batch.image, factor), chance.of(int(batch.index[0]))
             cut = labeled_patches(maps, batch.label, batch.index, classes, limit, rng)
             of_batch.append([rows.cpu() for rows in cut[:3]])
         found.append(of_batch)
-    by_factor = zip(factors, zip(*gather_list(found), strict=True), strict=True)
-    voters = []
-    for factor, parts in by_factor:
+    memories = []
+    for (_, encoder), parts in zip(kinds, zip(*gather_list(found), strict=True), strict=True):
         columns = map(torch.cat, zip(*parts, strict=True))
         patches = LabeledPatches(*(rows.to(device.torch_device) for rows in columns))
-        voters.append(PatchVoter(encoder, factor, patches, labeled))
-    voters = [voter for voter in voters if len(voter.patches.image)]
+        memories.append(Memory(encoder, patches))
+    count = len(encoders)
+    voters = [
+        PatchVoter(memories[place * count : (place + 1) * count], factor, labeled)
+        for place, factor in enumerate(factors)
+    ]
+    voters = [voter for voter in voters if not voter.is_empty]
     if not voters:
         raise UserError(
             "pseudo_label.neighbours: no patch of the labeled images is labeled on more than half "

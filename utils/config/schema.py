@@ -326,6 +326,9 @@ class PseudoLabelSection(Section):
     # Factors by which images are enlarged before their patches are compared: the smallest one that
     # helps as much as any is taken, the first one where there are too few images to leave some out.
     neighbour_scales: Scales = [1.0, 2.0, 3.0]
+    # Encoders, as model.backbone names them, in whose features patches are compared: the mean of
+    # what they tell counts. null: the student's own.
+    voters: list[str] | None = Field(None, min_length=1)
     # Probabilities are divided by the class's share of the labels to this power: more labels of
     # rare classes, and more wrong ones. 0: as they are.
     adjustment: float = Field(0.0, ge=0, le=1)
