@@ -196,6 +196,9 @@ def test_class_map_is_kept_and_changed_id_by_id():
     assert found.dataset.class_map == {"#ff0000": "a", "#0010ff": "b"}
     line = refusal(config_from, values, "mine.yaml", ["dataset.class_map={[0,0,256]: a}"])
     assert "or as [255, 0, 0]" in line
+    twice = "dataset.class_map={'#FF0000': a, [255, 0, 0]: b}"
+    line = refusal(config_from, {**SMALL, "dataset": dataset}, "mine.yaml", [twice])
+    assert "#ff0000 is there in two spellings" in line
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Studies: what is checked before any run."""
 
 import pytest
+import yaml
 from conftest import refusal
 
 from utils import study
@@ -54,6 +55,19 @@ def test_damaged_results_are_named(tmp_path, content, told):
     line = refusal(study.table, [job])
     assert line.startswith(f"{job.folder / 'results.json'}: ")
     assert told in line
+
+
+def test_a_run_stopped_before_its_test_score_is_not_done(tmp_path):
+    for test, done in (("test.txt", False), ("null", True)):
+        words = [f"outdir={tmp_path / test}", f"dataset.test={test}"]
+        (job,) = study.plan("demo.yaml", study.read_rows(["st++"]), [(0, 0)], words)
+        job.folder.mkdir(parents=True)
+        settings = job.config.model_dump(mode="json")
+        (job.folder / "config.yaml").write_text(yaml.safe_dump(settings))
+        (job.folder / "results.json").write_text('{"miou": 0.5}')
+        assert study.is_done(job) == done
+        (job.folder / "results.json").write_text('{"miou": 0.5, "test": {"miou": 0.4}}')
+        assert study.is_done(job)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +73,7 @@ def test_voters_that_are_not_there_are_refused_first(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("window", ["null", "{size: 512}"])
 def test_memory_is_about_what_was_said(demo_root, tmp_path, tiny_settings, window):
     words = [*tiny_settings(demo_root, tmp_path), f"inference.window={window}"]
@@ -82,11 +84,10 @@ from utils.config.reading import read_config
 from utils.device import Device
 encoder = VotingEncoder(read_config("demo.yaml", {words!r}), Device("cpu", "fp32"), "{LITE0}")
 said, image = encoder.estimate_memory((1000, 1500), 2.0), torch.rand(1, 3, 1000, 1500)
-def peak(): return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before = peak()
+before = resource.getpagesize() * int(open("/proc/self/statm").read().split()[1])
 with torch.inference_mode():
     encoder(image, 2.0)
-print(said / (peak() - before))
+print(said / (1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert 0.6 < float(done.stdout) < 1.6, done.stderr
+    assert 0.7 < float(done.stdout) < 1.4, done.stderr

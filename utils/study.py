@@ -232,8 +232,11 @@ def take_over(job: Job, jobs: Sequence[Job]) -> None:
 
 
 def is_done(job: Job) -> bool:
-    """Tell whether a run has results, of these settings."""
-    return (job.folder / "results.json").is_file() and _is_of(job)
+    """Tell whether a run has all its results, of these settings; its test score comes last."""
+    file = job.folder / "results.json"
+    if not file.is_file() or not _is_of(job):
+        return False
+    return job.config.dataset.test is None or "test" in read_json(file)
 
 
 def _is_of(job: Job) -> bool:

@@ -36,7 +36,7 @@ from utils.config.schema import Config
 from utils.device import Device
 from utils.distributed import gather_list
 from utils.errors import UserError
-from utils.evaluation import iterate_batches
+from utils.evaluation import base_size, iterate_batches
 
 VOTERS, PATCHES = 512, 20_000  # labeled images and patches that vote on pseudo labels, at most
 NEIGHBOURS = 30  # patches that vote
@@ -267,6 +267,7 @@ def describe_voters(config: Config, device: Device, splits: Splits) -> str:
         images = [sample.image for sample in (*splits.labeled, *splits.unlabeled)]
         sizes = Counter(pool.map(picture_size, images))
     size = max(sizes, key=math.prod)
+    height, width = base_size(size, config.inference.long_side)
     passing = min(sizes[size], config.inference.batch_size)
     passes = [passing * encoder.estimate_memory(size, max(factors)) for encoder in encoders]
     voting = min(len(splits.labeled), VOTERS)
@@ -275,7 +276,7 @@ def describe_voters(config: Config, device: Device, splits: Splits) -> str:
     held = [4 * count * encoder.channels for count in rows for encoder in encoders]
     memory = max(passes) + sum(held) + 4 * max(rows) * _ROWS
     named = " and ".join(encoder.name for encoder in encoders)
-    needed = f"about {memory / 1e9:.1f} GB for the largest images, {size[1]} x {size[0]}"
+    needed = f"about {memory / 1e9:.1f} GB for the largest images, {width} x {height}"
     lower = "inference.window, inference.batch_size or pseudo_label.neighbour_scales"
     hint = f"; to lower that, set {lower}" if memory > _MUCH else ""
     return f"votes: features of {named}; {needed}, enlarged {max(factors):g} times{hint}"

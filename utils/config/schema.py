@@ -1,6 +1,8 @@
 """A run's settings: typed, explained, read from YAML, checked before anything starts."""
 
 import re
+from collections import Counter
+from contextlib import suppress
 from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -167,6 +169,12 @@ class DatasetSection(Section):
         """Put the content of a file in its place, so that checkpoints need no file."""
         if isinstance(value, str):
             return read_labelmap(Path(info.data.get("root", ""), value))
+        spelled = Counter[int | str]()
+        for key in value if isinstance(value, dict) else ():
+            with suppress(ValueError):  # which is said of that key
+                spelled[_file_id(key)] += 1
+        for key in (key for key, count in spelled.items() if count > 1):
+            raise ValueError(f"{key} is there in two spellings; leave one out")
         return value
 
 
