@@ -251,7 +251,23 @@ def write_pseudo_labels(
             kept.append(write(keep, samples, ids.byte().cpu().numpy(), ratios, found))
     done |= gather_dict([batch.result() for batch in kept])
     summaries = {sample.name: done[sample.name] for sample in unlabeled}
-    return write_summaries(stage.folder, info.classes, summaries)
+    first = stage.name.startswith("2")
+    labeled = _summarize_labeled(stage, labeler, splits.labeled) if first else {}
+    return write_summaries(stage.folder, info.classes, summaries, labeled)
+
+
+def _summarize_labeled(
+    stage: Stage, labeler: PseudoLabeler, labeled: Sequence[Sample]
+) -> dict[str, ImageSummary]:
+    """Summarise labeled images as unlabeled ones are: what they resemble needs no label."""
+    kept = list[tuple[str, ImageSummary]]()
+    loader = whole_images(stage.config, labeled, labeler.teacher.preprocessing)
+    for batch in iterate_batches(loader, stage.device, "labeled images"):
+        found = summarize(labeler(batch.image, tuple(batch.label.shape[-2:])))
+        names = (labeled[index].name for index in batch.index.tolist())
+        kept += zip(names, found, strict=True)
+    seen = gather_dict([dict(kept)])
+    return {sample.name: seen[sample.name] for sample in labeled}
 
 
 class RetrainSource(NamedTuple):

@@ -32,7 +32,9 @@ def test_summaries_are_kept_as_json_and_written_for_all_images(tmp_path):
     (one,) = summarize(Opinions(maps(0.9, 0.2), maps(0.5, 0.2), both, features))
     (other,) = summarize(Opinions(both, None, both))
     one, other = json.loads(json.dumps([one, other]))
-    report = write_summaries(tmp_path, ["ground", "dog"], {"b.jpg": one, "a.jpg": one})
+    report = write_summaries(
+        tmp_path, ["ground", "dog"], {"b.jpg": one, "a.jpg": one}, {"c.jpg": one}
+    )
     assert report == {"images": 2, "confidence": 0.625}
     with (tmp_path / "doubt.csv").open() as file:
         assert [*csv.reader(file)] == [
@@ -41,10 +43,10 @@ def test_summaries_are_kept_as_json_and_written_for_all_images(tmp_path):
             ["a.jpg", "0.2", "0.2"],
         ]
     with np.load(tmp_path / "features.npz") as found:
-        assert found["images"].tolist() == ["b.jpg", "a.jpg"]
+        assert found["images"].tolist() == ["b.jpg", "a.jpg", "c.jpg"]
         assert found["features"].dtype == np.float16
         assert found["features"][0].tolist() == pytest.approx([0.6, 0.8], abs=1e-3)
-    write_summaries(tmp_path, ["ground", "dog"], {"a.jpg": other})
+    write_summaries(tmp_path, ["ground", "dog"], {"a.jpg": other}, {})
     with np.load(tmp_path / "features.npz") as found:  # mean probabilities, of length 1
         assert found["features"][0] @ [0.375, 0.625] == pytest.approx(np.hypot(0.375, 0.625), 1e-3)
 
@@ -53,5 +55,5 @@ def test_the_same_summaries_are_the_same_bytes(tmp_path):
     both = maps(0.75, 0.5)
     (one,) = summarize(Opinions(both, None, both))
     for name in ("x", "y"):
-        write_summaries(tmp_path / name, ["ground", "dog"], {"a.jpg": one})
+        write_summaries(tmp_path / name, ["ground", "dog"], {"a.jpg": one}, {})
     assert (tmp_path / "x/features.npz").read_bytes() == (tmp_path / "y/features.npz").read_bytes()

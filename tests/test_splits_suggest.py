@@ -12,50 +12,46 @@ from PIL import Image
 from dataset.catalog import KINDS
 from dataset.lists import mask_file, read_list
 from dataset.splits import __main__ as program
-from dataset.splits.suggest import cluster, count_images, suggest
+from dataset.splits.suggest import count_images, suggest
 from utils.files import write_csv, write_json
 
 GIVEN = ("suggest", "--count", "1")
 
 
 def test_doubt_in_rare_classes_comes_first_by_hand():
-    doubt = np.array([[0.4, 0.0], [0.1, 0.3], [0.0, 0.2]])
-    rows = suggest(doubt, np.array([0.1, 1.0]), np.array([0, 1, 2]), 3)
+    """Images that resemble no other: each explains its own doubt alone."""
+    doubt, axes = np.array([[0.4, 0.0], [0.1, 0.3], [0.0, 0.2]]), np.eye(3)
+    rows = suggest(doubt, np.array([0.1, 1.0]), axes, np.empty((0, 3)), 3)
     assert [each.row for each in rows] == [1, 2, 0]
-    assert [each.score for each in rows] == pytest.approx([0.31, 0.2, 0.04])
+    assert [each.gain for each in rows] == pytest.approx([0.31, 0.2, 0.04])
     assert [each.label for each in rows] == [1, 1, 0]
+    assert [each.like for each in rows] == [1, 1, 1]
 
 
-def test_images_of_one_cluster_are_not_suggested_one_after_another():
-    """The second best is like the best: its 0.49 counts a half."""
-    doubt = np.array([[0.5], [0.49], [0.3], [0.2]])
-    rows = suggest(doubt, np.ones(1), np.array([0, 0, 1, 1]), 4)
-    assert [each.row for each in rows] == [0, 2, 1, 3]
+def test_images_that_resemble_labeled_or_suggested_ones_come_later():
+    """Two pairs that look alike, one of them with a labeled image among it."""
+    features = np.array([[1.0, 0], [1, 0], [-1, 0], [-1, 0], [0, 1], [0, -1]])
+    doubt = np.array([[0.9], [0.9], [0.5], [0.49], [0.3], [0.2]])
+    none = np.empty((0, 2))
+    rows = suggest(doubt, np.ones(1), features, none, 4)
+    assert [each.row for each in rows] == [0, 2, 4, 5]
+    assert rows[0].gain == pytest.approx(1.8)  # both of the pair
+    assert [each.like for each in rows] == [2, 2, 1, 1]
+    rows = suggest(doubt, np.ones(1), features, np.array([[2.0, 0.0]]), 2)
+    assert [each.row for each in rows] == [2, 4]
 
 
 def test_ties_go_by_order_and_all_can_be_suggested():
-    rows = suggest(np.zeros((3, 2)), np.ones(2), np.zeros(3, int), 3)
+    rows = suggest(np.zeros((3, 2)), np.ones(2), np.ones((3, 4)), np.ones((1, 4)), 3)
     assert [each.row for each in rows] == [0, 1, 2]
 
 
 def test_fewer_suggestions_are_the_first_of_more():
     rng = np.random.default_rng(0)
-    doubt, clusters = rng.random((30, 3)), rng.integers(0, 5, 30)
-    rows = suggest(doubt, np.ones(3), clusters, 20)
-    assert suggest(doubt, np.ones(3), clusters, 10) == rows[:10]
-
-
-def test_clusters_are_rows_that_are_near():
-    rng = np.random.default_rng(1)
-    centers = np.array([[0.0, 0], [9, 0], [0, 9], [9, 9]])
-    true = rng.integers(0, 4, 60)
-    rows = (centers[true] + rng.normal(size=(60, 2))).astype(np.float32)
-    found = cluster(rows, 4)
-    pairs = {*zip(true.tolist(), found.tolist(), strict=True)}
-    assert len(pairs) == 4  # one to one
-    assert np.array_equal(found, cluster(rows, 4))
-    assert cluster(np.ones((5, 3), np.float32), 3).tolist() == [0] * 5
-    assert sorted(cluster(np.eye(3, dtype=np.float32), 3)) == [0, 1, 2]
+    doubt, features = rng.random((30, 3)), rng.normal(size=(30, 5))
+    rows = suggest(doubt, np.ones(3), features, features[:2], 20)
+    fewer = suggest(doubt, np.ones(3), features, features[:2], 10)
+    assert [each[:3] for each in fewer] == [each[:3] for each in rows[:10]]
 
 
 @pytest.fixture
@@ -85,8 +81,10 @@ def run(tmp_path, demo_root):
         rows.append((name, *(value if label == each else 0.001 for each in classes)))
     write_csv(stage / "confidence.csv", ("image", "confidence"), [(name, 0.9) for name in names])
     write_csv(stage / "doubt.csv", ("image", *classes), rows)
-    features = np.random.default_rng(0).normal(size=(len(names), 4)).astype(np.float16)
-    np.savez(stage / "features.npz", images=np.array(names), features=features)
+    labeled = [sample.name for sample in read_list(demo_root / "labeled.txt", demo_root, None)]
+    seen = [*names, *labeled]
+    features = np.random.default_rng(0).normal(size=(len(seen), 40)).astype(np.float16)
+    np.savez(stage / "features.npz", images=np.array(seen), features=features)
     return folder, list(doubts)
 
 
@@ -98,14 +96,14 @@ def test_suggestions_of_a_run(run, answer, demo_root):
     assert said[0].endswith("list.txt, images.csv and sheet.png of 2 of 10 images")
     known = [*map(str, count_images(read_list(demo_root / "labeled.txt", demo_root, None), 7))]
     mug, ball = (KINDS["demo"].classes.index(name) for name in ("mug", "ball"))
-    words = sorted(line.partition("; cluster")[0] for line in said[1:3])
+    words = sorted(line.partition("; ")[0] for line in said[1:3])
     assert words == [
         f"{doubtful[0]}: teacher and votes disagree on 'mug' (0.31), in {known[mug]} of 6 "
         "labeled images",
         f"{doubtful[1]}: teacher and votes disagree on 'ball' (0.40), in {known[ball]} of 6 "
         "labeled images",
     ]
-    assert all(line.endswith(" of 3") for line in said[1:3])
+    assert all(line.endswith(" of 10 images are most like it") for line in said[1:3])
     assert said[-1].split()[-1] == str(folder / "suggested/list.txt")
     with (folder / "suggested/images.csv").open() as file:
         table = list(csv.DictReader(file))
@@ -157,6 +155,11 @@ def test_suggestions_that_cannot_be(run, answer, tmp_path):
         assert told in line
     assert (tmp_path / "sheet.png").read_text() == "another program's"
     place = folder / "2_pseudo_label"
+    with np.load(place / "features.npz") as found:
+        names, features = found["images"], found["features"]
+    np.savez(place / "features.npz", images=names[:10], features=features[:10])
+    line = refusal(answer, program, *GIVEN, folder)
+    assert "features.npz: has none of the labeled images; do the stage and later ones" in line
     (place / "features.npz").write_bytes(b"PK garbage")
     line = refusal(answer, program, *GIVEN, folder)
     assert "features.npz: holds no features of its images" in line

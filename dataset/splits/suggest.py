@@ -15,80 +15,65 @@ from dataset.pseudo_labels import STAGES, read_pseudo_labels
 from utils.errors import UserError
 from utils.files import write_csv
 from utils.panels import overlay, panel, save
-from utils.run.folder import ImageDoubt, read_doubt, read_votes
+from utils.run.folder import read_doubt, read_features, read_votes
 
-_ROUNDS = 50  # of k-means, at most
+_COVERED = 2000  # unlabeled images, drawn, that stand for all of them
 
 
 class Suggestion(NamedTuple):
     """An image to label."""
 
     row: int  # of the candidates
-    score: float  # doubt, each class by its rarity
-    label: int  # class that adds most to the score
+    gain: float  # of the doubt, what a label explains that no earlier one does
+    label: int  # class that the image itself is most in doubt about
+    like: int  # unlabeled images that are like this one, more than like any other or labeled one
 
 
 def suggest(
-    doubt: np.ndarray, rarity: np.ndarray, clusters: np.ndarray, count: int
+    doubt: np.ndarray, rarity: np.ndarray, features: np.ndarray, labeled: np.ndarray, count: int
 ) -> list[Suggestion]:
-    """Choose images one after another: doubtful in rare classes, and of many clusters.
+    """Choose images that resemble many in doubt, and of them those that no labeled one resembles.
 
-    Each choice has the highest score divided by one more than the images of its cluster that are
-    chosen before; of equal ones it is the first.
+    An image's label explains the doubt on others as far as they resemble it. They are chosen one
+    after another, each the one that raises what is explained the most; of equal ones the first.
 
     Args:
         doubt: (N, C) >= 0, of the candidates by class.
         rarity: (C,) >= 0, what the doubt about a class counts.
-        clusters: (N,) int >= 0, which candidates look alike.
+        features: (N, D) float, of the candidates; they resemble one another by the cosine of what
+            is left without the mean.
+        labeled: (L, D) float, of the images that have labels.
         count: of suggestions, N at most.
 
     Returns:
-        The suggestions, the best first.
+        The suggestions, the best first. Fewer are the first of more.
+
+    Source: greedy facility location (Wei, Iyer and Bilmes, Submodularity in data subset selection
+    and active learning, ICML 2015), each image weighed by its doubt.
     """
-    scores, left, found = doubt @ rarity, np.ones(len(doubt), bool), list[Suggestion]()
-    chosen = np.zeros(clusters.max() + 1)  # by cluster
+    weights, mean = doubt @ rarity, features.mean(axis=0)
+    directions, known = _directions(features - mean), _directions(labeled - mean)
+    drawn = np.random.default_rng(0).permutation(len(features))[:_COVERED]
+    similar = directions[drawn] @ directions.T
+    best = (directions[drawn] @ known.T).max(axis=1, initial=0.0)
+    chosen, gains = list[int](), list[float]()
     for _ in range(count):
-        row = int(np.where(left, scores / (1 + chosen[clusters]), -1.0).argmax())
-        found.append(Suggestion(row, float(scores[row]), int((doubt[row] * rarity).argmax())))
-        left[row] = False
-        chosen[clusters[row]] += 1
-    return found
+        gain = weights[drawn] @ np.maximum(similar - best[:, None], 0)
+        gain[chosen] = -1
+        chosen.append(int(gain.argmax()))
+        gains.append(float(gain[chosen[-1]]))
+        best = np.maximum(best, similar[:, chosen[-1]])
+    own = similar[:, chosen]
+    like = np.bincount(own.argmax(axis=1)[own.max(axis=1) >= best], minlength=count)
+    like = np.round(like * len(features) / len(drawn)).astype(int)
+    labels = (doubt[chosen] * rarity).argmax(axis=1)
+    columns = chosen, gains, labels.tolist(), like.tolist()
+    return [Suggestion(*row) for row in zip(*columns, strict=True)]
 
 
-def cluster(features: np.ndarray, count: int) -> np.ndarray:
-    """Group rows that are near by k-means; the same rows give the same groups.
-
-    Args:
-        features: (N, D) float.
-        count: of groups, N at most; fewer come back where rows are equal.
-
-    Returns:
-        (N,) int from 0 on, group of each row.
-
-    Source: Lloyd (1982), begun as k-means++ (Arthur and Vassilvitskii, 2007).
-    """
-    rng, groups = np.random.default_rng(0), np.zeros(len(features), int)
-    centers = features[[rng.integers(len(features))]]
-    while len(centers) < count:
-        nearest = _distances(features, centers).min(axis=1)
-        if not nearest.sum() > 0:
-            break
-        chance = nearest / nearest.sum()
-        centers = np.concatenate([centers, features[[rng.choice(len(features), p=chance)]]])
-    for _ in range(_ROUNDS):
-        before, groups = groups, _distances(features, centers).argmin(axis=1)
-        if np.array_equal(before, groups):
-            break
-        filled = np.unique(groups)
-        centers[filled] = [features[groups == group].mean(axis=0) for group in filled]
-    return np.unique(groups, return_inverse=True)[1]
-
-
-def _distances(rows: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """Return the squared distances of (N, D) rows to (K, D) centers: (N, K), 0 where equal."""
-    squares = [np.square(each.astype(float)).sum(axis=1) for each in (rows, centers)]
-    found = squares[0][:, None] + squares[1] - 2 * rows.astype(float) @ centers.T.astype(float)
-    return np.where(found < 1e-9, 0.0, found)
+def _directions(rows: np.ndarray) -> np.ndarray:
+    rows = rows.astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-9)
 
 
 def count_images(labeled: Sequence[Sample], classes: int) -> np.ndarray:
@@ -105,8 +90,7 @@ def count_images(labeled: Sequence[Sample], classes: int) -> np.ndarray:
 def write_suggestions(run: Path, count: int, out: Path) -> list[str]:
     """Write ``list.txt``, ``images.csv`` and ``sheet.png`` of the images to label next.
 
-    A class counts one divided by one more than the labeled images that show it. There are as many
-    clusters as the root of the number of candidates.
+    A class counts one divided by one more than the labeled images that show it.
 
     Returns:
         What was written, and why each image is suggested, in lines.
@@ -125,27 +109,33 @@ def write_suggestions(run: Path, count: int, out: Path) -> list[str]:
             "labels and without labels"
         )
     _refuse_files_of_others(out)
-    kept = dict[str, ImageDoubt]()
+    doubts = dict[str, np.ndarray]()
     for stage in (run / name for name in STAGES):
         if (stage / "confidence.csv").is_file():  # the stage has ended
-            kept |= read_doubt(stage, classes)
-    doubt = np.array([kept[sample.name].by_class for sample in candidates])
-    features = np.array([kept[sample.name].features for sample in candidates])
+            doubts |= read_doubt(stage, classes)
+    features = read_features(run / STAGES[0])
+    seen = [features[name] for name in sorted(names & features.keys())]
+    if not seen:
+        raise UserError(
+            f"{run / STAGES[0] / 'features.npz'}: has none of the labeled images; do the stage and "
+            f"later ones again with --from-stage 2, in a copy of {run} to keep it"
+        )
+    doubt = np.array([doubts[sample.name] for sample in candidates])
+    own = np.array([features[sample.name] for sample in candidates])
     shown = count_images(labeled, len(classes))
-    clusters = cluster(features, round(len(candidates) ** 0.5))
-    found = suggest(doubt, 1 / (1 + shown), clusters, count)
+    found = suggest(doubt, 1 / (1 + shown), own, np.array(seen), count)
     chosen = [candidates[each.row] for each in found]
     lines = [line_of(sample._replace(mask=None), labels.root) for sample in chosen]
     write_lists(out, {"list": lines})
-    head = ("image", "score", "class", "doubt", "labeled_images_of_class", "cluster", "confidence")
+    head = ("image", "gain", "class", "doubt", "labeled_images_of_class", "like", "confidence")
     rows = [
         (
             sample.name,
-            each.score,
+            each.gain,
             classes[each.label],
             doubt[each.row, each.label],
             shown[each.label],
-            clusters[each.row] + 1,
+            each.like,
             labels.confidence[sample.name],
         )
         for sample, each in zip(chosen, found, strict=True)
@@ -154,8 +144,8 @@ def write_suggestions(run: Path, count: int, out: Path) -> list[str]:
     voted = labels.config.pseudo_label.neighbours and read_votes(run / "2_votes")["votes"] > 0
     who = "teacher and votes disagree on" if voted else "the teacher is unsure of"
     whys = [
-        f"{who} '{row[2]}' ({row[3]:.2f}), in {row[4]} of {len(labeled)} labeled images; cluster "
-        f"{row[5]} of {clusters.max() + 1}"
+        f"{who} '{row[2]}' ({row[3]:.2f}), in {row[4]} of {len(labeled)} labeled images; "
+        f"{row[5]} of {len(candidates)} images are most like it"
         for row in rows
     ]
     save(_sheet(chosen, whys, labels.kind), out / "sheet.png")

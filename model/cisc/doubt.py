@@ -61,7 +61,10 @@ def summarize(opinions: Opinions) -> list[ImageSummary]:
 
 
 def write_summaries(
-    folder: Path, classes: Sequence[str], images: Mapping[str, ImageSummary]
+    folder: Path,
+    classes: Sequence[str],
+    images: Mapping[str, ImageSummary],
+    labeled: Mapping[str, ImageSummary],
 ) -> Report:
     """Write ``confidence.csv``, ``doubt.csv`` and ``features.npz`` of a labeling stage.
 
@@ -69,6 +72,7 @@ def write_summaries(
         folder: of the stage.
         classes: names by class id.
         images: summaries by image name, in the order of the files.
+        labeled: of labeled images, whose features are kept, after the others.
 
     Returns:
         The number of images and their mean confidence.
@@ -77,8 +81,9 @@ def write_summaries(
     on_rank_zero(write_csv)(folder / "confidence.csv", ("image", "confidence"), confidences)
     doubts = ((name, *found["doubt"]) for name, found in images.items())
     on_rank_zero(write_csv)(folder / "doubt.csv", ("image", *classes), doubts)
-    vectors = [np.frombuffer(base64.b64decode(x["features"]), "<f2") for x in images.values()]
-    arrays = {"images": np.array([*images], str), "features": np.array(vectors)}
+    seen = images | labeled
+    vectors = [np.frombuffer(base64.b64decode(x["features"]), "<f2") for x in seen.values()]
+    arrays = {"images": np.array([*seen], str), "features": np.array(vectors)}
     content = io.BytesIO()
     np.savez(content, **arrays)
     write = on_rank_zero(write_atomically)

@@ -4,7 +4,7 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -277,40 +277,42 @@ def read_scores(folder: Path) -> dict[str, float]:
     return scores
 
 
-class ImageDoubt(NamedTuple):
-    """What a labeling stage kept of an unlabeled image."""
-
-    by_class: np.ndarray  # (C,) float in [0, 1], as ``model.cisc.doubt.doubt_by_class``
-    features: np.ndarray  # (D,) float of length 1
-
-
-def read_doubt(stage: Path, classes: Sequence[str]) -> dict[str, ImageDoubt]:
-    """Read ``doubt.csv`` and ``features.npz`` of a labeling stage, by image name.
+def read_doubt(stage: Path, classes: Sequence[str]) -> dict[str, np.ndarray]:
+    """Read ``doubt.csv`` of a labeling stage: by image name (C,) float in [0, 1].
 
     Args:
         stage: its folder.
         classes: names by class id.
 
     Raises:
-        UserError: they are not there, as in runs of earlier versions, or damaged.
+        UserError: it is not there, as in runs of earlier versions, or damaged.
     """
-    table, vectors, again = stage / "doubt.csv", stage / "features.npz", stage_again(stage.name)
+    table, again = stage / "doubt.csv", stage_again(stage.name)
     if not table.is_file():
         raise UserError(
             f"{table}: no such file; runs of earlier versions have none: do the stage and later "
             f"ones again with --from-stage {stage.name[0]}, in a copy of {stage.parent} to keep it"
         )
-    doubt = {
+    return {
         name: np.array([number_in(cell, table, again, 0) for cell in cells])
         for name, *cells in read_table(table, ("image", *classes), again)[1]
     }
+
+
+def read_features(stage: Path) -> dict[str, np.ndarray]:
+    """Read ``features.npz`` of a labeling stage: by image name (D,) float32 of length 1.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    file = stage / "features.npz"
     try:
-        with np.load(vectors) as content:
-            features = dict(zip(content["images"].tolist(), content["features"], strict=True))
-        found = {x: ImageDoubt(doubt[x], features[x].astype(np.float32)) for x in doubt}
+        with np.load(file) as content:
+            rows = zip(content["images"].tolist(), content["features"], strict=True)
+            return {name: row.astype(np.float32) for name, row in rows}
     except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
-        raise UserError(f"{vectors}: holds no features of its images ({error}); {again}") from None
-    return found
+        again = stage_again(stage.name)
+        raise UserError(f"{file}: holds no features of its images ({error}); {again}") from None
 
 
 def number_in(cell: str, path: Path, again: str, low: float = -math.inf) -> float:
