@@ -228,9 +228,19 @@ def test_an_error_in_a_worker_is_its_line():
 
 def test_a_worker_that_dies_alone_is_an_error():
     loader = DataLoader(Pids(), num_workers=1, worker_init_fn=ignore_interrupts)
-    with pytest.raises(RuntimeError, match="DataLoader worker"), defer_signals():  # noqa: PT012
+    died = (RuntimeError, ConnectionResetError)  # the second while it hands over a sample
+    with pytest.raises(died, match=r"DataLoader worker|reset by peer"), defer_signals():  # noqa: PT012
         for pid in loader:
             kill("TERM", pid)
+
+
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_named(complaint):
+    def fail():
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    line = complaint(SimpleNamespace(__file__="train.py", main=fail))
+    assert line.startswith("error: workers: DataLoader worker (pid unknown) was killed, a process")
+    assert line.endswith("if memory ran out lower workers; the same command continues")
 
 
 @pytest.mark.parametrize(
