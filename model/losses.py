@@ -141,7 +141,7 @@ def rectified_dice_loss(
     return (weight.sum(dim=(1, 2, 3)) * of_images).sum() / _divisor(pseudo_label, pixels)
 
 
-def balanced_weights(pixels: Sequence[int]) -> list[float]:
+def balanced_weights(pixels: Sequence[float]) -> list[float]:
     """Return class weights in inverse proportion to the classes' pixels, whose mean weight is 1.
 
     A class without pixels has weight 1.

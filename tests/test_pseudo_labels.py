@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from model.cisc.calibration import Exponents
-from model.cisc.pseudo_labels import adjust, combine
+from model.cisc.pseudo_labels import adjust, combine, prior_of_labels
+from utils.config.schema import LossSection
 from utils.diagnosis import describe_votes
 
 
@@ -29,6 +30,17 @@ def test_adjustment_divides_the_prior_out():
     assert adjust(probability, prior, 0.0) is probability
     certain = torch.full((1, 3, 1, 1), 1 / 3)  # without evidence, all classes alike at 1
     torch.testing.assert_close(adjust(prior.view(1, 3, 1, 1), prior, 1.0), certain)
+
+
+def test_labels_are_made_for_the_classes_that_the_loss_weighs():
+    shares = torch.tensor([0.9, 0.08, 0.02])
+    assert prior_of_labels(shares, LossSection()) is shares
+    weighted = prior_of_labels(shares, LossSection(class_weights=[1.0, 10.0, 5.0]))
+    torch.testing.assert_close(weighted, torch.tensor([0.9, 0.8, 0.1]) / 1.8)
+    balanced = prior_of_labels(shares, LossSection(class_weights="balanced"))
+    torch.testing.assert_close(balanced, torch.full((3,), 1 / 3))
+    without = prior_of_labels(shares, LossSection(class_weights=[1.0, 1.0, 0.0]))
+    assert 0 < without[2] < 2e-4  # a class that weighs nothing stays finite
 
 
 def test_the_log_says_what_votes_do():

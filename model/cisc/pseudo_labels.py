@@ -17,10 +17,11 @@ from dataset.lists import Sample
 from dataset.loader import RandomStreams, whole_images
 from model.cisc.calibration import Exponents, Fit, HeldOut, fit_exponents, group_of
 from model.cisc.votes import PatchVoter, as_prior, cut_patches
+from model.losses import balanced_weights
 from model.networks import load_frozen
 from utils import IGNORE
 from utils.checkpoint import load
-from utils.config.schema import Config
+from utils.config.schema import Config, LossSection
 from utils.device import Device
 from utils.diagnosis import describe_votes
 from utils.distributed import gather_list, on_rank_zero
@@ -102,9 +103,10 @@ def _judge_fold(
     groups = [group_of(sample, config.dataset.groups) for sample in labeled]
     streams, rows = RandomStreams(config.seed, teacher.folder.name), []
     loader = whole_images(config, judged, judge.net.preprocessing)
+    prior = prior_of_labels(voters[0].prior, config.loss)
     for batch in iterate_batches(loader, device, stage.name):
         size, columns = tuple(batch.label.shape[-2:]), []
-        own = judge.log_posterior(judge(batch.image, size), voters[0].prior)
+        own = judge.log_posterior(judge(batch.image, size), prior)
         told = [voter.judge(batch.image, size).log_ratio for voter in others]
         ratios = torch.stack(told, dim=1)
         for place, index in enumerate(batch.index.tolist()):
@@ -153,6 +155,26 @@ class Teacher:
         """Put the prior of the labels, (C,), in place of the network's: log, not normalised."""
         shift = 0.0 if self.prior is None else (prior / self.prior).log().view(-1, 1, 1)
         return probability.clamp_min(1e-6).log() + shift
+
+
+def prior_of_labels(shares: Tensor, loss: LossSection) -> Tensor:
+    """Return the prior of pseudo labels: the classes' shares of pixels, each times its loss weight.
+
+    A loss with class weights asks for labels as if rare classes were as frequent as it weighs them.
+
+    Args:
+        shares: (C,) positive float, sum 1, of the labeled pixels.
+        loss: its ``class_weights`` are used.
+
+    Returns:
+        As ``shares``. Balanced weights make all classes alike, no weights change nothing.
+    """
+    weights = loss.class_weights
+    if weights is None:
+        return shares
+    if weights == "balanced":
+        weights = balanced_weights(shares.tolist())
+    return as_prior(shares * shares.new_tensor(weights))
 
 
 class Opinions(NamedTuple):
@@ -257,7 +279,8 @@ class PseudoLabeler:
             own = self._teacher.prior
             both = teacher if own is None else adjust(teacher, own, adjustment)
             return Opinions(teacher, None, both)
-        prior, (ratio, *others) = self.voter.prior, self.voter.judge(images, size)
+        prior = prior_of_labels(self.voter.prior, self.config.loss)
+        ratio, *others = self.voter.judge(images, size)
         both = combine(self._teacher.log_posterior(teacher, prior), ratio, self._exponents)
         votes = combine(prior.log().view(1, -1, 1, 1), ratio, Exponents(1.0, self._exponents.votes))
         return Opinions(teacher, votes, adjust(both, prior, adjustment), *others)
