@@ -363,7 +363,8 @@ class RetrainObjective:
         """Label, weigh and mix; count the classes."""
         prepared = student_batch(batch, self.labeler)
         learnt = prepared.view_label.where(prepared.view_weight > 0, IGNORE)
-        self.seen.count(prepared.labeled_label, learnt)
+        self.seen.count(prepared.labeled_label)
+        self.seen.count_pseudo(learnt)
         return prepared
 
     def crops(self, batch_size: int) -> Crops:
@@ -476,7 +477,7 @@ class Losses(NamedTuple):
 
     labeled: LabeledLoss
     pseudo: PseudoLoss
-    class_weights: Tensor | None  # (C,) of the cross entropies; None: 1
+    class_weights: Tensor | None  # (C,) of the cross entropy of true labels; None: 1
 
 
 def _losses(stage: Stage, labeled: Sequence[Sample]) -> Losses:
@@ -494,7 +495,7 @@ def _losses(stage: Stage, labeled: Sequence[Sample]) -> Losses:
     entropy = partial(cross_entropy, class_weights=weights)
     if ohem is not None:
         entropy = partial(ohem_cross_entropy, **ohem.model_dump())
-    pseudo = partial(rectified_cross_entropy, class_weights=weights)
+    pseudo = rectified_cross_entropy  # the labels hold the weights already, by their prior
     if settings.dice:
         entropy = _add(entropy, dice_loss, settings.dice)
         pseudo = _add(pseudo, rectified_dice_loss, settings.dice)

@@ -43,8 +43,6 @@ def rectified_cross_entropy(
     pseudo_label: Tensor,
     weight: Tensor,
     pixels: Tensor | None = None,
-    *,
-    class_weights: Tensor | None = None,
 ) -> Tensor:
     """Weighted cross entropy, averaged over pixels that are not ignored; 0 if there are none.
 
@@ -53,7 +51,6 @@ def rectified_cross_entropy(
         pseudo_label: (B, H, W) long in [0, C), or 255 = ignored.
         weight: (B, H, W) float in [0, 1].
         pixels: () number, see above.
-        class_weights: (C,), see above; None: 1.
 
     Returns:
         Scalar float32. The divisor counts pixels, not weights: a batch of low weights has a small
@@ -62,7 +59,7 @@ def rectified_cross_entropy(
     Source: the paper's rectified loss; docs/method.md, section 4. Deviates from the published
     code, where ignored and padded pixels count in the mean.
     """
-    loss = _pixel_loss(logits, pseudo_label, class_weights)
+    loss = _pixel_loss(logits, pseudo_label)
     return (weight * loss).sum() / _divisor(pseudo_label, pixels)
 
 

@@ -262,7 +262,8 @@ def test_pixels_of_each_class_are_counted():
     assert seen.learnt() == [2, 0, 2]
     weighted = ClassPixels(3, torch.tensor([0.5, 1.0, 4.0]))
     weighted.count(torch.tensor([2, 0, 2]))
-    assert weighted.learnt() == [0.5, 0, 8]  # the prior that weighted cross entropy learns
+    weighted.count_pseudo(torch.tensor([1, 1, IGNORE, 2]))
+    assert weighted.learnt() == [0.5, 2, 9]  # the prior that these losses teach
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ To change what a student is told about unlabeled images, this is the file.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -168,32 +168,41 @@ class ClassPixels(nn.Module):
     """Counts the pixels of each class that a training stage learns from.
 
     Their weighted shares are the prior that the trained network's probabilities hold, which
-    ``votes.py`` divides out. ``pixels`` is (C,) int64, over all processes; a resumed stage goes on
-    counting.
+    ``votes.py`` divides out. ``pixels`` and ``pseudo_pixels`` are (C,) int64, over all processes;
+    a resumed stage goes on counting.
 
     Args:
         num_classes: C.
-        class_weights: (C,) float of the loss; None: 1.
+        class_weights: (C,) float of the loss of true labels; None: 1.
     """
 
     def __init__(self, num_classes: int, class_weights: Tensor | None = None) -> None:
         super().__init__()
         self._class_weights = class_weights
         self.register_buffer("pixels", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("pseudo_pixels", torch.zeros(num_classes, dtype=torch.int64))
 
     def count(self, *labels: Tensor) -> None:
         """Add integer tensors of class ids, 255 = ignored. Collective."""
+        self.pixels += self._in_each_class(labels)
+
+    def count_pseudo(self, label: Tensor) -> None:
+        """Add a tensor of pseudo labels, 255 = ignored, which no weights multiply. Collective."""
+        self.pseudo_pixels += self._in_each_class([label])
+
+    def _in_each_class(self, labels: Sequence[Tensor]) -> Tensor:
         classes = len(self.pixels)
         # 255 is counted beyond the classes: cutting it out would wait for the device.
         places = torch.cat([label.where(label != IGNORE, classes).flatten() for label in labels])
-        self.pixels += all_reduce_sum(torch.bincount(places, minlength=classes + 1)[:classes])
+        return all_reduce_sum(torch.bincount(places, minlength=classes + 1)[:classes])
 
     def learnt(self) -> list[float]:
-        """Return the pixels of each class, multiplied by its weight in the loss."""
-        counts, weights = self.pixels.tolist(), self._class_weights
-        if weights is None:
-            return counts
-        return [count * weight for count, weight in zip(counts, weights.tolist(), strict=True)]
+        """Return the pixels of each class, those of true labels multiplied by its weight."""
+        weights = [1] * len(self.pixels)
+        if self._class_weights is not None:
+            weights = self._class_weights.tolist()
+        counts = zip(self.pixels.tolist(), weights, self.pseudo_pixels.tolist(), strict=True)
+        return [true * weight + pseudo for true, weight, pseudo in counts]
 
 
 def random_boxes(like: Tensor) -> Tensor:
