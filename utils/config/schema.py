@@ -261,9 +261,9 @@ class LossSection(Section):
     """The loss of labeled and of pseudo-labeled images in training stages."""
 
     dice: float = Field(0.0, ge=0)  # weight of a soft Dice loss, added to the cross entropy
-    # Weights of the classes in the cross entropy of true labels: one number for each; or 'balanced',
-    # in inverse proportion to the classes' labeled pixels, whose mean weight is 1. null: all 1.
-    # Pseudo labels are made for these weights, and their pixels count alike.
+    # Weights of the classes in the cross entropy of true labels: one number for each; or
+    # 'balanced', in inverse proportion to the classes' labeled pixels, whose mean weight is 1.
+    # null: all 1. Pseudo labels are made for these weights, and their pixels count alike.
     class_weights: ClassWeights = None
 
 
