@@ -331,13 +331,17 @@ def test_balanced_class_weights_are_counted_from_the_labeled_masks(demo_override
     labeled, said = read_splits(config.dataset).labeled, []
     log = SimpleNamespace(say=said.append)
     stage = SimpleNamespace(config=config, device=Device("cpu", "fp32"), name="1", log=log)
-    weights = train._losses(stage, labeled).class_weights.numpy()
+    losses = train._losses(stage, labeled)
+    weights = losses.class_weights.numpy()
     labels = np.concatenate([np.asarray(read_label(sample)).ravel() for sample in labeled])
     counts = np.bincount(labels[labels != 255], minlength=7)
     shown = counts > 0
     equal = counts.sum() / shown.sum()
     np.testing.assert_allclose(weights[shown] * counts[shown], equal, rtol=1e-5)
     assert said[0].startswith(f"1: class weights {dataset_info(config.dataset).classes[0]} ")
+    logits, ids, alike = torch.zeros(1, 7, 1, 1), torch.tensor([[[3]]]), torch.ones(1, 1, 1)
+    assert losses.labeled(logits, ids) == pytest.approx(weights[3] * np.log(7))
+    assert losses.pseudo(logits, ids, alike) == pytest.approx(np.log(7))  # made for the weights
 
 
 def test_images_without_a_group_are_refused_before_anything_starts(demo_overrides):
