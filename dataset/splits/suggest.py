@@ -109,21 +109,9 @@ def write_suggestions(run: Path, count: int, out: Path) -> list[str]:
             "labels and without labels"
         )
     _refuse_files_of_others(out)
-    doubts = dict[str, np.ndarray]()
-    for stage in (run / name for name in STAGES):
-        if (stage / "confidence.csv").is_file():  # the stage has ended
-            doubts |= read_doubt(stage, classes)
-    features = read_features(run / STAGES[0])
-    seen = [features[name] for name in sorted(names & features.keys())]
-    if not seen:
-        raise UserError(
-            f"{run / STAGES[0] / 'features.npz'}: has none of the labeled images; do the stage and "
-            f"later ones again with --from-stage 2, in a copy of {run} to keep it"
-        )
-    doubt = np.array([doubts[sample.name] for sample in candidates])
-    own = np.array([features[sample.name] for sample in candidates])
+    kept = _read_stages(run, candidates, sorted(names), classes)
     shown = count_images(labeled, len(classes))
-    found = suggest(doubt, 1 / (1 + shown), own, np.array(seen), count)
+    found = suggest(kept.doubt, 1 / (1 + shown), kept.features, kept.labeled, count)
     chosen = [candidates[each.row] for each in found]
     lines = [line_of(sample._replace(mask=None), labels.root) for sample in chosen]
     write_lists(out, {"list": lines})
@@ -133,7 +121,7 @@ def write_suggestions(run: Path, count: int, out: Path) -> list[str]:
             sample.name,
             each.gain,
             classes[each.label],
-            doubt[each.row, each.label],
+            kept.doubt[each.row, each.label],
             shown[each.label],
             each.like,
             labels.confidence[sample.name],
@@ -156,6 +144,32 @@ def write_suggestions(run: Path, count: int, out: Path) -> list[str]:
         "to correct their pseudo labels in a tool:",
         f"  python -m dataset.prepare export-labels {shlex.join(words)}",
     ]
+
+
+class _Kept(NamedTuple):
+    """What labeling stages have kept of images."""
+
+    doubt: np.ndarray  # (N, C) of the candidates
+    features: np.ndarray  # (N, D) of the candidates
+    labeled: np.ndarray  # (L, D) features of labeled images
+
+
+def _read_stages(
+    run: Path, candidates: Sequence[Sample], labeled: Sequence[str], classes: Sequence[str]
+) -> _Kept:
+    doubts = dict[str, np.ndarray]()
+    for stage in (run / name for name in STAGES):
+        if (stage / "confidence.csv").is_file():  # the stage has ended
+            doubts |= read_doubt(stage, classes)
+    features = read_features(run / STAGES[0])
+    seen = [features[name] for name in labeled if name in features]
+    if not seen:
+        raise UserError(
+            f"{run / STAGES[0] / 'features.npz'}: has none of the labeled images; do the stage and "
+            f"later ones again with --from-stage 2, in a copy of {run} to keep it"
+        )
+    doubt = np.array([doubts[sample.name] for sample in candidates])
+    return _Kept(doubt, np.array([features[x.name] for x in candidates]), np.array(seen))
 
 
 def _refuse_files_of_others(out: Path) -> None:
