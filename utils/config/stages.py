@@ -29,6 +29,7 @@ READERS: Mapping[str, tuple[int, ...]] = {
     "model": ALL,
     "optimizer": TRAINING,
     "loss": TRAINING,
+    "loss.class_weights": (*TRAINING, *LABELING),  # labels are made for the weights
     "ohem": TRAINING,
     "supervised": (1,),
     "supervised.start": (),  # says what the next round does; the report of stage 1 has what it did
