@@ -58,6 +58,7 @@ from model.losses import (
     rectified_cross_entropy,
     rectified_dice_loss,
     refuse_class_weights,
+    scale_weights,
 )
 from model.networks import load_frozen, load_network, network_of
 from utils import IGNORE
@@ -102,10 +103,11 @@ def train(
     queries = config.pairs_share_classes or config.retraining_queries
     index = build_query_index(splits.labeled, rule) if queries else None
     run = Run(config, from_stage, fresh, splits.digests(), verify)
-    if broadcast(lambda: run.is_new):  # else a truncated image could end a late stage
+    is_new = broadcast(lambda: run.is_new)
+    if is_new:  # else a truncated image could end a late stage
         notes += broadcast(refuse_broken_images, splits)
-        if 2 in config.stages and config.pseudo_label.neighbours:
-            notes.append(broadcast(describe_voters, config, run.device, splits))
+    if (is_new or from_stage == 2) and 2 in config.stages and config.pseudo_label.neighbours:
+        notes.append(broadcast(describe_voters, config, run.device, splits))
     with run, fixed_order(config.deterministic):
         for note in notes:
             run.log.say(note)
@@ -484,18 +486,18 @@ def _losses(stage: Stage, labeled: Sequence[Sample]) -> Losses:
     """Choose the losses of a training stage. Collective."""
     settings, ohem = stage.config.loss, stage.config.ohem
     weights = settings.class_weights
-    if weights == "balanced":
+    if weights is not None:
         classes = dataset_info(stage.config.dataset).classes
         pixels = broadcast(count_class_pixels, labeled, len(classes))
-        weights = balanced_weights(pixels)
+        balanced = weights == "balanced"
+        weights = balanced_weights(pixels) if balanced else scale_weights(weights, pixels)
         named = (f"{name} {weight:.3g}" for name, weight in zip(classes, weights, strict=True))
         stage.log.say(f"{stage.name}: class weights {', '.join(named)}")
-    if weights is not None:
         weights = torch.tensor(weights, device=stage.device.torch_device)
     entropy = partial(cross_entropy, class_weights=weights)
     if ohem is not None:
         entropy = partial(ohem_cross_entropy, **ohem.model_dump())
-    pseudo = rectified_cross_entropy  # the labels hold the weights already, by their prior
+    pseudo = rectified_cross_entropy  # the labels reflect the weights already
     if settings.dice:
         entropy = _add(entropy, dice_loss, settings.dice)
         pseudo = _add(pseudo, rectified_dice_loss, settings.dice)

@@ -58,8 +58,8 @@ def read_label(sample: Sample) -> Image.Image:
 
 def count_class_pixels(samples: Iterable[Sample], num_classes: int) -> list[int]:
     """Count the pixels of each class in the labels of samples."""
-    counts = (read_label(sample).histogram()[:num_classes] for sample in samples)
-    return [sum(column) for column in zip(*counts, strict=True)]
+    counts = [read_label(sample).histogram()[:num_classes] for sample in samples]
+    return [sum(column) for column in zip([0] * num_classes, *counts, strict=True)]
 
 
 def read_sample(sample: Sample) -> tuple[Image.Image, Image.Image]:

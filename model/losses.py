@@ -147,6 +147,15 @@ def balanced_weights(pixels: Sequence[float]) -> list[float]:
     return [sum(pixels) / (shown * count) if count else 1.0 for count in pixels]
 
 
+def scale_weights(weights: Sequence[float], pixels: Sequence[int]) -> list[float]:
+    """Scale class weights to a mean of 1 over labeled pixels: the loss keeps its scale.
+
+    Weights of 0 for all classes that have pixels stay as they are.
+    """
+    total = sum(weight * count for weight, count in zip(weights, pixels, strict=True))
+    return [weight * sum(pixels) / total if total else weight for weight in weights]
+
+
 def refuse_class_weights(settings: LossSection, classes: Sequence[str]) -> None:
     """Compare ``loss.class_weights`` with the classes; a ``UserError`` if their numbers differ."""
     weights = settings.class_weights

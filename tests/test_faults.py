@@ -234,15 +234,6 @@ def test_a_worker_that_dies_alone_is_an_error():
             kill("TERM", pid)
 
 
-def test_a_worker_that_dies_while_it_hands_over_a_batch_is_named(complaint):
-    def fail():
-        raise ConnectionResetError(104, "Connection reset by peer")
-
-    line = complaint(SimpleNamespace(__file__="train.py", main=fail))
-    assert line.startswith("error: workers: DataLoader worker (pid unknown) was killed, a process")
-    assert line.endswith("if memory ran out lower workers; the same command continues")
-
-
 @pytest.mark.parametrize(
     "error",
     [

@@ -15,6 +15,7 @@ from model.losses import (
     ohem_cross_entropy,
     rectified_cross_entropy,
     rectified_dice_loss,
+    scale_weights,
 )
 from tests.benchmarks.plain import pool, similarity
 from utils import IGNORE
@@ -81,6 +82,11 @@ def test_balanced_weights_match_hand_count_and_average_to_one():
     assert balanced_weights([60, 30, 10]) == pytest.approx([100 / 180, 100 / 90, 100 / 30])
     assert balanced_weights([75, 25, 0]) == pytest.approx([100 / 150, 2.0, 1.0])
     assert balanced_weights([0, 0]) == [1.0, 1.0]
+
+
+def test_weights_are_scaled_to_a_mean_of_one_over_the_pixels():
+    assert scale_weights([1.0, 3.0, 8.0], [50, 50, 0]) == pytest.approx([0.5, 1.5, 4.0])
+    assert scale_weights([0.0, 0.0, 5.0], [90, 8, 0]) == [0.0, 0.0, 5.0]
 
 
 def test_dice_matches_hand_count():

@@ -1,10 +1,13 @@
 """Teacher and votes together: by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from model.cisc.calibration import Exponents
-from model.cisc.pseudo_labels import adjust, combine, prior_of_labels
+from model.cisc.pseudo_labels import PseudoLabeler, Teacher, adjust, combine, prior_of_labels
+from model.cisc.votes import as_prior
 from utils.config.schema import LossSection
 from utils.diagnosis import describe_votes
 
@@ -34,13 +37,48 @@ def test_adjustment_divides_the_prior_out():
 
 def test_labels_are_made_for_the_classes_that_the_loss_weighs():
     shares = torch.tensor([0.9, 0.08, 0.02])
-    assert prior_of_labels(shares, LossSection()) is shares
+    assert torch.equal(prior_of_labels(shares, LossSection()), as_prior(shares))
     weighted = prior_of_labels(shares, LossSection(class_weights=[1.0, 10.0, 5.0]))
     torch.testing.assert_close(weighted, torch.tensor([0.9, 0.8, 0.1]) / 1.8)
     balanced = prior_of_labels(shares, LossSection(class_weights="balanced"))
     torch.testing.assert_close(balanced, torch.full((3,), 1 / 3))
-    without = prior_of_labels(shares, LossSection(class_weights=[1.0, 1.0, 0.0]))
-    assert 0 < without[2] < 2e-4  # a class that weighs nothing stays finite
+    half = torch.tensor([0.5, 0.5, 0.0])
+    absent = prior_of_labels(torch.tensor([0.9, 0.1, 0.0]), LossSection(class_weights="balanced"))
+    torch.testing.assert_close(absent, as_prior(half))  # a class without labels stays unlikely
+    nothing = prior_of_labels(shares, LossSection(class_weights=[1.0, 11.25, 0.0]))
+    torch.testing.assert_close(nothing, as_prior(half))
+
+
+class BalancedTeacher(Teacher):
+    """Has learnt all classes as equally frequent, and is as sure of each."""
+
+    prior = torch.full((3,), 1 / 3)
+
+    def __init__(self):
+        pass
+
+    def __call__(self, images, size):
+        return torch.full((1, 3, *size), 1 / 3)
+
+
+class SilentVoter:
+    shares = torch.tensor([0.9, 0.08, 0.02])
+
+    def judge(self, images, size):
+        return torch.zeros(1, 3, *size), None, None
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"), [("balanced", [1 / 3] * 3), (None, [0.9, 0.08, 0.02])]
+)
+def test_votes_leave_the_weights_of_the_loss_in_the_labels(weights, expected):
+    labeler = object.__new__(PseudoLabeler)
+    loss = LossSection(class_weights=weights)
+    labeler.config = SimpleNamespace(loss=loss, pseudo_label=SimpleNamespace(adjustment=0))
+    labeler._teacher, labeler.voter = BalancedTeacher(), SilentVoter()
+    labeler._exponents = Exponents(1.0, 1.0)
+    both = labeler(torch.zeros(1, 3, 2, 2), (2, 2)).both[0, :, 0, 0]
+    torch.testing.assert_close(both, torch.tensor(expected))
 
 
 def test_the_log_says_what_votes_do():

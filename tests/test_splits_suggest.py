@@ -159,7 +159,10 @@ def test_suggestions_that_cannot_be(run, answer, tmp_path):
         names, features = found["images"], found["features"]
     np.savez(place / "features.npz", images=names[:10], features=features[:10])
     line = refusal(answer, program, *GIVEN, folder)
-    assert "features.npz: has none of the labeled images; do the stage and later ones" in line
+    assert (
+        "features.npz: has not all images, or none of the labeled ones; do the stage and later ones"
+        in line
+    )
     (place / "features.npz").write_bytes(b"PK garbage")
     line = refusal(answer, program, *GIVEN, folder)
     assert "features.npz: holds no features of its images" in line

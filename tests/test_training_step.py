@@ -36,7 +36,13 @@ from model.losses import (
 from model.ops.layers import SegmentationNetwork
 from train import _losses, retrain_loss, supervised_loss
 from utils import IGNORE
-from utils.config.schema import LossSection, OhemSection, OptimizerSection, RetrainSection
+from utils.config.schema import (
+    DatasetSection,
+    LossSection,
+    OhemSection,
+    OptimizerSection,
+    RetrainSection,
+)
 from utils.device import Device
 from utils.optimization import Optimization
 
@@ -101,8 +107,11 @@ def retrained(net, samples, kind=Weigher, **settings):
 
 
 def chosen_losses(settings, ohem=None):
-    config = SimpleNamespace(loss=settings, ohem=ohem)
-    return _losses(SimpleNamespace(config=config, device=CPU), [])
+    names = [f"class {number}" for number in range(CLASSES)]
+    dataset = DatasetSection(kind="custom", root=".", classes=names)
+    config = SimpleNamespace(loss=settings, ohem=ohem, dataset=dataset)
+    log = SimpleNamespace(say=lambda line: None)
+    return _losses(SimpleNamespace(config=config, device=CPU, name="1", log=log), [])
 
 
 def test_dice_is_added_to_each_cross_entropy(samples):

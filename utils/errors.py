@@ -103,8 +103,6 @@ def _line_of(error: RuntimeError | MemoryError | OSError) -> str | None:
         )
         return f"standard output: {error.strerror}; not all was printed"
     what = str(error).split("\n")[0].split(". ")[0]
-    if isinstance(error, ConnectionResetError):  # it died while it handed over a batch
-        what = "DataLoader worker (pid unknown) was killed"
     if what.startswith("DataLoader worker (pid"):  # raised wherever the program is
         hint = "if memory ran out lower workers; the same command continues"
         return f"workers: {what}, a process that reads images; {hint}"

@@ -46,12 +46,12 @@ def suggest(
         count: of suggestions, N at most.
 
     Returns:
-        The suggestions, the best first. Fewer are the first of more.
+        The suggestions, the best first. The images of fewer are the first ones of more.
 
     Source: greedy facility location (Wei, Iyer and Bilmes, Submodularity in data subset selection
     and active learning, ICML 2015), each image weighed by its doubt.
     """
-    weights, mean = doubt @ rarity, features.mean(axis=0)
+    weights, mean = (doubt @ rarity).astype(np.float32), features.mean(axis=0)
     directions, known = _directions(features - mean), _directions(labeled - mean)
     drawn = np.random.default_rng(0).permutation(len(features))[:_COVERED]
     similar = directions[drawn] @ directions.T
@@ -163,10 +163,10 @@ def _read_stages(
             doubts |= read_doubt(stage, classes)
     features = read_features(run / STAGES[0])
     seen = [features[name] for name in labeled if name in features]
-    if not seen:
+    if not seen or not all(sample.name in features for sample in candidates):
         raise UserError(
-            f"{run / STAGES[0] / 'features.npz'}: has none of the labeled images; do the stage and "
-            f"later ones again with --from-stage 2, in a copy of {run} to keep it"
+            f"{run / STAGES[0] / 'features.npz'}: has not all images, or none of the labeled ones; "
+            f"do the stage and later ones again with --from-stage 2, in a copy of {run} to keep it"
         )
     doubt = np.array([doubts[sample.name] for sample in candidates])
     return _Kept(doubt, np.array([features[x.name] for x in candidates]), np.array(seen))

@@ -103,7 +103,7 @@ def _judge_fold(
     groups = [group_of(sample, config.dataset.groups) for sample in labeled]
     streams, rows = RandomStreams(config.seed, teacher.folder.name), []
     loader = whole_images(config, judged, judge.net.preprocessing)
-    prior = prior_of_labels(voters[0].prior, config.loss)
+    prior = prior_of_labels(voters[0].shares, config.loss)
     for batch in iterate_batches(loader, device, stage.name):
         size, columns = tuple(batch.label.shape[-2:]), []
         own = judge.log_posterior(judge(batch.image, size), prior)
@@ -163,15 +163,15 @@ def prior_of_labels(shares: Tensor, loss: LossSection) -> Tensor:
     A loss with class weights asks for labels as if rare classes were as frequent as it weighs them.
 
     Args:
-        shares: (C,) positive float, sum 1, of the labeled pixels.
+        shares: (C,) float, sum 1, of the labeled pixels.
         loss: its ``class_weights`` are used.
 
     Returns:
-        As ``shares``. Balanced weights make all classes alike, no weights change nothing.
+        (C,) float, 0.0001 at least, sum 1. Balanced: all classes with labels are alike.
     """
     weights = loss.class_weights
     if weights is None:
-        return shares
+        return as_prior(shares)
     if weights == "balanced":
         weights = balanced_weights(shares.tolist())
     return as_prior(shares * shares.new_tensor(weights))
@@ -279,7 +279,7 @@ class PseudoLabeler:
             own = self._teacher.prior
             both = teacher if own is None else adjust(teacher, own, adjustment)
             return Opinions(teacher, None, both)
-        prior = prior_of_labels(self.voter.prior, self.config.loss)
+        prior = prior_of_labels(self.voter.shares, self.config.loss)
         ratio, *others = self.voter.judge(images, size)
         both = combine(self._teacher.log_posterior(teacher, prior), ratio, self._exponents)
         votes = combine(prior.log().view(1, -1, 1, 1), ratio, Exponents(1.0, self._exponents.votes))

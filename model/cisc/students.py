@@ -168,8 +168,8 @@ class ClassPixels(nn.Module):
     """Counts the pixels of each class that a training stage learns from.
 
     Their weighted shares are the prior that the trained network's probabilities hold, which
-    ``votes.py`` divides out. ``pixels`` and ``pseudo_pixels`` are (C,) int64, over all processes;
-    a resumed stage goes on counting.
+    ``pseudo_labels.py`` divides out. ``pixels`` and ``pseudo_pixels`` are (C,) int64, over all
+    processes; a resumed stage goes on counting.
 
     Args:
         num_classes: C.

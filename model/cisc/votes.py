@@ -190,7 +190,7 @@ class PatchVoter:
     """Labeled patches that vote on images which are enlarged by a factor.
 
     Attributes:
-        memories: one an encoder; all have a say alike.
+        memories: one an encoder; what they tell is averaged on the grid of the first one's maps.
         factor: of the images' sides.
         labeled: the images that the patches' numbers are of.
     """
@@ -200,9 +200,9 @@ class PatchVoter:
     labeled: Sequence[Sample]
 
     @cached_property
-    def prior(self) -> Tensor:
-        """(C,) positive float, sum 1: the classes' shares of the first encoder's patches."""
-        return self.memories[0].patches.prior()
+    def shares(self) -> Tensor:
+        """(C,) float, sum 1: the classes' shares of the first encoder's patches."""
+        return self.memories[0].patches.shares.mean(dim=0)
 
     @property
     def is_empty(self) -> bool:
@@ -266,9 +266,12 @@ def describe_voters(config: Config, device: Device, splits: Splits) -> str:
     with ThreadPool() as pool:
         images = [sample.image for sample in (*splits.labeled, *splits.unlabeled)]
         sizes = Counter(pool.map(picture_size, images))
-    size = max(sizes, key=math.prod)
-    height, width = base_size(size, config.inference.long_side)
-    passing = min(sizes[size], config.inference.batch_size)
+    batches = {  # of one size: images and their height and width as they pass
+        size: (min(count, config.inference.batch_size), base_size(size, config.inference.long_side))
+        for size, count in sizes.items()
+    }
+    size = max(batches, key=lambda size: batches[size][0] * math.prod(batches[size][1]))
+    passing, (height, width) = batches[size]
     passes = [passing * encoder.estimate_memory(size, max(factors)) for encoder in encoders]
     voting = min(len(splits.labeled), VOTERS)
     places = [voting * math.prod(encoders[0].grid(size, factor)) for factor in factors]

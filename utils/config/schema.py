@@ -262,8 +262,8 @@ class LossSection(Section):
 
     dice: float = Field(0.0, ge=0)  # weight of a soft Dice loss, added to the cross entropy
     # Weights of the classes in the cross entropy of true labels: one number for each; or
-    # 'balanced', in inverse proportion to the classes' labeled pixels, whose mean weight is 1.
-    # null: all 1. Pseudo labels are made for these weights, and their pixels count alike.
+    # 'balanced', in inverse proportion to the classes' labeled pixels. They are scaled to a mean of
+    # 1 over these pixels. null: all 1. Pseudo labels reflect the weights, their pixels count alike.
     class_weights: ClassWeights = None
 
 
@@ -338,8 +338,9 @@ class PseudoLabelSection(Section):
     # Encoders, as model.backbone names them, in whose features patches are compared: the mean of
     # what they tell counts. null: the student's own.
     voters: list[str] | None = Field(None, min_length=1)
-    # Probabilities are divided by the class's share of the labels to this power: more labels of
-    # rare classes, and more wrong ones. 0: as they are.
+    # Probabilities are divided by the class's prior to this power: more labels of rare classes, and
+    # more wrong ones. 0: as they are. Nothing changes with balanced class weights, whose prior is
+    # the same for all classes.
     adjustment: float = Field(0.0, ge=0, le=1)
     threshold: float = Field(0.6, ge=0, lt=1)  # less probable pixels are stored as ignored
 
