@@ -1,5 +1,6 @@
 """Encoders of votes: their images, tiles, memory, and the names that users give them."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,17 @@ def test_voters_that_are_not_there_are_refused_first(
     assert line.startswith("pseudo_label.voters: ")
     assert told in line
     assert not (tmp_path / "r" / "1_supervised").exists()
+
+
+@pytest.mark.slow
+def test_voters_that_are_not_there_leave_a_finished_run_as_it_is(
+    finished, demo_root, tmp_path, tiny_settings
+):
+    shutil.copytree(finished[0], tmp_path / "whole")
+    words = [*tiny_settings(demo_root, tmp_path), "name=whole", "pseudo_label.voters=[resnet19]"]
+    line = refusal(train, read_config("demo.yaml", words), from_stage=2)
+    assert line.startswith("pseudo_label.voters: ")
+    assert (tmp_path / "whole" / "6_retrain" / "checkpoint.pth").is_file()
 
 
 @pytest.mark.slow
