@@ -235,6 +235,22 @@ def test_a_worker_that_dies_alone_is_an_error():
 
 
 @pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "reset"), BrokenPipeError(32, "pipe"), EOFError()]
+)
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_named(error, complaint):
+    def rebuild_storage_fd():  # as torch's function is called that receives tensors
+        raise error
+
+    line = complaint(SimpleNamespace(__file__="train.py", main=rebuild_storage_fd))
+    assert line.startswith("error: workers: DataLoader worker (pid unknown) ended while it")
+    assert line.endswith("if memory ran out lower workers; the same command continues")
+
+
+def test_torch_receives_tensors_in_the_function_that_is_looked_for():
+    assert callable(torch.multiprocessing.reductions.rebuild_storage_fd)
+
+
+@pytest.mark.parametrize(
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),

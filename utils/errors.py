@@ -6,6 +6,7 @@ import io
 import os.path
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -72,7 +73,7 @@ def exit_with_one_line(program: Callable[[], None]) -> None:
         sys.stdout.flush()
     except UserError as error:
         _exit(2, "\n  ".join([f"error: {error}", *error.rows]))
-    except (RuntimeError, MemoryError, OSError) as error:
+    except (RuntimeError, MemoryError, OSError, EOFError) as error:
         line = _line_of(error)
         if line is None:
             raise
@@ -89,8 +90,15 @@ def _exit(code: int, line: str) -> NoReturn:
     sys.exit(code)
 
 
-def _line_of(error: RuntimeError | MemoryError | OSError) -> str | None:
+def _line_of(error: RuntimeError | MemoryError | OSError | EOFError) -> str | None:
     """Say in a line what a user can do about an error of torch or the system; None if nothing."""
+    what = str(error).split("\n")[0].split(". ")[0]
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    if any(frame.f_code.co_name == "rebuild_storage_fd" for frame in frames):
+        what = "DataLoader worker (pid unknown) ended while it handed over a batch"
+    if what.startswith("DataLoader worker (pid"):  # raised wherever the program is
+        hint = "if memory ran out lower workers; the same command continues"
+        return f"workers: {what}, a process that reads images; {hint}"
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         return "files: the system lets this program open no more; raise its limit (ulimit -n 4096)"
     if isinstance(error, OSError) and error.errno in _OF_PATHS and error.filename is not None:
@@ -102,10 +110,6 @@ def _line_of(error: RuntimeError | MemoryError | OSError) -> str | None:
             None  # where writing a file fails there is a UserError; nothing is left to print
         )
         return f"standard output: {error.strerror}; not all was printed"
-    what = str(error).split("\n")[0].split(". ")[0]
-    if what.startswith("DataLoader worker (pid"):  # raised wherever the program is
-        hint = "if memory ran out lower workers; the same command continues"
-        return f"workers: {what}, a process that reads images; {hint}"
     known = ("can't allocate memory", "could not create a primitive", "not enough memory")
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         x in str(error) for x in known
