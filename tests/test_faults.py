@@ -97,8 +97,9 @@ def typed(demo_root, tmp_path, tiny_settings):
 
 
 def last_words(process):
-    (line,) = process.communicate(timeout=120)[1].splitlines()
-    return line
+    said = process.communicate(timeout=120)[1]
+    assert said.count("\n") == 1, said
+    return said.rstrip("\n")
 
 
 STOPPED = "the same command, without --from-stage and --fresh, continues from the last save"

@@ -74,6 +74,8 @@ def exit_with_one_line(program: Callable[[], None]) -> None:
     except UserError as error:
         _exit(2, "\n  ".join([f"error: {error}", *error.rows]))
     except (RuntimeError, MemoryError, OSError, EOFError) as error:
+        if hasattr(signal, "SIGCHLD"):  # torch's handler raises for each worker that is gone
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         line = _line_of(error)
         if line is None:
             raise
