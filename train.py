@@ -37,7 +37,7 @@ from dataset.votes import votes_file, write_votes
 from model import refuse_crop, start_from
 from model.cisc.anchors import read_selection, select
 from model.cisc.calibration import FOLD_LENGTH, draw_folds
-from model.cisc.doubt import ImageSummary, summarize, write_summaries
+from model.cisc.doubt import ImageSummary, encode, summarize, write_features, write_summaries
 from model.cisc.maps import consistency_loss
 from model.cisc.panels import Panels, keep_opinions, shown_samples
 from model.cisc.pseudo_labels import (
@@ -253,21 +253,19 @@ def write_pseudo_labels(
             kept.append(write(keep, samples, ids.byte().cpu().numpy(), ratios, found))
     done |= gather_dict([batch.result() for batch in kept])
     summaries = {sample.name: done[sample.name] for sample in unlabeled}
-    first = stage.name.startswith("2")
-    labeled = _summarize_labeled(stage, labeler, splits.labeled) if first else {}
-    return write_summaries(stage.folder, info.classes, summaries, labeled)
+    if stage.name.startswith("2"):
+        features = {name: found["features"] for name, found in summaries.items()}
+        write_features(stage.folder, features | _features_of(stage, labeler, splits.labeled))
+    return write_summaries(stage.folder, info.classes, summaries)
 
 
-def _summarize_labeled(
-    stage: Stage, labeler: PseudoLabeler, labeled: Sequence[Sample]
-) -> dict[str, ImageSummary]:
-    """Summarise labeled images as unlabeled ones are: what they resemble needs no label."""
-    kept = list[tuple[str, ImageSummary]]()
+def _features_of(stage: Stage, labeler: PseudoLabeler, labeled: Sequence[Sample]) -> dict[str, str]:
+    """Return the features of labeled images: unlabeled ones may resemble them. Collective."""
+    kept = list[tuple[str, str]]()
     loader = whole_images(stage.config, labeled, labeler.teacher.preprocessing)
     for batch in iterate_batches(loader, stage.device, "labeled images"):
-        found = summarize(labeler(batch.image, tuple(batch.label.shape[-2:])))
-        names = (labeled[index].name for index in batch.index.tolist())
-        kept += zip(names, found, strict=True)
+        found = encode(labeler.features(batch.image, tuple(batch.label.shape[-2:])))
+        kept += zip((labeled[index].name for index in batch.index.tolist()), found, strict=True)
     seen = gather_dict([dict(kept)])
     return {sample.name: seen[sample.name] for sample in labeled}
 

@@ -1,4 +1,4 @@
-"""What stages 2 and 5 keep of each image beside its mask: confidence, doubt by class, features.
+"""What stages 2 and 5 keep of each image: confidence, doubt by class; stage 2 also features.
 
 ``python -m dataset.splits suggest`` reads it and says which images to label next.
 """
@@ -40,39 +40,30 @@ def doubt_by_class(opinions: Opinions) -> Tensor:
 
 
 def summarize(opinions: Opinions) -> list[ImageSummary]:
-    """Summarise the opinions on each image of a batch.
-
-    Features are those of the voter, or without votes the mean probabilities of the classes.
-    """
+    """Summarise the opinions on each image of a batch."""
     confidence = opinions.both.amax(dim=1).mean(dim=(1, 2)).unsqueeze(1)
-    doubt, features = doubt_by_class(opinions), opinions.features
-    features = opinions.both.mean(dim=(2, 3)) if features is None else features
-    columns = confidence, doubt, F.normalize(features.float(), dim=1)
-    rows = torch.cat(columns, dim=1).cpu().numpy()  # the CPU waits once
-    classes = doubt.shape[1]
+    rows = torch.cat([confidence, doubt_by_class(opinions)], dim=1).tolist()
     return [
-        {
-            "confidence": float(row[0]),
-            "doubt": [round(float(value), 6) for value in row[1 : classes + 1]],
-            "features": base64.b64encode(row[classes + 1 :].astype("<f2").tobytes()).decode(),
-        }
-        for row in rows
+        {"confidence": mean, "doubt": [round(value, 6) for value in doubt], "features": features}
+        for (mean, *doubt), features in zip(rows, encode(opinions.features), strict=True)
     ]
 
 
+def encode(features: Tensor) -> list[str]:
+    """Return (B, D) features as JSON keeps them: of length 1, float16, in base64."""
+    rows = F.normalize(features.float(), dim=1).cpu().numpy().astype("<f2")
+    return [base64.b64encode(row.tobytes()).decode() for row in rows]
+
+
 def write_summaries(
-    folder: Path,
-    classes: Sequence[str],
-    images: Mapping[str, ImageSummary],
-    labeled: Mapping[str, ImageSummary],
+    folder: Path, classes: Sequence[str], images: Mapping[str, ImageSummary]
 ) -> Report:
-    """Write ``confidence.csv``, ``doubt.csv`` and ``features.npz`` of a labeling stage.
+    """Write ``confidence.csv`` and ``doubt.csv`` of a labeling stage.
 
     Args:
         folder: of the stage.
         classes: names by class id.
         images: summaries by image name, in the order of the files.
-        labeled: of labeled images, whose features are kept, after the others.
 
     Returns:
         The number of images and their mean confidence.
@@ -81,12 +72,14 @@ def write_summaries(
     on_rank_zero(write_csv)(folder / "confidence.csv", ("image", "confidence"), confidences)
     doubts = ((name, *found["doubt"]) for name, found in images.items())
     on_rank_zero(write_csv)(folder / "doubt.csv", ("image", *classes), doubts)
-    seen = images | labeled
-    vectors = [np.frombuffer(base64.b64decode(x["features"]), "<f2") for x in seen.values()]
-    arrays = {"images": np.array([*seen], str), "features": np.array(vectors)}
-    content = io.BytesIO()
-    np.savez(content, **arrays)
-    write = on_rank_zero(write_atomically)
-    write(folder / "features.npz", lambda path: path.write_bytes(content.getvalue()))
     mean = sum(confidence for _, confidence in confidences) / max(1, len(images))
     return {"images": len(images), "confidence": mean}
+
+
+def write_features(folder: Path, features: Mapping[str, str]) -> None:
+    """Write ``features.npz``: what ``encode`` returns, by image name."""
+    vectors = [np.frombuffer(base64.b64decode(row), "<f2") for row in features.values()]
+    content = io.BytesIO()
+    np.savez(content, images=np.array([*features], str), features=np.array(vectors))
+    write = on_rank_zero(write_atomically)
+    write(folder / "features.npz", lambda path: path.write_bytes(content.getvalue()))

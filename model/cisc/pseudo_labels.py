@@ -183,7 +183,7 @@ class Opinions(NamedTuple):
     teacher: Tensor
     votes: Tensor | None  # None without votes
     both: Tensor  # what pseudo labels are the most probable class of
-    features: Tensor | None = None  # (B, D) float, means of the voter's maps; None without votes
+    features: Tensor  # (B, D) float: of the voter, or without votes the classes' mean probabilities
     by_patch: Tensor | None = None  # (B, C, h, w) float, log ratios of the votes; None without
 
 
@@ -278,9 +278,15 @@ class PseudoLabeler:
         if self.voter is None:
             own = self._teacher.prior
             both = teacher if own is None else adjust(teacher, own, adjustment)
-            return Opinions(teacher, None, both)
+            return Opinions(teacher, None, both, both.mean(dim=(2, 3)))
         prior = prior_of_labels(self.voter.shares, self.config.loss)
         ratio, *others = self.voter.judge(images, size)
         both = combine(self._teacher.log_posterior(teacher, prior), ratio, self._exponents)
         votes = combine(prior.log().view(1, -1, 1, 1), ratio, Exponents(1.0, self._exponents.votes))
         return Opinions(teacher, votes, adjust(both, prior, adjustment), *others)
+
+    def features(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the features alone of what a call returns: (B, D) float."""
+        if self.voter is None:
+            return self(images, size).features
+        return self.voter.judge(images, size).features
