@@ -60,7 +60,7 @@ _TOGETHER = {
 
 def read_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "words",
         nargs="*",
@@ -68,7 +68,10 @@ def read_arguments() -> argparse.Namespace:
         help="of train.py, or of ST++, CISC-R, UniMatch; settings such as dataset.root=DIR",
     )
     parser.add_argument(
-        "--diagnose", type=Path, metavar="LIST", help="judge a run folder by these true masks"
+        "--diagnose",
+        type=Path,
+        metavar="LIST",
+        help="score a run by true masks",
     )
     parser.add_argument("--config", help="instead of the config that the checkpoint holds")
     parser.add_argument("--save-masks", type=Path, metavar="DIR", help="write palette PNGs here")
@@ -77,7 +80,7 @@ def read_arguments() -> argparse.Namespace:
         "--markdown", action="store_true", help="print Markdown, with the confusion matrix"
     )
     parser.add_argument(
-        "--groups", metavar="REGEX", help="score groups of images too: as dataset.groups=REGEX"
+        "--groups", metavar="REGEX", help="score groups of images too, like dataset.groups=REGEX"
     )
     parser.add_argument("--ensemble", action="store_true", help="average the checkpoints")
     parser.add_argument(
@@ -89,8 +92,8 @@ def read_arguments() -> argparse.Namespace:
         metavar="PLACE",
         help="segment pictures instead: a file, a folder, or a pattern in quotes",
     )
-    parser.add_argument("--save", choices=_SAVED, help="of --images: write these too")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where --images writes")
+    parser.add_argument("--save", choices=_SAVED, help="with --images: write these too")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="with --images: where to write")
     parser.add_argument(
         "--export",
         type=Path,
@@ -98,7 +101,9 @@ def read_arguments() -> argparse.Namespace:
         help="write net.onnx, net.pt2, net.safetensors, or a folder for the Hugging Face hub",
     )
     parser.add_argument(
-        "--reset-classifier", action="store_true", help="leave the checkpoint's classifier out"
+        "--reset-classifier",
+        action="store_true",
+        help="do not load the classifier",
     )
     arguments = parser.parse_intermixed_args()
     # A file may have a name with = in it.

@@ -545,17 +545,21 @@ def main() -> None:
 
 def read_arguments() -> tuple[Config, int | None, bool, bool]:
     """Read the command line: settings, the stage to start from, whether to start over, --verify."""
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__)
     parser.add_argument("--config", required=True, help="a YAML file, here or in configs/")
     parser.add_argument("--method", choices=METHODS, help="in place of the config's 'method:'")
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="such as retrain.epochs=40"
     )
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--from-stage", type=int, choices=range(1, 7), help="do it and later again")
-    again.add_argument("--fresh", metavar="NAME", help="remove all that the run of this name made")
+    again.add_argument(
+        "--from-stage", type=int, choices=range(1, 7), help="redo this and later stages"
+    )
+    again.add_argument("--fresh", metavar="NAME", help="delete what the run NAME wrote, then start")
     parser.add_argument(
-        "--verify", action="store_true", help="read the files of finished stages and compare them"
+        "--verify",
+        action="store_true",
+        help="compare the sha256 of finished stages' files",
     )
     arguments = parser.parse_intermixed_args()
     config = read_config(arguments.config, arguments.settings, arguments.method)

@@ -709,7 +709,7 @@ def find_root(section: DatasetSection) -> Path:
         return root
     drawn = f" (python -m dataset.demo {root} draws it)" if section.kind == "demo" else ""
     raise UserError(
-        f"dataset.root: {root} is no folder; put the data there{drawn} or set dataset.root=PATH"
+        f"dataset.root: {root} is not a folder; put the data there{drawn} or set dataset.root=PATH"
     )
 
 

@@ -111,10 +111,10 @@ def evaluate_masks(config: Config, folder: Path) -> dict[str, Any]:
             )
         predicted, label = read_mask(file, info.table().tobytes()), read_label(sample)
         if predicted.size != label.size:
-            raise UserError(f"{file}: has not the size of {sample.mask}; score masks of full size")
+            raise UserError(f"{file}: its size differs from {sample.mask}; predict at full size")
         ids, true = to_label(predicted), to_label(label)
         if (ids[true != IGNORE] >= len(info.classes)).any():
-            raise UserError(f"{file}: holds no class where {sample.mask} has one; predict them all")
+            raise UserError(f"{file}: is ignored where {sample.mask} is labeled; predict all")
         matrix.update(ids[None], true[None], [number])
     return matrix.report(info.classes)
 

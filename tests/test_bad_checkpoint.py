@@ -56,7 +56,7 @@ def test_bad_checkpoint(complaint, trained, tmp_path, spoilt, told):
     [
         ("model.backbone=resnet34", [OTHER, "missing", "check model.name"]),
         ("dataset.kind=pascal", ["was trained for 7 classes", "has 21", "--reset-classifier"]),
-        ("dataset.root=nowhere", ["dataset.root", "nowhere is no folder"]),
+        ("dataset.root=nowhere", ["dataset.root", "nowhere is not a folder"]),
         ("dataset.val=no.txt", ["dataset.val", "no.txt is not in"]),
         ("inference.long_sid=3", ["unknown key", "'inference.long_side'"]),
     ],
@@ -190,7 +190,7 @@ def test_a_checkpoint_beside_another_programs_config(complaint, trained, tmp_pat
     (tmp_path / "config.yaml").write_text("theirs: 1")
     (tmp_path / "weights").mkdir()
     path = Path(shutil.copy(trained, tmp_path / "weights"))
-    assert "dataset.root: unknown is no folder" in complaint(eval_program, path)
+    assert "dataset.root: unknown is not a folder" in complaint(eval_program, path)
     line = complaint(eval_program, path, "--images", tmp_path / "in", "--out", tmp_path / "out")
     assert "no picture that Pillow reads" in line
 

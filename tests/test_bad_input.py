@@ -65,7 +65,7 @@ def test_unlabeled_image_that_cannot_be_read_is_found_before_anything_trains(
     ("setting", "told"),
     [
         ("retrain.epochs=many", ["command line", "retrain.epochs", "'many'", "integer"]),
-        ("dataset.root=gone", ["dataset.root: gone is no folder", "python -m dataset.demo"]),
+        ("dataset.root=gone", ["dataset.root: gone is not a folder", "python -m dataset.demo"]),
         ("dataset.kind=demos", ["dataset.kind", "'demos'", "demo", "custom"]),
         ("dataset.unlabeled=no.txt", ["dataset.unlabeled", "no.txt is not in"]),
         ("model.name=unet", ["model.name", "'unet'", "deeplabv3plus"]),

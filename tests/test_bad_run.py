@@ -97,7 +97,7 @@ CHANGED = (
         (garbage("lists.json"), ["demo/lists.json: holds no JSON object; restore", AGAIN_1]),
         (text("lists.json", "[]"), ["demo/lists.json: holds no JSON object; restore", AGAIN_1]),
         (gone("lists.json"), ["demo/lists.json: no such file", "restore this", AGAIN_1]),
-        (text("lists.json", '{"val": "0"}'), ["holds a run with another list dataset.l", AGAIN_1]),
+        (text("lists.json", '{"val": "0"}'), ["its stages used another list dataset.l", AGAIN_1]),
         (garbage("environment.json"), ["demo/environment.json: holds no JSON object", AGAIN_1]),
         (text("environment.json", "[]"), ["demo/environment.json: holds no JSON object", AGAIN_1]),
         (gone("environment.json"), ["demo/environment.json: no such file", AGAIN_1]),

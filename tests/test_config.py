@@ -130,7 +130,7 @@ def test_methods_are_settings_over_a_config(method):
         ("loss.class_weights=[1, .nan]", r"is not allowed: a number from 0 to 1000000"),
         ("loss.dice=-1", r"loss\.dice: -1 is not allowed: .*equal to 0"),
         ("ohem=true", r"ohem: True is not allowed: a section holds"),
-        ("augment.scale=[1]", r"augment\.scale: .* is not allowed: more values are wanted"),
+        ("augment.scale=[1]", r"augment\.scale: .* is not allowed: there are too few values"),
         ("retrain.accumulate=3", r"accumulate 3 does not cut batch_size 32 into parts of one size"),
         ("retrain.accumulate=32", r"accumulate 32 does not cut batch_size 32"),
         ("pseudo_label.scales=[0]", "is not allowed"),
@@ -198,7 +198,7 @@ def test_class_map_is_kept_and_changed_id_by_id():
     assert "or as [255, 0, 0]" in line
     twice = "dataset.class_map={'#FF0000': a, [255, 0, 0]: b}"
     line = refusal(config_from, {**SMALL, "dataset": dataset}, "mine.yaml", [twice])
-    assert "#ff0000 is there in two spellings" in line
+    assert "#ff0000 is given twice in different spellings" in line
 
 
 @pytest.fixture

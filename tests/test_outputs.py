@@ -39,7 +39,7 @@ def answer_to(path: str, suffixes: list[str] = JSON) -> str:
         ("run", "run is a folder; name a file .json"),
         ("b.pth/new.json", "where checkpoint is read"),
         ("~/new.json", "would be in a folder called ~"),
-        ("notes/new.json", "notes is no folder"),
+        ("notes/new.json", "notes is not a folder"),
     ],
 )
 def test_a_file_is_refused(place, path, told):

@@ -193,7 +193,7 @@ def test_five_classes_of_camvid_are_out_of_reach_at_pascals_min_area():
 
 def test_what_leaves_nothing_to_look_at(rows, complaint, tmp_path):
     for setting, told in {
-        f"dataset.root={tmp_path}/gone": "gone is no folder",
+        f"dataset.root={tmp_path}/gone": "gone is not a folder",
         "dataset.val=gone.txt": "dataset.val: gone.txt is not in",
         "query.exclude=[sky]": "query.exclude: 'sky' is no class",
     }.items():

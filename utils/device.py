@@ -78,7 +78,7 @@ def _find_device(name: str) -> torch.device:
     if device.type != "cuda" or world() == 1:
         return device
     if device.index is not None:
-        raise UserError(f"device: '{name}' is one for {world()} processes; take auto or cuda")
+        raise UserError(f"device: '{name}' is one device for {world()} processes; use auto")
     device = _existing(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     torch.cuda.set_device(device)
     return device

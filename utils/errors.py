@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -39,7 +39,11 @@ class Stopped(BaseException):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are errors like all others."""
+    """A command line whose mistakes are errors like all others; its help keeps line breaks."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        named.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*arguments, **named)
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's complaint as a ``UserError``."""

@@ -71,7 +71,7 @@ def _refuse_closed(output: Output) -> None:
     """Refuse a place that the system lets nobody make, or this user not write to."""
     there = next(place for place in (output.path, *output.path.absolute().parents) if _is(place))
     if there != output.path and not there.is_dir():
-        raise UserError(f"{output.option}: {there} is no folder; name another place")
+        raise UserError(f"{output.option}: {there} is not a folder; name another place")
     if not os.access(there, os.W_OK):
         raise UserError(f"{output.option}: {there} cannot be written to; name another place")
 

@@ -493,7 +493,7 @@ def _stop(number: int, _: object) -> NoReturn:
 
 def main() -> None:
     """Read the command line, do the runs, print and write the table."""
-    parser = Parser(prog="python -m utils.study", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m utils.study", description=__doc__)
     parser.add_argument("--config", required=True, help="a YAML file, here or in configs/")
     parser.add_argument(
         "--methods",
@@ -503,7 +503,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", default="0,1,2", help="numbers with commas between them")
     parser.add_argument(
-        "--lists", type=int, default=1, help="labeled lists: the config's, and drawn"
+        "--lists", type=int, default=1, help="number of labeled lists: the config's, and drawn ones"
     )
     parser.add_argument("--processes", type=int, default=1, help="runs at once")
     parser.add_argument("--write", type=Path, help="a Markdown file, such as docs/results.md")

@@ -30,7 +30,7 @@ BY_HAND = ("xception65", "resnet50_deep", "resnet101_deep")
 
 def main() -> None:
     """Fetch what training reads and git does not keep."""
-    parser = Parser(prog="python -m dataset.prepare", description=main.__doc__)
+    parser = Parser(prog="python -m dataset.prepare", description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     weights = commands.add_parser("weights", help="ImageNet weights of backbones")
     weights.add_argument("names", nargs="+", metavar="NAME", help=", ".join(WEIGHTS))
@@ -41,11 +41,19 @@ def main() -> None:
     for name, data in DATA_SETS.items():
         one = commands.add_parser(name, help=data.about, description=data.about)
         one.add_argument(
-            "--root", type=Path, required=True, metavar="DIR", help="of archives and results"
+            "--root",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="of the archives and the result",
         )
         one.add_argument("--download", action="store_true", help="fetch archives that are missing")
         one.add_argument(
-            "--workers", type=int, default=os.cpu_count(), metavar="N", help="threads; all cores"
+            "--workers",
+            type=int,
+            default=os.cpu_count(),
+            metavar="N",
+            help="threads (one per core)",
         )
     add_commands(commands)
     typed = parser.parse_args()

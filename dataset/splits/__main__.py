@@ -26,8 +26,7 @@ from utils.outputs import Output, refuse_outputs
 
 def main() -> None:
     """Make and check lists of images."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="python -m dataset.splits", description=__doc__, formatter_class=form)
+    parser = Parser(prog="python -m dataset.splits", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     more = "key=value words change the config, such as dataset.root=DIR"
     add = (one := commands.add_parser("make", epilog=more)).add_argument
@@ -35,9 +34,15 @@ def main() -> None:
     add("--train", type=Path, required=True, metavar="LIST", help="image mask lines")
     size = one.add_mutually_exclusive_group(required=True)
     size.add_argument("--fraction", metavar="SHARE", help="such as 1/8 or 0.125, rounded up")
-    size.add_argument("--count", type=int, help="of labeled images, instead")
-    add("--seed", type=int, default=0, help="the same seed nests the lists (0)")
-    add("--out", type=Path, required=True, metavar="DIR", help="gets both lists")
+    size.add_argument("--count", type=int, help="number of labeled images, instead")
+    add("--seed", type=int, default=0, help="lists of one seed are nested (0)")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for both lists",
+    )
     add("--config", help="data, for --stratify and bare ids")
     add("--stratify", action="store_true", help="keep every class; reads the masks")
     add = (one := commands.add_parser("check", epilog=more)).add_argument
@@ -47,13 +52,24 @@ def main() -> None:
     add = (one := commands.add_parser("suggest")).add_argument
     one.set_defaults(run=suggest)
     add("folder", type=Path, metavar="RUN", help="outdir/<name>, of which stage 2 has ended")
-    add("--count", type=int, default=20, help="of images to label (20)")
-    add("--out", type=Path, metavar="DIR", help="gets list, table and pictures (RUN/suggested)")
+    add("--count", type=int, default=20, help="number of images to label (20)")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for the files (RUN/suggested)",
+    )
     add = (one := commands.add_parser("extend")).add_argument
     one.set_defaults(run=extend)
     add("folder", type=Path, metavar="RUN", help="outdir/<name>, whose lists are extended")
     add("--labels", type=Path, required=True, metavar="LIST", help="image mask lines to add")
-    add("--out", type=Path, required=True, metavar="DIR", help="gets both lists")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for both lists",
+    )
     typed, settings = parser.parse_known_args()
     if unknown := [word for word in settings if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

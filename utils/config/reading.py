@@ -198,7 +198,7 @@ def _override(text: str) -> Layer:
 
 _ALLOWED = {  # by the validator's kind of error
     "model_type": "a section holds 'key: value' lines",
-    "missing": "more values are wanted",
+    "missing": "there are too few values",
     "string_type": "text, in quotes where YAML reads something else",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
@@ -210,7 +210,7 @@ _ALLOWED = {  # by the validator's kind of error
     "list_type": "a list, such as [a, b]",
     "tuple_type": "a list, such as [a, b]",
     "dict_type": "pairs, such as {a: b}",
-    "too_short": "more values are wanted",
+    "too_short": "there are too few values",
 }
 
 

@@ -174,7 +174,7 @@ class DatasetSection(Section):
             with suppress(ValueError):  # which is said of that key
                 spelled[_file_id(key)] += 1
         for key in (key for key, count in spelled.items() if count > 1):
-            raise ValueError(f"{key} is there in two spellings; leave one out")
+            raise ValueError(f"{key} is given twice in different spellings; keep one")
         return value
 
 

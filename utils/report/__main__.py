@@ -14,7 +14,7 @@ from utils.report.reading import read_run
 
 def main() -> None:
     """Read the command line and the run folders; write the page."""
-    parser = Parser(prog="python -m utils.report", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m utils.report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, outdir/<name>")
     parser.add_argument("--out", type=Path, help="the page; of one run: <run>/report.html")
     arguments = parser.parse_args()

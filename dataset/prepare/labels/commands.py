@@ -62,14 +62,14 @@ def add_commands(commands: Any) -> None:
     add = one.add_argument
     add("source", type=Path, metavar="SOURCE", help="folder, or file, that the tool exported")
     add("--from", dest="tool", required=True, choices=READERS, help="whose labels they are")
-    add("--root", type=Path, required=True, metavar="DIR", help="gets masks and lists")
+    add("--root", type=Path, required=True, metavar="DIR", help="folder for masks and lists")
     add("--images", type=Path, metavar="DIR", help="where the pictures are (SOURCE)")
     add(
         "--classes", metavar="NAMES", help="in the order of their ids, by commas, or a file's lines"
     )
     add("--class-map", metavar="YAML", help="class of each id or colour: '{0: road, 255: null}'")
-    add("--lists", type=Path, metavar="DIR", help="gets the lists, instead of --root")
-    add("--val", metavar="SHARE", help="of labeled images for validation, such as 1/5")
+    add("--lists", type=Path, metavar="DIR", help="folder for the lists, instead of --root")
+    add("--val", metavar="SHARE", help="share of the labeled images that validates, such as 1/5")
     add(
         "--overlaps",
         choices=OVERLAPS,
@@ -81,9 +81,9 @@ def add_commands(commands: Any) -> None:
     add = one.add_argument
     add("folder", type=Path, metavar="RUN", help="outdir/<name>")
     add("--to", dest="tool", required=True, choices=WRITERS, help="the tool")
-    add("--images", type=Path, metavar="LIST", help="of the images that are wanted (all)")
-    add("--threshold", type=float, help="of the run's pseudo labels (pseudo_label.threshold)")
-    add("--out", type=Path, metavar="DIR", help="gets the files (RUN/labels_<tool>)")
+    add("--images", type=Path, metavar="LIST", help="images to export (all)")
+    add("--threshold", type=float, help="that of the run's pseudo labels (pseudo_label.threshold)")
+    add("--out", type=Path, metavar="DIR", help="folder for the files (RUN/labels_<tool>)")
 
 
 def labels(typed: argparse.Namespace) -> None:
