@@ -29,7 +29,8 @@ def opinions(evidence: float, label: torch.Tensor) -> torch.Tensor:
 def pixels():
     torch.manual_seed(0)
     label, image = torch.randint(0, 4, (20_000,)), torch.arange(20_000) % 20
-    return HeldOut(opinions(1.5, label), opinions(1.0, label), label, image)
+    own = opinions(1.5, label)
+    return HeldOut(own, opinions(1.0, label), own.argmax(dim=1), label, image)
 
 
 def test_independent_opinions_that_are_calibrated_get_exponents_of_one(pixels):
@@ -93,12 +94,18 @@ def test_a_gain_on_one_image_alone_is_not_believed(pixels):
     assert not one.helps  # there is no spread to compare with
 
 
+def test_votes_are_compared_with_the_labels_that_the_teacher_writes_without_them(pixels):
+    """Its own, not those with the prior of the labels in place of its own."""
+    assert fit_exponents(pixels._replace(alone=pixels.label)).miou_alone == 1
+    assert not fit_exponents(pixels._replace(alone=pixels.label)).helps
+
+
 def test_the_error_is_that_of_a_mean_over_images():
     """Two images of four pixels, by hand."""
     label, image = torch.tensor([0, 1, 0, 1] * 2), torch.tensor([0] * 4 + [1] * 4)
     own = F.one_hot(label, 2).float()
     own[1], own[5] = own[0], own[4]  # one pixel of each is wrong
-    fit = fit_exponents(HeldOut(own, torch.zeros(8, 2), label, image))
+    fit = fit_exponents(HeldOut(own, torch.zeros(8, 2), own.argmax(dim=1), label, image))
     # Probability 3 / 4 of the more probable class: exponent log 3.
     assert fit.exponents.teacher == pytest.approx(math.log(3), abs=1e-4)
     expected = -(3 * math.log(3 / 4) + math.log(1 / 4)) / 4
@@ -126,6 +133,11 @@ def test_folds_share_out_the_images_and_keep_groups_together():
     assert sum(map(len, groups)) == 6
     volume, patient = (group_of(sample("patient3_frame1_z2"), x) for x in FRAMES)
     assert (volume, patient) == ("patient3_frame1", "patient3")
+    either = [
+        group_of(sample(x), r"(patient\d+)_z|(subject\d+)_z")
+        for x in ("patient3_z2", "subject1_z2")
+    ]
+    assert either == ["patient3", "subject1"]
     assert draw_folds(labeled[:5], r"patient\d+", RandomStreams(0, "folds")) == []
     assert draw_folds(labeled[:1], None, RandomStreams(0, "folds")) == []
 

@@ -118,6 +118,17 @@ def test_another_config_is_refused_with_the_keys_that_differ(tmp_path):
     assert len(run_stages(other, from_stage=1)) == 2
 
 
+def test_results_of_other_settings_do_not_pass_for_those_of_a_run_that_was_stopped(tmp_path):
+    run_stages(config(tmp_path))
+    results = tmp_path / "demo" / "results.json"
+    with Run(config(tmp_path)):
+        assert results.is_file()
+    with Run(config(tmp_path, "retrain.epochs=7")):  # and then it is killed
+        assert not results.exists()
+    run_stages(config(tmp_path, "retrain.epochs=7"))
+    assert results.is_file()
+
+
 def test_what_no_kept_stage_has_read_may_change(tmp_path):
     run_stages(config(tmp_path))
     assert run_stages(config(tmp_path, "retrain.epochs=7")) == []

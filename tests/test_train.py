@@ -18,6 +18,7 @@ from dataset.query import Querier, QueryRule, build_query_index
 from dataset.reading import read_image, to_input, to_label
 from eval import evaluate
 from model import Segmenter, fitting
+from model.cisc import votes as voting
 from model.cisc.votes import cut_patches
 from utils import IMAGENET
 from utils.checkpoint import load
@@ -136,6 +137,25 @@ def test_labeled_images_vote_for_their_own_labels(demo_root, tmp_path, tiny_sett
         assert most == sample  # its own patches are the nearest
         assert 1 > share > less > 0
     assert torch.stack(right).mean() > 0.8  # patches are 5 pixels wide
+
+
+def test_which_patches_vote_does_not_depend_on_the_batch_size(
+    demo_root, tmp_path, tiny_settings, monkeypatch
+):
+    monkeypatch.setattr(voting, "PATCHES", 30)
+    model = "model={backbone: timm/tf_efficientnet_lite0, output_stride: 32, pretrained: auto}"
+    kept = []
+    for size in (1, 4):
+        words = [*tiny_settings(demo_root, tmp_path), model, f"inference.batch_size={size}"]
+        config = read_config("demo.yaml", words)
+        labeled = read_splits(config.dataset).labeled
+        ((memory,),) = (
+            x.memories for x in cut_patches(config, Device("cpu", "fp32"), labeled, [6])
+        )
+        kept.append(memory.patches)
+    assert torch.equal(kept[0].image, kept[1].image)
+    assert torch.equal(kept[0].shares, kept[1].shares)
+    assert set(kept[0].image.bincount().tolist()) == {5}  # of 30, and six images
 
 
 @pytest.mark.slow

@@ -108,7 +108,8 @@ def _mean_ranks(values: Tensor) -> Tensor:
 def describe_votes(fitted: Mapping[str, Any]) -> str:
     """Say in a line what ``votes.json`` holds: how far votes are believed, and why."""
     if "fit" not in fitted:
-        return "too few labeled images to leave some out; votes count as much as they say"
+        what = f"exponents {fitted['teacher']:g} of the teacher, {fitted['votes']:g} of the votes"
+        return f"too few labeled images to leave some out: {what}, not fitted"
     fit = fitted["fit"]
     what = f"exponents {fit['teacher']:.2f} of the teacher, {fit['votes']:.2f} of the votes"
     found = (

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dataset.lists import Sample
 from dataset.loader import RandomStreams
-from utils.evaluation import confusion_counts
+from utils.evaluation import ConfusionMatrix
 
 FOLDS = 2  # of the labeled images
 FOLD_LENGTH = 0.5  # of stage 1, the training of a teacher that leaves a fold out
@@ -30,8 +30,9 @@ _SURE = 2.0  # standard errors by which votes have to lower the cross entropy
 class HeldOut(NamedTuple):
     """Pixels of labeled images that neither the teacher nor the votes had seen."""
 
-    teacher: Tensor  # (N, C) float: log probabilities
+    teacher: Tensor  # (N, C) float: log probabilities, with the prior of the labels
     votes: Tensor  # (N, C) float: log likelihood ratios
+    alone: Tensor  # (N,) long in [0, C): the teacher's label, which is taken where votes are silent
     label: Tensor  # (N,) long in [0, C)
     image: Tensor  # (N,) long: a number of the image, or of the group, that they are of
 
@@ -52,7 +53,7 @@ class Fit(NamedTuple):
     gain: float  # mean over images of what votes take from the cross entropy
     error: float  # standard error of the gain; of one image as large as the gain
     miou: float  # in [0, 1], of the most probable classes of both
-    miou_alone: float  # of the teacher alone
+    miou_alone: float  # of the teacher's own labels
 
     @property
     def helps(self) -> bool:
@@ -98,7 +99,7 @@ def group_of(sample: Sample, groups: str | None) -> str:
     in whose name nothing is found is a group of its own.
     """
     found = re.search(groups, sample.name) if groups else None
-    return sample.name if found is None else found[min(1, len(found.groups()))]
+    return sample.name if found is None else next(filter(None, found.groups()), found[0])
 
 
 def fit_exponents(pixels: HeldOut) -> Fit:
@@ -126,7 +127,7 @@ def fit_exponents(pixels: HeldOut) -> Fit:
         alone_loss.mean().item(),
         gains.mean().item(),
         (gains.std() / len(gains) ** 0.5 if len(gains) > 1 else gains.abs().mean()).item(),
-        *(_mean_iou(_pool(scores, powers), label) for powers in (both, alone)),
+        *(_mean_iou(x, label) for x in (_pool(scores, both).argmax(dim=1), pixels.alone)),
     )
 
 
@@ -165,7 +166,7 @@ def _means(values: Tensor, group: Tensor) -> Tensor:
     return torch.bincount(place, values) / torch.bincount(place)
 
 
-def _mean_iou(scores: Tensor, label: Tensor) -> float:
-    counts = confusion_counts(scores.argmax(dim=1)[None], label[None], scores.shape[1])[0].double()
-    hits = counts.diagonal()
-    return (hits / (counts.sum(dim=0) + counts.sum(dim=1) - hits)).nanmean().item()
+def _mean_iou(predicted: Tensor, label: Tensor) -> float:
+    matrix = ConfusionMatrix(int(label.max().maximum(predicted.max())) + 1)
+    matrix.update(predicted[None], label[None])
+    return matrix.mean_iou()

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +32,9 @@ from utils.run.folder import VOTES_FILE, read_votes
 from utils.run.stages import Report, Stage, checkpoint_of
 
 _PIXELS = 4000  # of each labeled image, by which exponents are fitted
-_JUDGED = 256  # labeled images of a fold by which they are fitted, at most
+# Where they cannot be fitted. Bayes' rule, 1 and 1, counts twice what both know; half is the least
+# that was fitted where votes helped (docs/results.md).
+_UNFITTED = Exponents(teacher=1.0, votes=0.5)
 
 
 class FoldTeacher(NamedTuple):
@@ -48,8 +51,8 @@ def fit_votes(stage: Stage, labeled: Sequence[Sample], teachers: Sequence[FoldTe
     Args:
         stage: where it works.
         labeled: all labeled images.
-        teachers: one a fold; none: there are too few images to leave some out, and votes count as
-            much as they say.
+        teachers: one a fold; none: there are too few images to leave some out, and votes count
+            half.
 
     Returns:
         The factor by which images are enlarged, the exponents of teacher and votes, and what both
@@ -60,12 +63,15 @@ def fit_votes(stage: Stage, labeled: Sequence[Sample], teachers: Sequence[FoldTe
     """
     config = stage.config
     voters = cut_patches(config, stage.device, labeled, config.pseudo_label.neighbour_scales)
-    batches = [batch for one in teachers for batch in _judge_fold(stage, voters, one)]
-    fitted = {"factor": voters[0].factor, **Exponents(1.0, 1.0)._asdict()}
-    if sum(len(label) for _, _, label, _ in batches):
-        teacher, ratios, label, image = (torch.cat(x) for x in zip(*batches, strict=True))
-        pixels = [HeldOut(teacher, ratios[:, n], label, image) for n in range(len(voters))]
-        fits = {v.factor: fit_exponents(x) for v, x in zip(voters, pixels, strict=True)}
+    images = [image for one in teachers for image in _judge_fold(stage, voters, one)]
+    fitted = {"factor": voters[0].factor, **_UNFITTED._asdict()}
+    if sum(len(image.label) for image in images):
+        pixels = HeldOut(*map(torch.cat, zip(*images, strict=True)))
+        votes = pixels.votes.unbind(1)
+        fits = {
+            v.factor: fit_exponents(pixels._replace(votes=x))
+            for v, x in zip(voters, votes, strict=True)
+        }
         fitted = _choose(fits)
     on_rank_zero(write_json)(stage.folder / VOTES_FILE, fitted)
     stage.log.say(f"{stage.name}: {describe_votes(fitted)}")
@@ -84,46 +90,44 @@ def _choose(fits: Mapping[float, Fit]) -> dict[str, Any]:
     return {"factor": factor, **used._asdict(), "fit": best.report()}
 
 
-def _judge_fold(
-    stage: Stage, voters: Sequence[PatchVoter], teacher: FoldTeacher
-) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _judge_fold(stage: Stage, voters: Sequence[PatchVoter], teacher: FoldTeacher) -> list[HeldOut]:
     """Let a teacher, and the patches of other folds, judge pixels of its fold's images. Collective.
 
     Returns:
-        A batch of images each, on the CPU: log probabilities (N, C), log ratios (N, voters, C),
-        labels (N,), and a number of the image or its group (N,).
+        Pixels of each image, on the CPU; ``votes`` is (N, voters, C).
     """
     config, device = stage.config, stage.device
     others = [voter.without(teacher.fold) for voter in voters]
     if any(voter.is_empty for voter in others):
         return []
+    others = [voter.project() for voter in others]
     judge = Teacher(config, device, checkpoint_of(teacher.folder))
     labeled = voters[0].labeled
-    judged = [sample for sample in labeled if sample in teacher.fold][:_JUDGED]
+    judged = [sample for sample in labeled if sample in teacher.fold]
     groups = [group_of(sample, config.dataset.groups) for sample in labeled]
-    streams, rows = RandomStreams(config.seed, teacher.folder.name), []
+    streams, images = RandomStreams(config.seed, teacher.folder.name), []
     loader = whole_images(config, judged, judge.net.preprocessing)
-    prior = prior_of_labels(voters[0].shares, config.loss)
+    prior = prior_of_labels(others[0].shares, config.loss)  # of images that the teacher has seen
     for batch in iterate_batches(loader, device, stage.name):
-        size, columns = tuple(batch.label.shape[-2:]), []
-        own = judge.log_posterior(judge(batch.image, size), prior)
+        size = tuple(batch.label.shape[-2:])
+        probability = judge(batch.image, size)
+        opinion = judge.log_posterior(probability, prior)
         told = [voter.judge(batch.image, size).log_ratio for voter in others]
-        ratios = torch.stack(told, dim=1)
-        for place, index in enumerate(batch.index.tolist()):
-            label = batch.label[place].flatten().cpu()
-            known = (label != IGNORE).nonzero().flatten().numpy()
-            chosen = torch.from_numpy(streams.of(index).permutation(known)[:_PIXELS])
+        maps = opinion, torch.stack(told, dim=1), probability.argmax(dim=1), batch.label
+        for index, *image in zip(batch.index.tolist(), *maps, strict=True):
             group = groups.index(group_of(judged[index], config.dataset.groups))
-            columns.append(
-                (
-                    own[place].flatten(1).cpu()[:, chosen].T,
-                    ratios[place].flatten(2).cpu()[..., chosen].permute(2, 0, 1),
-                    label[chosen],
-                    torch.full_like(chosen, group),
-                )
-            )
-        rows.append(tuple(torch.cat(column) for column in zip(*columns, strict=True)))
-    return gather_list(rows)
+            images.append(_draw_pixels(image, group, streams.of(index)))
+    return gather_list(images)
+
+
+def _draw_pixels(maps: Sequence[Tensor], group: int, rng: np.random.Generator) -> HeldOut:
+    """Draw labeled pixels of (..., H, W) maps, the last an image's label: (N, ...) on the CPU."""
+    rows = [one.flatten(-2).cpu() for one in maps]
+    known = (rows[-1] != IGNORE).nonzero().flatten().numpy()
+    chosen = torch.from_numpy(rng.permutation(known)[:_PIXELS])
+    return HeldOut(
+        *(one[..., chosen].movedim(-1, 0) for one in rows), torch.full_like(chosen, group)
+    )
 
 
 class Teacher:
@@ -289,4 +293,4 @@ class PseudoLabeler:
         """Return the features alone of what a call returns: (B, D) float."""
         if self.voter is None:
             return self(images, size).features
-        return self.voter.judge(images, size).features
+        return self.voter.features(images)

@@ -65,7 +65,6 @@ class LabeledPatches(NamedTuple):
         """Keep the 256 principal components of the features, not centred: cosines stay close.
 
         It pays for encoders with many channels, 2,048 of ResNets; EfficientNet-Lite has 320.
-        docs/rectifier.md has what it does to labels.
         """
         if self.features.shape[1] <= _COMPONENTS:
             return self
@@ -222,6 +221,10 @@ class PatchVoter:
         by_patch = torch.stack(same).mean(dim=0)
         return Judgement(resize(by_patch, size), features[0], by_patch)
 
+    def features(self, images: Tensor) -> Tensor:
+        """Return the means of the first encoder's maps of (B, 3, h, w) images: (B, D) float."""
+        return self.memories[0].encoder(images, self.factor).float().mean(dim=(2, 3))
+
     def without(self, samples: Sequence[Sample]) -> "PatchVoter":
         """Return the voter without the patches of some labeled images."""
         numbers = [number for number, sample in enumerate(self.labeled) if sample in samples]
@@ -324,13 +327,16 @@ def cut_patches(
     classes = len(dataset_info(config.dataset).classes)
     loader, found = whole_images(config, labeled, preprocessing_of(config.model.backbone)), []
     kinds = [(factor, encoder) for factor in factors for encoder in encoders]
+    limit = math.ceil(PATCHES / len(labeled))
     for batch in iterate_batches(loader, device, "labeled patches"):
-        limit = math.ceil(PATCHES * len(batch.index) / len(labeled))
         of_batch = []
         for factor, encoder in kinds:
-            maps, rng = encoder(batch.image, factor), chance.of(int(batch.index[0]))
-            cut = labeled_patches(maps, batch.label, batch.index, classes, limit, rng)
-            of_batch.append([rows.cpu() for rows in cut[:3]])
+            columns = (x.split(1) for x in (encoder(batch.image, factor), batch.label, batch.index))
+            cut = [  # one by one, so that the batch size does not choose
+                labeled_patches(*image, classes, limit, chance.of(int(image[-1])))[:3]
+                for image in zip(*columns, strict=True)
+            ]
+            of_batch.append([torch.cat(rows).cpu() for rows in zip(*cut, strict=True)])
         found.append(of_batch)
     memories = []
     for (_, encoder), parts in zip(kinds, zip(*gather_list(found), strict=True), strict=True):

@@ -473,7 +473,11 @@ class Run:
             names = ("config.yaml", "lists.json", "environment.json", "log.txt", "rounds", *_CURVES)
             _remove(*(self.folder / name for name in names))
         settings = yaml.safe_dump(self.config.model_dump(mode="json"))
-        write_text(self.folder / "config.yaml", settings)
+        config, results = self.folder / "config.yaml", self.folder / "results.json"
+        same = config.is_file() and config.read_bytes() == settings.encode()
+        if results.is_file() and (not same or changed_lists(self.folder, lists)):
+            _remove(results)  # after a kill they would pass for those of these settings
+        write_text(config, settings)
         write_json(self.folder / "lists.json", lists)
 
     def _goes_on(self) -> bool:
