@@ -144,6 +144,10 @@ class RetrainSamples(Dataset[RetrainSample]):
         pairs = ((self.unlabeled[key.index], self._labeled_at(key)[0]) for key in keys)
         return [sample.name for pair in pairs for sample in pair]
 
+    def view(self, key: SampleKey) -> CropParams:
+        """Return how the unlabeled image of a key is cut."""
+        return _weak_view(self, self.unlabeled[key.index], self.chance.of(*key))[2]
+
     def _labeled_at(self, key: SampleKey) -> tuple[Sample, int | None]:
         """Return the labeled image, and the class that it was drawn for."""
         if self.aim is not None:

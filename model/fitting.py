@@ -145,10 +145,7 @@ def fit(
         UserError: the loss or the gradient of a batch is not finite.
     """
     config, device, size = stage.config, stage.device, settings.batch_size
-    streams, steps = (
-        RandomStreams(config.seed, stage.name),
-        len(data.samples) // size,
-    )  # steps an epoch
+    streams, steps = RandomStreams(config.seed, stage.name), len(data.samples) // size  # an epoch
     iterations = count_iterations(settings, len(data.samples))
     epochs = math.ceil(iterations / steps)  # the last one may be shorter
     average, seen = objective.average, objective.seen.to(device.torch_device)
@@ -189,7 +186,8 @@ def fit(
                 outcome = _with_best(outcome, numbers["miou"], epoch + 1)
                 since_best = epoch + 1 - outcome.get("best_epoch", 0)
                 last = last or config.evaluate.ends(since_best)
-                if since_best == 0 if best else last:
+                counts = since_best == 0 if best else last
+                if counts:
                     outcome = {**outcome, **numbers, **scores, "epoch": epoch + 1}
                     stage.save(kept, epoch + 1, seen.learnt())
             for number in (n for n, end in enumerate(earlier, 1) if end == epoch + 1):

@@ -16,8 +16,8 @@ from model.cisc.calibration import (
     HeldOut,
     draw_folds,
     fit_exponents,
-    group_of,
 )
+from utils.scores import group_of
 
 
 def opinions(evidence: float, label: torch.Tensor) -> torch.Tensor:
@@ -128,15 +128,12 @@ def test_folds_share_out_the_images_and_keep_groups_together():
     assert sorted(x.name for fold in folds for x in fold) == sorted(x.name for x in labeled)
     assert folds != draw_folds(labeled, None, RandomStreams(1, "folds"))
     grouped = draw_folds(labeled, r"patient\d+", RandomStreams(0, "folds"))
-    groups = [{group_of(x, r"patient\d+") for x in fold} for fold in grouped]
+    groups = [{group_of(x.name, r"patient\d+") for x in fold} for fold in grouped]
     assert not set.intersection(*groups)
     assert sum(map(len, groups)) == 6
-    volume, patient = (group_of(sample("patient3_frame1_z2"), x) for x in FRAMES)
+    volume, patient = (group_of("patient3_frame1_z2", x) for x in FRAMES)
     assert (volume, patient) == ("patient3_frame1", "patient3")
-    either = [
-        group_of(sample(x), r"(patient\d+)_z|(subject\d+)_z")
-        for x in ("patient3_z2", "subject1_z2")
-    ]
+    either = [group_of(x, r"(patient\d+)_z|(subject\d+)_z") for x in ("patient3_z2", "subject1_z2")]
     assert either == ["patient3", "subject1"]
     assert draw_folds(labeled[:5], r"patient\d+", RandomStreams(0, "folds")) == []
     assert draw_folds(labeled[:1], None, RandomStreams(0, "folds")) == []

@@ -103,6 +103,19 @@ def test_panels_of_the_paper_show_the_partner_that_training_draws(draw, retrain)
         assert (wrong[1] == "no true mask") == (number == 3)
 
 
+def test_errors_of_an_aimed_crop_are_those_of_the_crop_that_training_sees(draw, retrain, spoilt):
+    """Its class is drawn from the pseudo label; the true mask has others."""
+    aimed = retrain.augment.model_copy(update={"aim": 1.0})
+    samples = replace(retrain, querier=None, augment=aimed)
+    for number, row in enumerate(draw(samples=samples, epoch=3).rows[:-1]):
+        key, sample = SampleKey(2, number), samples.unlabeled[number]
+        label = samples[key].pseudo_label.byte().numpy()
+        assert np.array_equal(np.asarray(samples.view(key).mask(read_mask(sample.mask))), label)
+        true = np.asarray(samples.view(key).mask(read_mask(spoilt[sample.name].mask)))
+        counted = (true != IGNORE) & (label != IGNORE)
+        assert row[2][1] == f"{(true != label)[counted].mean():.0%}"
+
+
 def test_what_a_method_does_not_use_is_not_drawn(draw, retrain):
     plain = replace(retrain, querier=None)
     titles = draw(samples=plain).titles

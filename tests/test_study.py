@@ -99,12 +99,32 @@ def test_labeled_lists_of_the_same_size_are_drawn_from_images_with_masks(demo_ro
     }
     lists = [(tmp_path / "demo_study" / "lists" / n / "labeled.txt").read_text() for n in "12"]
     assert lists[0] != lists[1]
+    few = read_config("demo.yaml", [*words, f"panels.truth={tmp_path / 'few.txt'}"])
+    (tmp_path / "few.txt").write_text((demo_root / "truth.txt").read_text().split("\n")[0])
+    assert "have not the same images" in refusal(study.draw_lists, few, 1, tmp_path)
     bare = read_config("demo.yaml", [*words, "panels.truth=null"])
     assert "set panels.truth=LIST" in refusal(study.draw_lists, bare, 1, tmp_path)
     gone = read_config("demo.yaml", [*words, "panels.truth=gone.txt"])
     assert "gone.txt: cannot read this as UTF-8 text" in refusal(
         study.draw_lists, gone, 1, tmp_path
     )
+
+
+def test_drawn_lists_keep_groups_together_and_names_with_spaces(tmp_path):
+    slices = [f'"a b/patient{n // 9}_z{n % 9}.png"' for n in range(54)]
+    lines = [f"{image} {image.replace('a b', 'masks')}" for image in slices]
+    for name, part in (("labeled", lines[:18]), ("unlabeled", slices[18:]), ("truth", lines[18:])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(part))
+    words = ["dataset.kind=custom", "dataset.classes=[a,b]", "panels.truth=truth.txt"]
+    words += [f"dataset.root={tmp_path}", r"dataset.groups=patient\d+", "dataset.split=null"]
+    study.draw_lists(read_config("pascal.yaml", words), 1, tmp_path / "drawn")
+    labeled = (tmp_path / "drawn/labeled.txt").read_text().splitlines()
+    unlabeled = (tmp_path / "drawn/unlabeled.txt").read_text().splitlines()
+    assert len(labeled) == 18
+    assert len({line.split("_z")[0] for line in labeled}) == 2
+    assert {*labeled} <= {*lines}
+    assert {*unlabeled} < {*slices}
+    assert len(unlabeled) == 36
 
 
 def test_the_table_compares_equal_seeds_with_the_best_supervised_row(jobs):
@@ -198,6 +218,22 @@ def test_stages_of_other_settings_are_not_taken_over(tmp_path, demo_root):
 
     assert not taken(words)
     assert taken([*words, "optimizer.lr=0.1"])
+
+
+def test_folds_are_taken_over_though_supervised_training_comes_first(tmp_path, demo_root):
+    words = [f"outdir={tmp_path}", f"dataset.root={demo_root}", "dataset.test=null"]
+    jobs = plan(["supervised", "cisc_patch", "cisc_patch pseudo_label.adjustment=0.5"], words)
+    *others, last = jobs
+    for job, stages in ((others[0], [study.STAGE]), (others[-1], [study.STAGE, *study.FOLDS])):
+        for name in stages:
+            (job.folder / name).mkdir(parents=True)
+            (job.folder / name / "stage.json").write_text("{}")
+        (job.folder / "config.yaml").write_text(yaml.safe_dump(job.config.model_dump(mode="json")))
+        for name in ("environment.json", "lists.json"):
+            (job.folder / name).write_text("{}")
+    study.take_over(last, jobs)
+    there = sorted(path.parent.name for path in last.folder.glob("*/stage.json"))
+    assert there == sorted([study.STAGE, *study.FOLDS])
 
 
 def test_wrong_words_are_refused(complaint):

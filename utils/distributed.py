@@ -52,7 +52,7 @@ def shard(items: Sequence[T]) -> Sequence[T]:
 
 
 def gather_list(rows: list[T]) -> list[T]:
-    """Gather the results of every process's ``mine``, in the order of the items. Collective."""
+    """Gather the rows of every process, in the order of the items. Collective."""
     if world() == 1:
         return rows
     parts: list[list[T]] = [[] for _ in range(world())]
@@ -61,7 +61,7 @@ def gather_list(rows: list[T]) -> list[T]:
 
 
 def gather_dict(rows: list[dict[K, T]]) -> dict[K, T]:
-    """Unite the dicts of all processes' items, in the order of ``gathered``. Collective."""
+    """Unite the dicts of all processes' items, in the order of ``gather_list``. Collective."""
     return {key: value for row in gather_list(rows) for key, value in row.items()}
 
 

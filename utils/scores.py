@@ -73,6 +73,16 @@ def group_images(images: Sequence[str], pattern: str | None) -> Groups | None:
     return Groups([*places], [places[key] for key in keys])
 
 
+def group_of(image: str, pattern: str | None) -> str:
+    r"""Return what an image is left out with: its group, or what brackets in the expression find.
+
+    '(patient\d+)_frame\d+' groups the slices of a volume, and leaves out whole patients. An image
+    in whose name nothing is found is a group of its own.
+    """
+    found = re.search(pattern, image) if pattern else None
+    return image if found is None else next(filter(None, found.groups()), found[0])
+
+
 def report_groups(counts: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     """Average IoU and Dice of each class over groups of images.
 
@@ -222,7 +232,7 @@ def miou_interval(
 
     Args:
         overlaps: (N, C, 2) pixels, intersection and union.
-        drawn: (R, N) int from ``resampled``: the same for networks that are compared.
+        drawn: (R, N) int from ``resample``: the same for networks that are compared.
         less: overlaps of the network whose mean IoU is taken off.
 
     Returns:
@@ -331,7 +341,7 @@ def by_class(values: np.ndarray | Tensor, classes: Sequence[str]) -> dict[str, f
 
 
 def lay_out_comparison(comparison: Mapping[str, Any], markdown: bool = False) -> str:
-    """Lay out what ``compared`` returns, in percent; in Markdown with confusion matrices."""
+    """Lay out what ``compare_scores`` returns, in percent; in Markdown with confusion matrices."""
     reports = comparison["networks"]
     letters = [
         chr(ord("A") + number) if number < 26 else f"#{number}" for number in range(len(reports))

@@ -6,7 +6,7 @@ python -m utils.study --config demo.yaml --methods supervised,ladder,"cisc selec
 Runs are in ``<outdir>/<name>_study``; ``name=...`` names another study. Rerun the same command to
 resume. Stage 1 is trained once for all rows whose settings of it agree, and every row gets as many
 iterations of retraining. ``supervised`` is trained at three lengths, and the best one is what other
-rows are compared with. ``ladder`` stands for the rows from the paper to ours, one change a row.
+rows are compared with. ``ladder`` stands for the rows from the paper to ours, a step a row.
 """
 
 import json
@@ -41,7 +41,7 @@ from utils.run.comparison import differing_keys
 from utils.run.folder import STAGES, read_environment, read_kept, read_results
 from utils.run.results import describe_stop
 from utils.run.stages import lock_folder
-from utils.scores import describe_mean, mean_and_spread
+from utils.scores import describe_mean, group_of, mean_and_spread
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 LENGTHS = (1, 2, 4)  # of supervised training; the best one is what other methods are compared with
@@ -165,13 +165,16 @@ def plan(
 def draw_lists(config: Config, number: int, folder: Path) -> None:
     """Draw a labeled list as long as the config's, from it and the images of ``panels.truth``.
 
+    Images that ``dataset.groups`` keeps together, as slices of a patient, are drawn together; the
+    list is as long as whole groups can make it, or longer.
+
     Args:
         config: of the study.
         number: of the list; the same one is drawn every time.
         folder: gets ``labeled.txt`` and ``unlabeled.txt``.
 
     Raises:
-        UserError: there is no list of true masks to draw from.
+        UserError: there is no list of true masks to draw from, or not of all unlabeled images.
     """
     section, truth = config.dataset, config.panels.truth
     if truth is None or section.split is not None:
@@ -179,15 +182,30 @@ def draw_lists(config: Config, number: int, folder: Path) -> None:
             "--lists: other labeled lists are drawn from dataset.labeled and panels.truth, a list "
             "of the unlabeled images with their masks; set panels.truth=LIST, or leave --lists out"
         )
-    labeled, others = (
-        {line.strip() for line in read_text(Path(section.root) / name).splitlines()} - {""}
-        for name in (section.labeled, truth)
-    )
-    pool = sorted(labeled | others)
-    drawn = random.Random(number).sample(pool, k=len(labeled))
-    rest = [line.split()[0] for line in pool if line not in drawn]
-    for name, lines in (("labeled", sorted(drawn)), ("unlabeled", rest)):
-        write_text(folder / f"{name}.txt", "".join(f"{line}\n" for line in lines))
+    root = Path(section.root)
+    labeled, others = (_read_lines(root / name) for name in (section.labeled, truth))
+    unlabeled = root / section.unlabeled
+    if unlabeled.is_file() and {*_read_lines(unlabeled)} != {*others}:
+        raise UserError(
+            f"--lists: {truth} and {section.unlabeled} have not the same images, so that other "
+            "labeled lists would leave other numbers unlabeled; list all in both"
+        )
+    pool, groups = labeled | others, defaultdict(list)
+    for image in sorted(pool):
+        groups[group_of(image, section.groups)].append(image)
+    names, drawn = sorted(groups), list[str]()
+    for name in random.Random(number).sample(names, k=len(names)):
+        if len(drawn) < len(labeled):
+            drawn += groups[name]
+    lines = {"labeled": map(pool.get, sorted(drawn)), "unlabeled": sorted({*pool} - {*drawn})}
+    for name in lines:
+        write_text(folder / f"{name}.txt", "".join(f"{line}\n" for line in lines[name]))
+
+
+def _read_lines(path: Path) -> dict[str, str]:
+    """Read the lines of a list, by the image that stands first, in its double quotes if any."""
+    lines = filter(None, map(str.strip, read_text(path).splitlines()))
+    return {re.match(r'"[^"]*"|\S+', line)[0]: line for line in lines}
 
 
 def _times(config: Config, section: str, length: int) -> str:
@@ -210,7 +228,11 @@ def take_over(job: Job, jobs: Sequence[Job]) -> None:
         return
     votes = 2 in job.config.stages and job.config.pseudo_label.neighbours
     stages = [STAGE, *(FOLDS if votes else ())]
-    for other in jobs:
+
+    def lacking(other: Job) -> int:
+        return sum(not (other.folder / name / "stage.json").is_file() for name in stages)
+
+    for other in sorted(jobs, key=lacking):
         there = (other.folder / STAGE / "stage.json").is_file()
         if not there or not share_stage_1(job.config, other.config) or not _is_of(other):
             continue
@@ -468,15 +490,16 @@ def report(jobs: Sequence[Job], command: str) -> str:
     commits = {str(made["commit"])[:7] for made in environments}
     kind, labeled = config.dataset.kind, config.dataset.split or config.dataset.labeled
     drawn = f" and {len(lists) - 1} more of its size, drawn at random" if len(lists) > 1 else ""
+    each = f" with each of {len(lists)} lists" if len(lists) > 1 else ""
     return (
         f"## {Path(config.outdir).name.removesuffix('_study')}\n\n"
         f"`{command}`\n\n{table(jobs)}\n\n"
         f"Data `{kind}`, labeled `{labeled}`{drawn}. Mean ± standard deviation over seeds "
-        f"{', '.join(map(str, seeds))}; differences are of equal seeds and lists. mIoU of the "
-        f"{config.evaluate.checkpoint} checkpoint in %; 'best on val' is the best of the epochs "
-        "of the last stage that were validated, picked by val itself. Seconds are of all stages, "
-        f"shared ones too. {'; '.join(sorted(machines))}. Commit {', '.join(sorted(commits))}, "
-        f"{datetime.now(timezone.utc):%Y-%m-%d}.\n"
+        f"{', '.join(map(str, seeds))}{each}; differences are of equal seeds and lists. mIoU "
+        f"of the {config.evaluate.checkpoint} checkpoint in %; 'best on val' is the best of the "
+        "epochs of the last stage that were validated, picked by val itself. Seconds are of all "
+        f"stages, shared ones too. {'; '.join(sorted(machines))}. "
+        f"Commit {', '.join(sorted(commits))}, {datetime.now(timezone.utc):%Y-%m-%d}.\n"
     )
 
 

@@ -10,7 +10,6 @@ Source: ours; docs/method.md, section 10. A logarithmic opinion pool with fitted
 Zidek, Statistical Science 1986); fitting on what was held out is stacking (Wolpert, 1992).
 """
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from dataset.lists import Sample
 from dataset.loader import RandomStreams
 from utils.evaluation import ConfusionMatrix
+from utils.scores import group_of
 
 FOLDS = 2  # of the labeled images
 FOLD_LENGTH = 0.5  # of stage 1, the training of a teacher that leaves a fold out
@@ -80,7 +80,7 @@ def draw_folds(
     Returns:
         ``FOLDS`` lists in the order of ``labeled``; none if there are fewer groups.
     """
-    names = [group_of(sample, groups) for sample in labeled]
+    names = [group_of(sample.name, groups) for sample in labeled]
     different = sorted(set(names))
     if len(different) < FOLDS:
         return []
@@ -90,16 +90,6 @@ def draw_folds(
         sizes = [sum(other in fold for other in names) for fold in folds]
         folds[sizes.index(min(sizes))].add(name)
     return [[s for s, name in zip(labeled, names, strict=True) if name in fold] for fold in folds]
-
-
-def group_of(sample: Sample, groups: str | None) -> str:
-    r"""Return what an image is left out with: its group, or what a bracket of the expression finds.
-
-    '(patient\d+)_frame\d+' groups the slices of a volume, and leaves out whole patients. An image
-    in whose name nothing is found is a group of its own.
-    """
-    found = re.search(groups, sample.name) if groups else None
-    return sample.name if found is None else next(filter(None, found.groups()), found[0])
 
 
 def fit_exponents(pixels: HeldOut) -> Fit:

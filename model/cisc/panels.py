@@ -7,7 +7,6 @@ this epoch's training sample; where retraining queries, its very partner and the
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from dataset.catalog import dataset_info
-from dataset.lists import Sample, mask_file, read_label, read_picture, read_sample
+from dataset.lists import Sample, mask_file, read_label, read_picture
 from dataset.loader import SampleKey
 from dataset.query import Partner
 from dataset.reading import read_ids, to_input
@@ -192,14 +191,11 @@ class Panels:
     def _crop_errors(
         self, key: SampleKey, sample: Sample, image: Image.Image, label: Tensor
     ) -> Picture:
-        """Mark errors in a training crop: the true mask is cut by the same random numbers."""
+        """Mark errors in a training crop, as which the true mask is cut."""
         if sample.name not in self._truth:
             return image, "no true mask"
-        unlabeled = {key.index: self._truth[sample.name]}
-        true = replace(
-            self._samples, unlabeled=unlabeled, querier=None, read=read_sample, votes=None
-        )[key]
-        return _mark_errors(image, _ids(label), _ids(true.pseudo_label))
+        true = self._samples.view(key).mask(read_label(self._truth[sample.name]))
+        return _mark_errors(image, _ids(label), np.asarray(true))
 
     def _errors(self, sample: Sample, image: Image.Image, ids: np.ndarray) -> Picture:
         if sample.name not in self._truth:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dataset.lists import Sample
 from dataset.loader import RandomStreams, whole_images
-from model.cisc.calibration import Exponents, Fit, HeldOut, fit_exponents, group_of
+from model.cisc.calibration import Exponents, Fit, HeldOut, fit_exponents
 from model.cisc.votes import PatchVoter, as_prior, cut_patches
 from model.losses import balanced_weights
 from model.networks import load_frozen
@@ -30,6 +30,7 @@ from utils.evaluation import Predictor, iterate_batches
 from utils.files import write_json
 from utils.run.folder import VOTES_FILE, read_votes
 from utils.run.stages import Report, Stage, checkpoint_of
+from utils.scores import group_of
 
 _PIXELS = 4000  # of each labeled image, by which exponents are fitted
 # Where they cannot be fitted. Bayes' rule, 1 and 1, counts twice what both know; half is the least
@@ -104,7 +105,7 @@ def _judge_fold(stage: Stage, voters: Sequence[PatchVoter], teacher: FoldTeacher
     judge = Teacher(config, device, checkpoint_of(teacher.folder))
     labeled = voters[0].labeled
     judged = [sample for sample in labeled if sample in teacher.fold]
-    groups = [group_of(sample, config.dataset.groups) for sample in labeled]
+    groups = [group_of(sample.name, config.dataset.groups) for sample in labeled]
     streams, images = RandomStreams(config.seed, teacher.folder.name), []
     loader = whole_images(config, judged, judge.net.preprocessing)
     prior = prior_of_labels(others[0].shares, config.loss)  # of images that the teacher has seen
@@ -115,7 +116,7 @@ def _judge_fold(stage: Stage, voters: Sequence[PatchVoter], teacher: FoldTeacher
         told = [voter.judge(batch.image, size).log_ratio for voter in others]
         maps = opinion, torch.stack(told, dim=1), probability.argmax(dim=1), batch.label
         for index, *image in zip(batch.index.tolist(), *maps, strict=True):
-            group = groups.index(group_of(judged[index], config.dataset.groups))
+            group = groups.index(group_of(judged[index].name, config.dataset.groups))
             images.append(_draw_pixels(image, group, streams.of(index)))
     return gather_list(images)
 

@@ -47,7 +47,7 @@ def stop_here() -> None:
     """Mark a place where the program can stop and continue later. Collective.
 
     Raises:
-        Stopped: a signal came, to this process or another, since ``stopping_later`` began.
+        Stopped: a signal came, to this process or another, since ``defer_signals`` began.
     """
     number = largest(shall_stop())
     if number:
