@@ -222,17 +222,22 @@ def share_stage_1(one: Config, other: Config) -> bool:
     return not differing and alike[0] == alike[1]
 
 
+def _shared_stages(config: Config) -> list[str]:
+    """Return what other runs with the same stage 1 can take over: it, and the folds of votes."""
+    votes = 2 in config.stages and config.pseudo_label.neighbours
+    return [STAGE, *(FOLDS if votes else ())]
+
+
+def _lacking(job: Job, stages: Sequence[str]) -> list[str]:
+    return [name for name in stages if not (job.folder / name / "stage.json").is_file()]
+
+
 def take_over(job: Job, jobs: Sequence[Job]) -> None:
     """Copy stage 1 of another run, and its folds, into the folder of a run that has none yet."""
     if job.folder.exists():
         return
-    votes = 2 in job.config.stages and job.config.pseudo_label.neighbours
-    stages = [STAGE, *(FOLDS if votes else ())]
-
-    def lacking(other: Job) -> int:
-        return sum(not (other.folder / name / "stage.json").is_file() for name in stages)
-
-    for other in sorted(jobs, key=lacking):
+    stages = _shared_stages(job.config)
+    for other in sorted(jobs, key=lambda other: len(_lacking(other, stages))):
         there = (other.folder / STAGE / "stage.json").is_file()
         if not there or not share_stage_1(job.config, other.config) or not _is_of(other):
             continue
@@ -343,7 +348,7 @@ class Children:
 
 
 def _locks(jobs: Sequence[Job]) -> list[Lock]:
-    """Return a lock for each run, the same one for runs that share stage 1."""
+    """Return a lock for each run, the same one for runs that share stage 1 and folds."""
     locks: list[Lock] = []
     for number, job in enumerate(jobs):
         earlier = zip(jobs[:number], locks, strict=True)
@@ -353,7 +358,7 @@ def _locks(jobs: Sequence[Job]) -> list[Lock]:
 
 
 def work(jobs: Sequence[Job], processes: int) -> None:
-    """Do the runs that are not done, so many at once; one that shares stage 1 waits for its end.
+    """Do the runs that are not done, so many at once; one that shares stages waits for their end.
 
     Raises:
         UserError: runs failed; the others are done.
@@ -372,7 +377,7 @@ def work(jobs: Sequence[Job], processes: int) -> None:
             if process is None:
                 return None
             print(f"{datetime.now():%H:%M} {job.folder}", flush=True)
-            while process.poll() is None and not (job.folder / STAGE / "stage.json").is_file():
+            while process.poll() is None and _lacking(job, _shared_stages(job.config)):
                 time.sleep(0.5)
         return f"see {job.log}" if process.wait() else None
 
