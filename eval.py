@@ -61,50 +61,25 @@ _TOGETHER = {
 def read_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="checkpoint [checkpoint ...] [key=value ...]",
-        help="of train.py, or of ST++, CISC-R, UniMatch; settings such as dataset.root=DIR",
-    )
-    parser.add_argument(
-        "--diagnose",
-        type=Path,
-        metavar="LIST",
-        help="score a run by true masks",
-    )
-    parser.add_argument("--config", help="instead of the config that the checkpoint holds")
-    parser.add_argument("--save-masks", type=Path, metavar="DIR", help="write palette PNGs here")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
-    parser.add_argument(
-        "--markdown", action="store_true", help="print Markdown, with the confusion matrix"
-    )
-    parser.add_argument(
-        "--groups", metavar="REGEX", help="score groups of images too, like dataset.groups=REGEX"
-    )
-    parser.add_argument("--ensemble", action="store_true", help="average the checkpoints")
-    parser.add_argument(
-        "--masks", type=Path, metavar="DIR", help="score these masks instead, with --config"
-    )
-    parser.add_argument(
-        "--images",
-        type=Path,
-        metavar="PLACE",
-        help="segment pictures instead: a file, a folder, or a pattern in quotes",
-    )
-    parser.add_argument("--save", choices=_SAVED, help="with --images: write these too")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="with --images: where to write")
-    parser.add_argument(
-        "--export",
-        type=Path,
-        metavar="FILE",
-        help="write net.onnx, net.pt2, net.safetensors, or a folder for the Hugging Face hub",
-    )
-    parser.add_argument(
-        "--reset-classifier",
-        action="store_true",
-        help="do not load the classifier",
-    )
+    add = parser.add_argument
+    several = "checkpoint [checkpoint ...] [key=value ...]"
+    of = "of train.py, or of ST++, CISC-R, UniMatch; settings such as dataset.root=DIR"
+    add("words", nargs="*", metavar=several, help=of)
+    add("--diagnose", type=Path, metavar="LIST", help="score a run's pseudo labels by true masks")
+    add("--config", help="instead of the config that the checkpoint holds")
+    add("--save-masks", type=Path, metavar="DIR", help="write palette PNGs here")
+    add("--json", type=Path, metavar="FILE", help="write the numbers here")
+    add("--markdown", action="store_true", help="print Markdown, with the confusion matrix")
+    add("--groups", metavar="REGEX", help="score groups of images too, like dataset.groups=REGEX")
+    add("--ensemble", action="store_true", help="average the checkpoints")
+    add("--masks", type=Path, metavar="DIR", help="score these masks instead, with --config")
+    pictures = "segment pictures instead: a file, a folder, or a pattern in quotes"
+    add("--images", type=Path, metavar="PLACE", help=pictures)
+    add("--save", choices=_SAVED, help="with --images: write these too")
+    add("--out", type=Path, metavar="DIR", help="with --images: where to write")
+    kinds = "write net.onnx, net.pt2, net.safetensors, or a folder for the Hugging Face hub"
+    add("--export", type=Path, metavar="FILE", help=kinds)
+    add("--reset-classifier", action="store_true", help="do not load the classifier")
     arguments = parser.parse_intermixed_args()
     # A file may have a name with = in it.
     named = ["=" not in word or Path(word).exists() for word in arguments.words]

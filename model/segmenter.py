@@ -121,16 +121,7 @@ class Segmenter:
         content = checkpoint.load(path)
         weights = checkpoint.weights_in(content, path)
         checkpoint.refuse_smp(weights, path)
-        words = []
-        if classes is not None:
-            names = [classes] if isinstance(classes, str) else list(classes)
-            if isinstance(classes, str) or not all(isinstance(name, str) for name in names):
-                raise UserError(f"classes: {classes!r} is no list of names; give one a class")
-            words += ["dataset.kind=custom", f"dataset.classes={json.dumps(names)}"]
-        for key, value in keys.items():
-            whole = key if key in ("device", "precision") else f"inference.{key}"
-            words.append(f"{whole}={_as_json(key, value)}")
-        words = [*settings, *words]
+        words = [*settings, *_settings_of(classes, keys)]
         if config is not None:
             found = read_config(config, words)
         elif isinstance(content.get("config"), dict):
@@ -345,9 +336,27 @@ def _colours(colours: Sequence[Colour], count: int) -> tuple[Colour, ...]:
     return made
 
 
+def _settings_of(classes: Sequence[str] | None, keys: Mapping[str, Any]) -> list[str]:
+    """Write what ``Segmenter.load`` is told as settings of the command line.
+
+    Raises:
+        UserError: classes are no list of names; a value is no setting.
+    """
+    words = []
+    if classes is not None:
+        names = [classes] if isinstance(classes, str) else list(classes)
+        if isinstance(classes, str) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"classes: {classes!r} is not a list of names, one a class")
+        words += ["dataset.kind=custom", f"dataset.classes={json.dumps(names)}"]
+    for key, value in keys.items():
+        whole = key if key in ("device", "precision") else f"inference.{key}"
+        words.append(f"{whole}={_as_json(key, value)}")
+    return words
+
+
 def _as_json(key: str, value: Any) -> str:
     """Write a setting as JSON; numbers and lists of numpy's and torch's, too."""
     try:
         return json.dumps(value, default=lambda x: x.tolist())
     except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{key}: {value!r} is no setting; give numbers, text or lists") from error
+        raise UserError(f"{key}: {value!r} is not a setting; give numbers, text, lists") from error

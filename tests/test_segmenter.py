@@ -305,9 +305,9 @@ def test_colours_may_be_an_array(weights):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ({"classes": "abcdefg"}, "classes: 'abcdefg' is no list of names"),
-        ({"classes": range(7)}, "is no list of names"),
-        ({"scales": {1.0}}, "scales: {1.0} is no setting"),
+        ({"classes": "abcdefg"}, "classes: 'abcdefg' is not a list of names"),
+        ({"classes": range(7)}, "is not a list of names"),
+        ({"scales": {1.0}}, "scales: {1.0} is not a setting"),
         ({"scale": [1.0]}, "the nearest known key is 'inference.scales'"),
         ({"scales": np.array([1000.0])}, "inference.scales: 1000.0 is not allowed"),
     ],
