@@ -557,9 +557,7 @@ def read_arguments() -> tuple[Config, int | None, bool, bool]:
     )
     again.add_argument("--fresh", metavar="NAME", help="delete what the run NAME wrote, then start")
     parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="compare the sha256 of finished stages' files",
+        "--verify", action="store_true", help="compare the sha256 of finished stages' files"
     )
     arguments = parser.parse_intermixed_args()
     config = read_config(arguments.config, arguments.settings, arguments.method)

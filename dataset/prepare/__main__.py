@@ -41,11 +41,7 @@ def main() -> None:
     for name, data in DATA_SETS.items():
         one = commands.add_parser(name, help=data.about, description=data.about)
         one.add_argument(
-            "--root",
-            type=Path,
-            required=True,
-            metavar="DIR",
-            help="of the archives and the result",
+            "--root", type=Path, required=True, metavar="DIR", help="of the archives and the result"
         )
         one.add_argument("--download", action="store_true", help="fetch archives that are missing")
         one.add_argument(

@@ -36,13 +36,7 @@ def main() -> None:
     size.add_argument("--fraction", metavar="SHARE", help="such as 1/8 or 0.125, rounded up")
     size.add_argument("--count", type=int, help="number of labeled images, instead")
     add("--seed", type=int, default=0, help="lists of one seed are nested (0)")
-    add(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder for both lists",
-    )
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for both lists")
     add("--config", help="data, for --stratify and bare ids")
     add("--stratify", action="store_true", help="keep every class; reads the masks")
     add = (one := commands.add_parser("check", epilog=more)).add_argument
@@ -53,23 +47,12 @@ def main() -> None:
     one.set_defaults(run=suggest)
     add("folder", type=Path, metavar="RUN", help="outdir/<name>, of which stage 2 has ended")
     add("--count", type=int, default=20, help="number of images to label (20)")
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder for the files (RUN/suggested)",
-    )
+    add("--out", type=Path, metavar="DIR", help="folder for the files (RUN/suggested)")
     add = (one := commands.add_parser("extend")).add_argument
     one.set_defaults(run=extend)
     add("folder", type=Path, metavar="RUN", help="outdir/<name>, whose lists are extended")
     add("--labels", type=Path, required=True, metavar="LIST", help="image mask lines to add")
-    add(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder for both lists",
-    )
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for both lists")
     typed, settings = parser.parse_known_args()
     if unknown := [word for word in settings if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
