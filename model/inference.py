@@ -114,7 +114,7 @@ def evaluate_masks(config: Config, folder: Path) -> dict[str, Any]:
             raise UserError(f"{file}: its size differs from {sample.mask}; predict at full size")
         ids, true = to_label(predicted), to_label(label)
         if (ids[true != IGNORE] >= len(info.classes)).any():
-            raise UserError(f"{file}: is ignored where {sample.mask} is labeled; predict all")
+            raise UserError(f"{file}: holds 255 or no class's id where {sample.mask} is labeled")
         matrix.update(ids[None], true[None], [number])
     return matrix.report(info.classes)
 

@@ -25,6 +25,7 @@ from dataset.query import QueryRule, build_query_index
 from dataset.training import LabeledPair
 from eval import evaluate
 from model import Segmenter, fitting, network_of
+from model.cisc.pseudo_labels import FoldTeacher, fit_votes
 from model.cisc.students import StudentBatch
 from model.fitting import TrainingStep
 from model.losses import cross_entropy
@@ -239,6 +240,28 @@ def test_files_of_labeling_and_selection_are_those_of_one_process(together, conf
         assert made(processes[0][0]) == files
         assert all(other == score for _, other in processes)
         assert not list(processes[0][0].rglob("unfinished"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 4])
+def test_votes_fitted_by_several_processes_are_those_of_one(together, config, tmp_path, size):
+    """Folds of three images are three batches or one, which not every process has."""
+    model = "model={backbone: timm/tf_efficientnet_lite0, output_stride: 32, pretrained: auto}"
+    settings = config(model, f"inference.batch_size={size}", "pseudo_label.neighbour_scales=[6]")
+    labeled, teacher = read_splits(settings.dataset).labeled, tmp_path / "teacher"
+    torch.manual_seed(0)
+    weights = network_of(settings.model, 7, pretrained=None).state_dict()
+    checkpoint.save(teacher / "checkpoint.pth", {"model": weights, "class_pixels": [1] * 7})
+    teachers = [FoldTeacher(teacher, labeled[:3]), FoldTeacher(teacher, labeled[3:])]
+
+    def fit():
+        with Run(settings.model_copy(update={"name": f"of{dist.world()}"})) as run:
+            folder = run.stage("2_votes", fit_votes, labeled, teachers)
+            return (folder / "votes.json").read_text()
+
+    (expected,) = together(1, fit)
+    assert "fit" in json.loads(expected)
+    assert together(2, fit) == [expected] * 2
 
 
 @pytest.mark.slow

@@ -133,7 +133,7 @@ def test_archives_fetched_by_hand_are_unpacked(cityscapes):
 def test_download_is_impossible_and_both_files_are_named(tmp_path, complaint, words):
     page = "https://www.cityscapes-dataset.com/file-handling/?packageID="
     assert complaint(program, "cityscapes", "--root", tmp_path, *words) == (
-        f"error: {tmp_path}: archives are missing; log in, fetch them by hand and put "
+        f"error: {tmp_path}: archives are missing; log in, fetch these by hand and put them "
         f"there: leftImg8bit_trainvaltest.zip ({page}3), gtFine_trainvaltest.zip ({page}1)"
     )
 

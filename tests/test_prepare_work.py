@@ -178,7 +178,7 @@ def archive_at(address, **more):
 
 def test_missing_archive_names_its_address_and_its_place(tmp_path):
     assert refusal(provide, tmp_path, [archive_at("http://a")], fetch=False) == (
-        f"{tmp_path}: archives are missing; add --download, or fetch by hand and put there: "
+        f"{tmp_path}: archives are missing; add --download, or fetch by hand and put them there: "
         "set.zip (http://a/set.zip)"
     )
 

@@ -111,7 +111,7 @@ def test_without_the_setting_other_lists_are_refused_with_the_way_on(tmp_path):
     run_stages(tmp_path, FIRST)
     line = refusal(run_stages, tmp_path, MORE)
     way = "set supervised.start=last without --from-stage to go on from its result"
-    assert "another list dataset.labeled, another list dataset.unlabeled; set that" in line
+    assert "another list dataset.labeled, another list dataset.unlabeled; restore that" in line
     assert way in line
     assert way in refusal(run_stages, tmp_path, MORE, LAST, from_stage=6)
     other_val = refusal(run_stages, tmp_path, {**MORE, "val": "w"}, LAST)

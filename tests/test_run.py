@@ -134,7 +134,7 @@ def test_what_no_kept_stage_has_read_may_change(tmp_path):
     assert run_stages(config(tmp_path, "retrain.epochs=7")) == []
     assert len(run_stages(config(tmp_path, "retrain.epochs=7", "pseudo_label.flip=false"), 2)) == 1
     line = refusal(run_stages, config(tmp_path, "retrain.epochs=7"))
-    assert "its stages used pseudo_label.flip=False; set that again" in line
+    assert "its stages used pseudo_label.flip=False; restore that" in line
     assert line.endswith("or redo 2_pseudo_label and later stages with --from-stage 2")
 
 
@@ -221,7 +221,7 @@ def test_other_lists_are_refused_until_the_run_starts_over(tmp_path):
     run_with(labeled="a", unlabeled="b", val="c")  # stage 1 reads no unlabeled images
     with Run(config(tmp_path), lists={"labeled": "a", "unlabeled": "b", "val": "c"}) as run:
         run.stage("2_pseudo_label", work([]))
-    with pytest.raises(UserError, match=r"used another list dataset\.unlabeled; set that again"):
+    with pytest.raises(UserError, match=r"used another list dataset\.unlabeled; restore that"):
         run_with(labeled="a", unlabeled="B", val="c")
     with pytest.raises(UserError, match=r"list dataset\.labeled, another list dataset\.val"):
         run_with(2, labeled="A", unlabeled="b", val="C")
@@ -250,7 +250,7 @@ def test_changed_files_are_told_and_a_run_may_move(tmp_path):
 
 def test_another_precision_is_refused_and_another_device_told(tmp_path):
     run_stages(config(tmp_path))
-    with pytest.raises(UserError, match="its stages used precision=fp32; set that again"):
+    with pytest.raises(UserError, match="its stages used precision=fp32; restore that"):
         run_stages(config(tmp_path, "precision=bf16"))
     path = tmp_path / "demo" / "environment.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "device": "cuda:1"}))

@@ -84,7 +84,7 @@ def test_table_and_json_hold_the_same(rows, answer, complaint, tmp_path, tmp_pat
         "bus        2.857%       1         1",
         "tram       0.286%       1         0",
         "",
-        "no query can reach tram: lower query.min_area?",
+        "no query of cisc can reach tram: lower query.min_area?",
         "dataset.labeled: 12.5% of the pixels are ignored, id 255",
         "dataset.val: no image shows 'car' or 'bus' or 'tram'; mIoU counts it only where it is "
         "predicted",

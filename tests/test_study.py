@@ -101,7 +101,7 @@ def test_labeled_lists_of_the_same_size_are_drawn_from_images_with_masks(demo_ro
     assert lists[0] != lists[1]
     few = read_config("demo.yaml", [*words, f"panels.truth={tmp_path / 'few.txt'}"])
     (tmp_path / "few.txt").write_text((demo_root / "truth.txt").read_text().split("\n")[0])
-    assert "have not the same images" in refusal(study.draw_lists, few, 1, tmp_path)
+    assert "do not list the same images" in refusal(study.draw_lists, few, 1, tmp_path)
     bare = read_config("demo.yaml", [*words, "panels.truth=null"])
     assert "set panels.truth=LIST" in refusal(study.draw_lists, bare, 1, tmp_path)
     gone = read_config("demo.yaml", [*words, "panels.truth=gone.txt"])
@@ -123,6 +123,7 @@ def test_drawn_lists_keep_groups_together_and_names_with_spaces(tmp_path):
     assert len(labeled) == 18
     assert len({line.split("_z")[0] for line in labeled}) == 2
     assert {*labeled} <= {*lines}
+    assert len(labeled) + len(unlabeled) == 54
     assert {*unlabeled} < {*slices}
     assert len(unlabeled) == 36
 

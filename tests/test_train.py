@@ -171,7 +171,7 @@ def test_a_finished_run_is_not_done_again(finished, demo_root, tiny_settings):
 def test_other_settings_are_refused_with_the_keys(finished, demo_root, tiny_settings):
     run, _ = finished
     words = [*tiny_settings(demo_root, run.parent), "name=whole", "select.keep=0.75"]
-    refused = r"its stages used select\.keep=0\.5; set that again, set name="
+    refused = r"its stages used select\.keep=0\.5; restore that, set name="
     with pytest.raises(UserError, match=refused):
         train.train(read_config("demo.yaml", words))
 

@@ -52,7 +52,10 @@ def shard(items: Sequence[T]) -> Sequence[T]:
 
 
 def gather_list(rows: list[T]) -> list[T]:
-    """Gather the rows of every process, in the order of the items. Collective."""
+    """Gather the rows of every process, one for each item of its ``shard``, in their order.
+
+    Batches of ``whole_images`` are such items. Collective.
+    """
     if world() == 1:
         return rows
     parts: list[list[T]] = [[] for _ in range(world())]

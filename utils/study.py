@@ -165,8 +165,8 @@ def plan(
 def draw_lists(config: Config, number: int, folder: Path) -> None:
     """Draw a labeled list as long as the config's, from it and the images of ``panels.truth``.
 
-    Images that ``dataset.groups`` keeps together, as slices of a patient, are drawn together; the
-    list is as long as whole groups can make it, or longer.
+    Where ``dataset.groups`` keeps images together, as slices of a patient, as many groups are drawn
+    as the config's list has.
 
     Args:
         config: of the study.
@@ -187,25 +187,27 @@ def draw_lists(config: Config, number: int, folder: Path) -> None:
     unlabeled = root / section.unlabeled
     if unlabeled.is_file() and {*_read_lines(unlabeled)} != {*others}:
         raise UserError(
-            f"--lists: {truth} and {section.unlabeled} have not the same images, so that other "
-            "labeled lists would leave other numbers unlabeled; list all in both"
+            f"--lists: {truth} and {section.unlabeled} do not list the same images, so that other "
+            "labeled lists would leave other numbers unlabeled; list them all in both"
         )
     pool, groups = labeled | others, defaultdict(list)
     for image in sorted(pool):
         groups[group_of(image, section.groups)].append(image)
-    names, drawn = sorted(groups), list[str]()
-    for name in random.Random(number).sample(names, k=len(names)):
-        if len(drawn) < len(labeled):
-            drawn += groups[name]
-    lines = {"labeled": map(pool.get, sorted(drawn)), "unlabeled": sorted({*pool} - {*drawn})}
+    count = len({group_of(image, section.groups) for image in labeled})
+    names = random.Random(number).sample(sorted(groups), k=count)
+    drawn = sorted(image for name in names for image in groups[name])
+    rest = sorted({*pool} - {*drawn})
+    unlabeled = [f'"{image}"' if image.split() != [image] else image for image in rest]
+    lines = {"labeled": map(pool.get, drawn), "unlabeled": unlabeled}
     for name in lines:
         write_text(folder / f"{name}.txt", "".join(f"{line}\n" for line in lines[name]))
 
 
 def _read_lines(path: Path) -> dict[str, str]:
-    """Read the lines of a list, by the image that stands first, in its double quotes if any."""
-    lines = filter(None, map(str.strip, read_text(path).splitlines()))
-    return {re.match(r'"[^"]*"|\S+', line)[0]: line for line in lines}
+    """Read the lines of a list, by the image that each begins with, as lists of images name it."""
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    images = (re.match(r'"[^"]*"|\S+', line)[0].strip('"') for line in lines)
+    return {i.replace("\\", "/").lstrip("/"): line for i, line in zip(images, lines, strict=True)}
 
 
 def _times(config: Config, section: str, length: int) -> str:
@@ -222,22 +224,17 @@ def share_stage_1(one: Config, other: Config) -> bool:
     return not differing and alike[0] == alike[1]
 
 
-def _shared_stages(config: Config) -> list[str]:
-    """Return what other runs with the same stage 1 can take over: it, and the folds of votes."""
-    votes = 2 in config.stages and config.pseudo_label.neighbours
-    return [STAGE, *(FOLDS if votes else ())]
-
-
-def _lacking(job: Job, stages: Sequence[str]) -> list[str]:
-    return [name for name in stages if not (job.folder / name / "stage.json").is_file()]
-
-
 def take_over(job: Job, jobs: Sequence[Job]) -> None:
     """Copy stage 1 of another run, and its folds, into the folder of a run that has none yet."""
     if job.folder.exists():
         return
-    stages = _shared_stages(job.config)
-    for other in sorted(jobs, key=lambda other: len(_lacking(other, stages))):
+    votes = 2 in job.config.stages and job.config.pseudo_label.neighbours
+    stages = [STAGE, *(FOLDS if votes else ())]
+
+    def lacking(other: Job) -> int:
+        return sum(not (other.folder / name / "stage.json").is_file() for name in stages)
+
+    for other in sorted(jobs, key=lacking):
         there = (other.folder / STAGE / "stage.json").is_file()
         if not there or not share_stage_1(job.config, other.config) or not _is_of(other):
             continue
@@ -348,7 +345,7 @@ class Children:
 
 
 def _locks(jobs: Sequence[Job]) -> list[Lock]:
-    """Return a lock for each run, the same one for runs that share stage 1 and folds."""
+    """Return a lock for each run, the same one for runs that share stage 1."""
     locks: list[Lock] = []
     for number, job in enumerate(jobs):
         earlier = zip(jobs[:number], locks, strict=True)
@@ -358,7 +355,7 @@ def _locks(jobs: Sequence[Job]) -> list[Lock]:
 
 
 def work(jobs: Sequence[Job], processes: int) -> None:
-    """Do the runs that are not done, so many at once; one that shares stages waits for their end.
+    """Do the runs that are not done, so many at once; one that shares stage 1 waits for its end.
 
     Raises:
         UserError: runs failed; the others are done.
@@ -377,7 +374,7 @@ def work(jobs: Sequence[Job], processes: int) -> None:
             if process is None:
                 return None
             print(f"{datetime.now():%H:%M} {job.folder}", flush=True)
-            while process.poll() is None and _lacking(job, _shared_stages(job.config)):
+            while process.poll() is None and not (job.folder / STAGE / "stage.json").is_file():
                 time.sleep(0.5)
         return f"see {job.log}" if process.wait() else None
 

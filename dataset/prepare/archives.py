@@ -71,8 +71,8 @@ def provide(root: Path, archives: Sequence[Archive], fetch: bool) -> None:
     login = any(archive.login for archive in absent)
     if absent and (login or not fetch):
         files = ", ".join(f"{archive.name} ({archive.address})" for archive in absent)
-        way = "log in, fetch them by hand" if login else "add --download, or fetch by hand"
-        raise UserError(f"{root}: archives are missing; {way} and put there: {files}")
+        way = "log in, fetch these by hand" if login else "add --download, or fetch by hand"
+        raise UserError(f"{root}: archives are missing; {way} and put them there: {files}")
     for archive in wanted:
         path = root / archive.name
         download(archive.address, path, archive.digest, archive.algorithm)

@@ -88,12 +88,10 @@ def table_of(found: dict[str, Any]) -> Iterator[str]:
         yield f"{name:<{width}}  {share:>8.3%}  {images:>6}  {queried:>8}"
     yield ""
     if found["unreachable"]:
-        yield f"no query can reach {', '.join(found['unreachable'])}: lower query.min_area?"
+        yield f"no query of cisc can reach {', '.join(found['unreachable'])}: lower query.min_area?"
     if found["hardly_reachable"]:
-        yield (
-            f"few queries can reach {', '.join(found['hardly_reachable'])}: they are smaller in "
-            "most images that show them"
-        )
+        names = ", ".join(found["hardly_reachable"])
+        yield f"few queries of cisc can reach {names}: they are smaller in most of their images"
     yield from found["notes"]
     for where, what, count, example in map(dict.values, found["problems"]):
         yield f"{where}: {count} {what}: {example}"

@@ -2,7 +2,7 @@
 
 Teachers of shorter stages, each trained without a fold of the labeled images, judge that fold, and
 patches of the other folds vote on it. ``fit_exponents`` finds with which powers both explain the
-labels best; ``Calibration`` is what stage 2 keeps of it. Votes that do not help are silent.
+labels best. Votes that do not help are silent.
 
 To change when votes are believed, this is the file.
 

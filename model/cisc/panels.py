@@ -191,7 +191,7 @@ class Panels:
     def _crop_errors(
         self, key: SampleKey, sample: Sample, image: Image.Image, label: Tensor
     ) -> Picture:
-        """Mark errors in a training crop, as which the true mask is cut."""
+        """Mark errors in a training crop; the true mask is cut as it was."""
         if sample.name not in self._truth:
             return image, "no true mask"
         true = self._samples.view(key).mask(read_label(self._truth[sample.name]))

@@ -33,8 +33,8 @@ from utils.run.stages import Report, Stage, checkpoint_of
 from utils.scores import group_of
 
 _PIXELS = 4000  # of each labeled image, by which exponents are fitted
-# Where they cannot be fitted. Bayes' rule, 1 and 1, counts twice what both know; half is the least
-# that was fitted where votes helped (docs/results.md).
+# Where they cannot be fitted. Bayes' rule, 1 and 1, counts twice what both know; the votes' fitted
+# exponents were 0.3 to 1 of the teacher's (docs/rectifier.md).
 _UNFITTED = Exponents(teacher=1.0, votes=0.5)
 
 
@@ -64,10 +64,10 @@ def fit_votes(stage: Stage, labeled: Sequence[Sample], teachers: Sequence[FoldTe
     """
     config = stage.config
     voters = cut_patches(config, stage.device, labeled, config.pseudo_label.neighbour_scales)
-    images = [image for one in teachers for image in _judge_fold(stage, voters, one)]
+    batches = [batch for one in teachers for batch in _judge_fold(stage, voters, one)]
     fitted = {"factor": voters[0].factor, **_UNFITTED._asdict()}
-    if sum(len(image.label) for image in images):
-        pixels = HeldOut(*map(torch.cat, zip(*images, strict=True)))
+    if sum(len(batch.label) for batch in batches):
+        pixels = _concatenate(batches)
         votes = pixels.votes.unbind(1)
         fits = {
             v.factor: fit_exponents(pixels._replace(votes=x))
@@ -95,7 +95,7 @@ def _judge_fold(stage: Stage, voters: Sequence[PatchVoter], teacher: FoldTeacher
     """Let a teacher, and the patches of other folds, judge pixels of its fold's images. Collective.
 
     Returns:
-        Pixels of each image, on the CPU; ``votes`` is (N, voters, C).
+        Pixels of each batch of images, on the CPU; ``votes`` is (N, voters, C).
     """
     config, device = stage.config, stage.device
     others = [voter.without(teacher.fold) for voter in voters]
@@ -106,7 +106,7 @@ def _judge_fold(stage: Stage, voters: Sequence[PatchVoter], teacher: FoldTeacher
     labeled = voters[0].labeled
     judged = [sample for sample in labeled if sample in teacher.fold]
     groups = [group_of(sample.name, config.dataset.groups) for sample in labeled]
-    streams, images = RandomStreams(config.seed, teacher.folder.name), []
+    streams, batches = RandomStreams(config.seed, teacher.folder.name), []
     loader = whole_images(config, judged, judge.net.preprocessing)
     prior = prior_of_labels(others[0].shares, config.loss)  # of images that the teacher has seen
     for batch in iterate_batches(loader, device, stage.name):
@@ -115,10 +115,12 @@ def _judge_fold(stage: Stage, voters: Sequence[PatchVoter], teacher: FoldTeacher
         opinion = judge.log_posterior(probability, prior)
         told = [voter.judge(batch.image, size).log_ratio for voter in others]
         maps = opinion, torch.stack(told, dim=1), probability.argmax(dim=1), batch.label
+        images = []
         for index, *image in zip(batch.index.tolist(), *maps, strict=True):
             group = groups.index(group_of(judged[index].name, config.dataset.groups))
             images.append(_draw_pixels(image, group, streams.of(index)))
-    return gather_list(images)
+        batches.append(_concatenate(images))
+    return gather_list(batches)
 
 
 def _draw_pixels(maps: Sequence[Tensor], group: int, rng: np.random.Generator) -> HeldOut:
@@ -129,6 +131,10 @@ def _draw_pixels(maps: Sequence[Tensor], group: int, rng: np.random.Generator) -
     return HeldOut(
         *(one[..., chosen].movedim(-1, 0) for one in rows), torch.full_like(chosen, group)
     )
+
+
+def _concatenate(parts: Sequence[HeldOut]) -> HeldOut:
+    return HeldOut(*map(torch.cat, zip(*parts, strict=True)))
 
 
 class Teacher:

@@ -60,7 +60,7 @@ def refuse_other_run(
         more = ", set supervised.start=last without --from-stage to go on from its result"
         more = more if finished and may_go_on(other_lists) else ""
         raise UserError(
-            f"{folder}: its stages used {', '.join(refused)}; set that again, set name=... for "
+            f"{folder}: its stages used {', '.join(refused)}; restore that, set name=... for "
             f"another run{more}, or redo {first} and later stages with --from-stage {first[0]}"
         )
     for key in filter(saves_memory, was):
