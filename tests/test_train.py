@@ -17,15 +17,18 @@ from dataset.lists import read_label, read_splits
 from dataset.query import Querier, QueryRule, build_query_index
 from dataset.reading import read_image, to_input, to_label
 from eval import evaluate
-from model import Segmenter, fitting
+from model import Segmenter, fitting, network_of
+from model.cisc import pseudo_labels
 from model.cisc import votes as voting
+from model.cisc.pseudo_labels import FoldTeacher
 from model.cisc.votes import cut_patches
-from utils import IMAGENET
+from utils import IMAGENET, checkpoint
 from utils.checkpoint import load
 from utils.config.reading import read_config
 from utils.device import Device
 from utils.errors import UserError
 from utils.evaluation import ConfusionMatrix
+from utils.run.stages import Run
 
 STAGES = ["1_supervised", "2_pseudo_label", "3_select", "4_retrain", "5_relabel", "6_retrain"]
 FITTED = ["1_fold_1", "1_fold_2", "2_votes"]  # only where labeled patches vote
@@ -130,13 +133,37 @@ def test_labeled_images_vote_for_their_own_labels(demo_root, tmp_path, tiny_sett
     right = []
     for sample in labeled:
         image, label = to_input(read_image(sample.image), IMAGENET), to_label(read_label(sample))
-        told = both.judge(image.unsqueeze(0), tuple(label.shape)).log_ratio
+        told, features, _ = both.judge(image.unsqueeze(0), tuple(label.shape))
+        assert torch.equal(both.features(image.unsqueeze(0)), features)
         (found,) = (told + both.memories[0].patches.prior().log().view(1, -1, 1, 1)).argmax(dim=1)
         right.append((found == label)[label != 255].float().mean())
         (most, share), (_, less) = both.voters_of(image.unsqueeze(0), 2)
         assert most == sample  # its own patches are the nearest
         assert 1 > share > less > 0
     assert torch.stack(right).mean() > 0.8  # patches are 5 pixels wide
+
+
+def test_what_judges_a_fold_knows_nothing_of_its_labels(
+    demo_root, tmp_path, tiny_settings, monkeypatch
+):
+    model = "model={backbone: timm/tf_efficientnet_lite0, output_stride: 32, pretrained: auto}"
+    words = [*tiny_settings(demo_root, tmp_path), model, "pseudo_label.neighbour_scales=[6]"]
+    config, seen = read_config("demo.yaml", words), []
+    labeled, teacher = read_splits(config.dataset).labeled, tmp_path / "teacher"
+    (voter,) = cut_patches(config, Device("cpu", "fp32"), labeled, [6])
+    weights = network_of(config.model, 7, pretrained=None).state_dict()
+    checkpoint.save(teacher / "checkpoint.pth", {"model": weights, "class_pixels": [1] * 7})
+
+    def prior_of(shares, _):
+        seen.append(shares)
+        return torch.full((7,), 1 / 7)
+
+    monkeypatch.setattr(pseudo_labels, "prior_of_labels", prior_of)
+    with Run(config) as run:
+        teachers = [FoldTeacher(teacher, labeled[:3])]
+        run.stage("2_votes", pseudo_labels.fit_votes, labeled, teachers)
+    assert [*map(torch.Tensor.tolist, seen)] == [voter.without(labeled[:3]).shares.tolist()]
+    assert seen[0].tolist() != voter.shares.tolist()
 
 
 def test_which_patches_vote_does_not_depend_on_the_batch_size(
