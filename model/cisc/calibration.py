@@ -22,7 +22,7 @@ from utils.evaluation import ConfusionMatrix
 from utils.scores import group_of
 
 FOLDS = 2  # of the labeled images
-FOLD_LENGTH = 0.5  # of stage 1, the training of a teacher that leaves a fold out
+FOLD_LENGTH = 0.25  # of stage 1, the training of a teacher that leaves a fold out
 STEPS = 50  # of Newton's method, at most
 _SURE = 2.0  # standard errors by which votes have to lower the cross entropy
 
