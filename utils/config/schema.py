@@ -330,7 +330,7 @@ class PseudoLabelSection(Section):
     flip: bool = True
     # Combine the teacher's probabilities with the votes of the nearest labeled patches in the
     # features of the encoder as it was before training, as far as they help on labeled images that
-    # neither has seen: two teachers more are trained for that, each half as long as stage 1.
+    # neither has seen: two teachers more are trained for that, each a quarter of stage 1's length.
     neighbours: bool = True
     # Factors by which images are enlarged before their patches are compared: the smallest one that
     # helps as much as any is taken, the first one where there are too few images to leave some out.
