@@ -78,17 +78,24 @@ def exit_with_one_line(program: Callable[[], None]) -> None:
     except UserError as error:
         _exit(2, "\n  ".join([f"error: {error}", *error.rows]))
     except (RuntimeError, MemoryError, OSError, EOFError) as error:
-        if hasattr(signal, "SIGCHLD"):  # torch's handler raises for each worker that is gone
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        _forget_workers()
         line = _line_of(error)
         if line is None:
             raise
         _exit(2, f"error: {line}")
     except Stopped as stopped:
+        _forget_workers()
         hint = "the same command, without --from-stage and --fresh, continues from the last save"
         _exit(128 + stopped.number, f"{stopped}; {hint}")
     except KeyboardInterrupt:
+        _forget_workers()
         _exit(130, "interrupted; the same command continues")
+
+
+def _forget_workers() -> None:
+    """Take off torch's handler, which raises for each worker of a DataLoader that ends."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _exit(code: int, line: str) -> NoReturn:
