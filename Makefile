@@ -4,6 +4,8 @@ BIN := .venv/bin
 # A process a core, of one thread each: two threads in each would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 OLDEST := .venv-oldest/bin
+# Where it is set, as in many containers, every command compiles what it imports: 12 s in place of 5.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-fast test-all test-oldest lint format docs-check
 
@@ -35,7 +37,7 @@ format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Modules are compiled when they are first imported: compiling all of torch's takes pip half a minute.
+# pip would compile all of torch's modules, half a minute; those in use are compiled when imported.
 .venv/run.stamp: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile -r requirements.txt
