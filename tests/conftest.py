@@ -18,7 +18,7 @@ from PIL import Image
 from torch import multiprocessing
 
 from dataset.catalog import KINDS
-from dataset.demo.writing import write_demo
+from dataset.demo.writing import Scenes, write_demo
 from dataset.lists import Splits, read_splits
 from dataset.loader import RandomStreams
 from dataset.query import Querier, QueryRule, build_query_index
@@ -93,7 +93,7 @@ def demo_root(tmp_path_factory) -> Path:
     """A small demo set: 6 labeled of 16, 4 for validation. Read it, don't spoil it."""
     root = tmp_path_factory.mktemp("demo")
     palette = KINDS["demo"].palette()
-    write_demo(root, palette, train=16, labeled=6, val=4, test=4, size=(48, 64))
+    write_demo(root, palette, Scenes(train=16, labeled=6, val=4, test=4, size=(48, 64)))
     return root
 
 

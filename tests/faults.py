@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from dataset.catalog import KINDS  # noqa: E402
-from dataset.demo.writing import write_demo  # noqa: E402
+from dataset.demo.writing import Scenes, write_demo  # noqa: E402
 from utils.errors import exit_with_one_line  # noqa: E402
 from utils.files import sha256  # noqa: E402
 
@@ -182,7 +182,7 @@ def main(words: Sequence[str] | None = None) -> None:
     failed, chance = 0, random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:
         folder, palette = Path(name), KINDS["demo"].palette()
-        write_demo(folder / "data", palette, train=10, labeled=4, val=2, test=2, size=(36, 48))
+        write_demo(folder / "data", palette, Scenes(10, labeled=4, val=2, test=2, size=(36, 48)))
         quiet_run(folder, "other", "seed=1")
         expected, duration = quiet_run(folder, "quiet")
         print(f"quiet run: {duration:.1f} s, {len(expected)} files", flush=True)

@@ -52,8 +52,8 @@ draw="
 import sys
 from pathlib import Path
 from dataset.catalog import KINDS
-from dataset.demo.writing import write_demo
-write_demo(Path(sys.argv[1]), KINDS['demo'].palette(), $drawn)
+from dataset.demo.writing import Scenes, write_demo
+write_demo(Path(sys.argv[1]), KINDS['demo'].palette(), Scenes($drawn))
 "
 data=(${DATA:-dataset.kind=demo dataset.root=$work/data dataset.split=null})
 

@@ -8,14 +8,14 @@ from dataset.catalog import KINDS
 from dataset.demo import __main__ as program
 from dataset.demo.objects import CLASSES
 from dataset.demo.scene import draw_scene
-from dataset.demo.writing import write_demo
+from dataset.demo.writing import Scenes, write_demo
 from dataset.query import QueryRule
 from utils.config.schema import QuerySection
 from utils.errors import UserError
 from utils.files import sha256
 
 PALETTE = KINDS["demo"].palette()
-SMALL = {"train": 4, "labeled": 2, "val": 2, "test": 2, "size": (48, 64)}
+SMALL = Scenes(train=4, labeled=2, val=2, test=2, size=(48, 64))
 
 
 def digest(root: Path) -> dict[str, str]:
@@ -25,15 +25,15 @@ def digest(root: Path) -> dict[str, str]:
 
 def test_same_seed_same_bytes_and_other_seed_other_images(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        write_demo(tmp_path / name, PALETTE, **SMALL, seed=seed)
+        write_demo(tmp_path / name, PALETTE, SMALL._replace(seed=seed))
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     changed = {k for k, v in digest(tmp_path / "a").items() if digest(tmp_path / "c")[k] != v}
     assert {f"JPEGImages/0{i:03}.jpg" for i in range(4)} <= changed
 
 
 def test_more_images_leave_the_others_as_they_are(tmp_path):
-    write_demo(tmp_path / "few", PALETTE, **SMALL)
-    write_demo(tmp_path / "more", PALETTE, **{**SMALL, "train": 6, "val": 3})
+    write_demo(tmp_path / "few", PALETTE, SMALL)
+    write_demo(tmp_path / "more", PALETTE, SMALL._replace(train=6, val=3))
     few, more = digest(tmp_path / "few"), digest(tmp_path / "more")
     pictures = [name for name in few if "/" in name]
     assert pictures
@@ -41,16 +41,16 @@ def test_more_images_leave_the_others_as_they_are(tmp_path):
 
 
 def test_finished_set_is_left_alone_and_a_killed_one_drawn_again(tmp_path):
-    write_demo(tmp_path, PALETTE, **SMALL)
+    write_demo(tmp_path, PALETTE, SMALL)
     whole, picture = digest(tmp_path), tmp_path / "JPEGImages" / "0001.jpg"
     picture.write_bytes(b"touched")
-    write_demo(tmp_path, PALETTE, **SMALL)
+    write_demo(tmp_path, PALETTE, SMALL)
     assert picture.read_bytes() == b"touched"
     (tmp_path / "demo.json").write_text("{}\n")  # as drawing begins
     with pytest.raises(UserError, match=r"0001\.jpg: is there with other content"):
-        write_demo(tmp_path, PALETTE, **SMALL)
+        write_demo(tmp_path, PALETTE, SMALL)
     picture.unlink()
-    write_demo(tmp_path, PALETTE, **SMALL)
+    write_demo(tmp_path, PALETTE, SMALL)
     assert digest(tmp_path) == whole
 
 
@@ -60,7 +60,7 @@ def test_another_data_set_is_left_alone(tmp_path, name):
     theirs.parent.mkdir(exist_ok=True)
     theirs.write_text('{"mine": 1}')
     with pytest.raises(UserError, match=r"another data set, .*; name an empty one"):
-        write_demo(tmp_path, PALETTE, **SMALL)
+        write_demo(tmp_path, PALETTE, SMALL)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [theirs]
 
 

@@ -14,7 +14,7 @@ from test_prepare_labels import CLASSES, corners, labelme
 from test_prepare_sets import SMALL_CAMVID, write_camvid
 
 from dataset.catalog import KINDS
-from dataset.demo.writing import write_demo
+from dataset.demo.writing import Scenes, write_demo
 from dataset.prepare import __main__ as program
 from dataset.prepare.work import prepare
 from utils.errors import UserError
@@ -104,7 +104,8 @@ def archive(tmp_path):
 
 def demo(tmp_path):
     numbers = {"train": 2, "labeled": 1, "val": 1, "test": 0}
-    return partial(write_demo, tmp_path / "made", KINDS["demo"].palette(), **numbers, size=(16, 16))
+    scenes = Scenes(**numbers, size=(16, 16))
+    return partial(write_demo, tmp_path / "made", KINDS["demo"].palette(), scenes)
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dataset.catalog import KINDS
-from dataset.demo.writing import write_demo
+from dataset.demo.writing import Scenes, write_demo
 from utils.errors import Parser, UserError, exit_with_one_line
 
 
@@ -15,7 +15,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.seed < 0:
         raise UserError(f"--seed: {arguments.seed} is below 0; take a larger one")
-    write_demo(arguments.root, KINDS["demo"].palette(), seed=arguments.seed)
+    write_demo(arguments.root, KINDS["demo"].palette(), Scenes(seed=arguments.seed))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -16,16 +17,21 @@ VERSION = 3  # of the drawing: raise it when a seed draws something else
 _DRAWING = b"{}\n"  # demo.json until all is drawn
 
 
-def write_demo(
-    root: Path,
-    palette: bytes,
-    train: int = 120,
-    labeled: int = 12,
-    val: int = 60,
-    test: int = 120,
-    seed: int = 0,
-    size: tuple[int, int] = (96, 128),
-) -> None:
+class Scenes(NamedTuple):
+    """Which scenes are drawn."""
+
+    train: int = 120  # training images, of which ``labeled`` have a mask
+    labeled: int = 12
+    val: int = 60  # validation images
+    test: int = 120  # test images, which nothing was tuned on
+    seed: int = 0  # of all scenes
+    size: tuple[int, int] = (96, 128)  # (height, width) in pixels
+
+
+_DEMO = Scenes()
+
+
+def write_demo(root: Path, palette: bytes, scenes: Scenes = _DEMO) -> None:
     """Draw the demo data set in Pascal's folder layout, unless ``root`` holds it already.
 
     A scene depends on (seed, split, its number) alone. The first ``labeled`` training scenes have
@@ -36,19 +42,13 @@ def write_demo(
     Args:
         root: the folder.
         palette: 768 bytes, of the masks.
-        train: number of training images, of which ``labeled`` have a mask.
-        labeled: number of training images with a mask.
-        val: number of validation images.
-        test: number of test images, which nothing was tuned on.
-        seed: of all scenes.
-        size: (height, width) in pixels.
+        scenes: their numbers, size and seed.
 
     Raises:
         UserError: the folder holds something else, or is not to be written to.
     """
-    settings = {"train": train, "labeled": labeled, "val": val, "test": test}
-    settings |= {"seed": seed, "size": list(size)}
-    ours, text = root / "demo.json", json.dumps({"version": VERSION, **settings}) + "\n"
+    settings = {"version": VERSION, **scenes._asdict()}
+    ours, text = root / "demo.json", json.dumps(settings) + "\n"
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
         others = [x for x in root.iterdir() if x.name != f".{ours.name}.partial"]  # of a kill
@@ -61,11 +61,12 @@ def write_demo(
         )
     _add(ours, _DRAWING)
     lines: dict[str, list[str]] = {"train": [], "val": [], "test": [], "truth": []}  # by list
+    train, labeled, val, test = scenes[:4]
     parts = ((0, "train", train, labeled), (1, "val", val, val), (2, "test", test, test))
     for part, split, count, masks in parts:
         for number in range(count):
-            rng = np.random.default_rng([seed, part, number])
-            image, ids = draw_scene(rng, size, first=1 + number % (len(CLASSES) - 1))
+            rng = np.random.default_rng([scenes.seed, part, number])
+            image, ids = draw_scene(rng, scenes.size, first=1 + number % (len(CLASSES) - 1))
             name, masked = f"{part}{number:03d}", number < masks
             photo = f"JPEGImages/{name}.jpg"
             mask = f"{'SegmentationClass' if masked else 'Truth'}/{name}.png"

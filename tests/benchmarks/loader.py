@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset.cache import Memory
 from dataset.catalog import KINDS
-from dataset.demo.writing import write_demo
+from dataset.demo.writing import Scenes, write_demo
 from dataset.lists import Sample, SampleReader, Splits, read_sample, read_splits
 from dataset.loader import RandomStreams, SampleKey, training_batches
 from dataset.query import Querier, QueryRule, build_query_index
@@ -82,9 +82,8 @@ FORMS = {
 
 def draw(root: Path, case: Case) -> Splits:
     """Draw a batch of labeled images, and one for validation: its masks stand for pseudo labels."""
-    write_demo(
-        root, KINDS["demo"].palette(), BATCH + 1, labeled=BATCH, val=BATCH, test=1, size=case.size
-    )
+    scenes = Scenes(BATCH + 1, labeled=BATCH, val=BATCH, test=1, size=case.size)
+    write_demo(root, KINDS["demo"].palette(), scenes)
 
     def in_format(sample: Sample) -> Sample:
         image = sample.image.with_suffix(case.suffix)

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train
 from dataset.catalog import dataset_info
-from dataset.demo.writing import write_demo
+from dataset.demo.writing import Scenes, write_demo
 from dataset.lists import read_splits
 from dataset.loader import RandomStreams, training_batches
 from dataset.query import Querier, QueryRule, build_query_index
@@ -96,7 +96,7 @@ class Bench:
         self.config = read_config("demo.yaml", words)
         kind = dataset_info(self.config.dataset)
         count = max(self.images, typed.batch)
-        write_demo(root, kind.palette(), 2 * count, count, count, 1, size=self.size)
+        write_demo(root, kind.palette(), Scenes(2 * count, count, count, 1, size=self.size))
         self.device = Device(typed.device, typed.precision)
         self.splits, self.classes = read_splits(self.config.dataset), len(kind.classes)
         rule = QueryRule.of(self.config.query, kind)
