@@ -61,7 +61,7 @@ def test_a_case_that_does_not_train_ends_in_the_line_that_helps(case, complaint,
     assert not (tmp_path / case).exists() or case == "img_5band"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", [case for case, (_, words) in ROWS.items() if words is not None])
 def test_a_case_trains_with_the_words_of_its_line(case, complaint, answer, tmp_path):
     if case == "img_5band":

@@ -130,6 +130,7 @@ EVERYTHING = [
 ]
 
 
+@pytest.mark.exhaustive
 def test_every_stage_does_a_step(run):
     assert (run("all", *EVERYTHING) / "results.json").is_file()
 
@@ -221,6 +222,7 @@ def checkpoint(finished):
 THERE = ["device=cuda", "precision=bf16"]
 
 
+@pytest.mark.exhaustive
 def test_eval_scores_and_compares(checkpoint, answer, tmp_path):
     file, masks = tmp_path / "eval.json", tmp_path / "masks"
     answer(evaluation, checkpoint, *THERE, "--json", file, "--save-masks", masks)
@@ -240,6 +242,7 @@ def test_eval_diagnoses_a_run(checkpoint, answer, demo_root, tmp_path):
     assert {"confidence", "probability by both"} <= weights.keys()
 
 
+@pytest.mark.exhaustive
 def test_eval_segments_and_exports(checkpoint, answer, demo_root, tmp_path):
     folder = demo_root / "JPEGImages"
     answer(evaluation, checkpoint, *THERE, "--images", folder, "--out", tmp_path / "out")

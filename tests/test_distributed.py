@@ -207,7 +207,7 @@ class Keys(torch.utils.data.Dataset):
         return key.index
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_files_of_labeling_and_selection_are_those_of_one_process(together, config, tmp_path):
     torch.manual_seed(0)
     teacher = tmp_path / "teacher"
@@ -352,7 +352,7 @@ def test_processes_whose_torchrun_was_killed_at_once_end(monkeypatch):
     assert line.startswith(f"torchrun: has ended, or cannot be reached at 127.0.0.1:{port} (")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_image_that_one_process_cannot_read_ends_all_with_one_line(
     demo_copy, tmp_path, tiny_settings
 ):

@@ -30,6 +30,7 @@ def test_eval_prints_what_training_printed(finished, tmp_path, run_program):
     assert len(list((tmp_path / "masks").rglob("*.png"))) == 4
 
 
+@pytest.mark.exhaustive
 def test_a_checkpoint_goes_through_a_peers_format_and_back(
     finished, tmp_path, run_program, demo_root, tiny_settings
 ):

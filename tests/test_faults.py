@@ -44,7 +44,7 @@ def stage_one(monkeypatch, demo_copy, tmp_path, tiny_settings):
     return do
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_image_that_is_gone_for_a_while_changes_nothing(
     stage_one, demo_copy, tmp_path, monkeypatch
 ):

@@ -79,7 +79,7 @@ def test_without_a_terminal_each_stage_ends_in_a_line(finished):
     assert [line.split()[0][0] for line in ends] == list("111223456")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_loggers_are_switches_of_a_run(demo_overrides, tmp_path, run_program, monkeypatch):
     """They can change when a run continues; Weights & Biases writes into the run folder."""
     pytest.importorskip("wandb", reason="wandb is not installed")

@@ -228,7 +228,7 @@ def test_means_over_other_classes_are_named():
         assert said in lay_out_comparison(found, markdown).splitlines()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_checkpoints_are_compared_by_the_command_line(finished, tmp_path, run_program):
     run, _ = finished
     files = [run / stage / "checkpoint.pth" for stage in ("1_supervised", "6_retrain")]

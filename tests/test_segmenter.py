@@ -126,6 +126,7 @@ def test_a_network_is_saved_and_read_with_its_config(net, pixels, tmp_path, name
         assert kept["preprocessing"]["interpolation"] == "bilinear"
 
 
+@pytest.mark.exhaustive
 def test_eval_exports_and_reads_these_files(finished, weights, tmp_path, run_program, demo_root):
     expected = json.loads((finished[0] / "results.json").read_text())
     for name in ("net.safetensors", "folder"):

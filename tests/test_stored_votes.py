@@ -120,7 +120,7 @@ def parts_of(run):
     return {file.relative_to(run).as_posix(): file.read_bytes() for file in files}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_that_labels_anew_resumes_to_the_same_bits(
     demo_overrides, tmp_path, monkeypatch, helpful
 ):

@@ -274,7 +274,10 @@ def test_a_list_of_test_images_is_scored_once_at_the_end(finished, demo_root):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "workers"), [("1_supervised", 0), ("6_retrain", 2)])
+@pytest.mark.parametrize(
+    ("stage", "workers"),
+    [("1_supervised", 0), pytest.param("6_retrain", 2, marks=pytest.mark.exhaustive)],
+)
 def test_an_interrupted_stage_goes_on_to_the_same_weights(
     finished, demo_root, tmp_path, tiny_settings, monkeypatch, stage, workers
 ):
@@ -315,7 +318,7 @@ def test_methods_of_six_stages(demo_root, tmp_path, tiny_settings, method):
     assert all(0 <= score <= 2 if method == "st++" else score <= 0 for score in scores)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_baselines_are_switches(demo_root, tmp_path, tiny_settings):
     """Without rectification and consistency the terms are those of plain self-training."""
     words = [*tiny_settings(demo_root, tmp_path), "supervised.consistency=0"]
@@ -353,7 +356,7 @@ def test_encoders_of_timm_go_through_the_six_stages(demo_root, tmp_path, tiny_se
     assert list(stages) == [STAGES[0], *FITTED, *STAGES[1:]]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_running_average_and_the_counted_classes_resume_to_the_same_bits(
     demo_root, tmp_path, tiny_settings, monkeypatch
 ):

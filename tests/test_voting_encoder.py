@@ -84,7 +84,7 @@ def test_voters_that_are_not_there_leave_a_finished_run_as_it_is(
     assert (tmp_path / "whole" / "6_retrain" / "checkpoint.pth").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("window", ["null", "{size: 512}"])
 def test_memory_is_about_what_was_said(demo_root, tmp_path, tiny_settings, window):
