@@ -66,7 +66,8 @@ def test_the_ladder_changes_one_thing_a_row_from_the_paper_to_ours(tmp_path):
     ]
     assert changes == [
         {"retrain.start"},
-        {"retrain.mix", "pseudo_label.threshold"},
+        {"retrain.mix"},
+        {"pseudo_label.threshold"},
         {"retrain.weight"},
         {"method", "supervised.consistency"},
         {"pseudo_label.neighbours"},

@@ -53,7 +53,8 @@ FOLDS = [name for name in STAGES if name.startswith("1_fold")]  # ... if labeled
 LADDER = (
     "",  # as published
     "retrain.start=teacher",  # on equal terms with what starts from stage 1
-    "retrain.mix=unlabeled pseudo_label.threshold=0.6",
+    "retrain.mix=unlabeled",  # CutMix
+    "pseudo_label.threshold=0.6",
     "retrain.weight=ones",
 )
 
