@@ -62,7 +62,6 @@ from model.losses import (
 )
 from model.networks import load_frozen, load_network, network_of
 from utils import IGNORE
-from utils.checkpoint import load_weights
 from utils.config.batches import count_iterations, count_repeats, count_samples, refuse_batch_sizes
 from utils.config.reading import METHODS, read_config
 from utils.config.schema import Config, EvaluateSection, SelectSection
@@ -286,9 +285,7 @@ def retrain(
     """Stages 4 and 6: a student on labeled and pseudo-labeled images."""
     config, settings = stage.config, stage.config.retrain
     streams, teacher_file = RandomStreams(config.seed, stage.name), checkpoint_of(source.teacher)
-    net = _new_network(stage, streams)
-    if settings.start == "teacher":
-        load_weights(net, teacher_file)
+    net = _new_network(stage, streams, teacher_file if settings.start == "teacher" else None)
     average = deepcopy(net).requires_grad_(False) if settings.labels == "average" else None
     exponents = None if average is None else read_exponents(source.votes)
     teacher = load_frozen(config, stage.device, teacher_file) if needs_teacher(settings) else None
@@ -463,10 +460,10 @@ def _new_network(stage: Stage, streams: RandomStreams, checkpoint: Path | None =
     whole = checkpoint or settings.init
     encoder = settings.pretrained if whole is None else None
     net = stage.device.place(network_of(settings, len(info.classes), encoder))
-    weights, images = net.pretrained_from or "initialised at random", net.preprocessing
+    weights = net.pretrained_from or "initialised at random"
     if whole is not None:
         weights = start_from(net, Path(whole), info.classes)
-    stage.log.say(f"{stage.name}: {settings.backbone}, {weights}, images {tuple(images)}")
+    stage.log.say(f"{stage.name}: {settings.backbone}, {weights}; images: {net.preprocessing}")
     if settings.compile:
         net.compile(dynamic=False)
     return net

@@ -261,6 +261,15 @@ def test_what_a_method_does_not_use_is_not_there(finished, monkeypatch, demo_roo
 
 
 @pytest.mark.slow
+def test_the_log_says_what_each_network_starts_from(finished):
+    run, _ = finished
+    lines = [line.partition(": ")[2] for line in (run / "log.txt").read_text().splitlines()]
+    starts = [line for line in lines if "; images: mean 0." in line]
+    assert any(f"all weights of {run}/1_supervised/checkpoint.pth" in line for line in starts)
+    assert any(f"all weights of {run}/4_retrain/checkpoint.pth" in line for line in starts)
+
+
+@pytest.mark.slow
 def test_a_list_of_test_images_is_scored_once_at_the_end(finished, demo_root):
     run, _ = finished
     results, file = json.loads((run / "results.json").read_text()), demo_root / "test.txt"
@@ -270,6 +279,8 @@ def test_a_list_of_test_images_is_scored_once_at_the_end(finished, demo_root):
         run / "6_retrain" / "checkpoint.pth", [*words, f"dataset.root={demo_root}"]
     )
     assert evaluate(net) == results["test"]
+    log = (run / "log.txt").read_text()
+    assert f"test: {100 * results['test']['miou']:.2f} % mIoU" in log
     assert results["stages"]["6_retrain"]["best_miou"] >= results["miou"]
 
 

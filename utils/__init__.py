@@ -18,5 +18,10 @@ class Preprocessing(NamedTuple):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     interpolation: str = "bilinear"
 
+    def __str__(self) -> str:
+        """Describe it in a line of the log."""
+        mean, std = (" ".join(f"{x:.3g}" for x in numbers) for numbers in self[:2])
+        return f"mean {mean}, std {std}, {self.interpolation}"
+
 
 IMAGENET = Preprocessing()  # torchvision's ResNets, and what the literature trains with

@@ -407,9 +407,10 @@ class Run:
 
     @on_rank_zero
     def add_result(self, name: str, report: Report) -> None:
-        """Add a report to results.json, which ``finish`` has written."""
+        """Print a report's mIoU; add the report to results.json, which ``finish`` has written."""
         file = self.folder / "results.json"
         write_json(file, {**read_json(file), name: report})
+        self.log.say(f"{name}: {100 * report['miou']:.2f} % mIoU")
 
     def _is_done(self, folder: Path, made_from: str) -> bool:
         """Tell whether a stage has ended; remove one that was made or begun from other files."""
