@@ -44,6 +44,7 @@ from model.cisc.pseudo_labels import (
     FoldTeacher,
     Opinions,
     PseudoLabeler,
+    discount_votes,
     fit_votes,
     read_exponents,
 )
@@ -127,6 +128,8 @@ def train(
             pseudo_labeled = with_pseudo_masks(reliable, labeled_by[0] / "masks")
             source = RetrainSource(first, index, labeled_by, truth, votes)
             teacher = run.stage("4_retrain", retrain, splits, pseudo_labeled, source)
+            seen = splits.labeled, unreliable, votes, (first, teacher)
+            votes = votes and run.stage("5_votes", discount_votes, *seen)
             labeling, stage = Labeling(teacher, votes), "5_relabel"
             labeled_by.append(run.stage(stage, write_pseudo_labels, labeling, splits, unreliable))
             pseudo_labeled += with_pseudo_masks(unreliable, labeled_by[1] / "masks")

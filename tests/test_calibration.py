@@ -16,6 +16,7 @@ from model.cisc.calibration import (
     HeldOut,
     draw_folds,
     fit_exponents,
+    fit_learnt,
 )
 from utils.scores import group_of
 
@@ -137,6 +138,25 @@ def test_folds_share_out_the_images_and_keep_groups_together():
     assert either == ["patient3", "subject1"]
     assert draw_folds(labeled[:5], r"patient\d+", RandomStreams(0, "folds")) == []
     assert draw_folds(labeled[:1], None, RandomStreams(0, "folds")) == []
+
+
+@pytest.mark.parametrize(("held", "learnt"), [(0.3, 0.3), (0.0, 0.0), (-0.5, 0.0)])
+def test_what_a_teacher_has_learnt_of_votes_is_found(pixels, held, learnt):
+    later = 0.7 * pixels.teacher + held * pixels.votes
+    assert fit_learnt(pixels.teacher, pixels.votes, later) == pytest.approx(learnt, abs=1e-3)
+    assert fit_learnt(pixels.teacher, pixels.votes, later.log_softmax(dim=1) - 3) == pytest.approx(
+        learnt, abs=1e-3
+    )
+
+
+def test_a_better_teacher_needs_less_of_the_votes(pixels):
+    """It has other evidence; what it shares with the votes is counted as learnt."""
+    exponents = fit_exponents(pixels).exponents
+    taught = exponents.teacher * pixels.teacher + exponents.votes * pixels.votes
+    later = taught + opinions(1.0, pixels.label)
+    left = exponents.votes - exponents.teacher * fit_learnt(pixels.teacher, pixels.votes, later)
+    best = fit_exponents(pixels._replace(teacher=later)).exponents.votes
+    assert abs(max(0, left) - best) < 0.1 < exponents.votes - best
 
 
 def test_exponents_without_votes_leave_the_teacher_as_it_is():

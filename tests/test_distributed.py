@@ -25,7 +25,7 @@ from dataset.query import QueryRule, build_query_index
 from dataset.training import LabeledPair
 from eval import evaluate
 from model import Segmenter, fitting, network_of
-from model.cisc.pseudo_labels import FoldTeacher, fit_votes
+from model.cisc.pseudo_labels import FoldTeacher, discount_votes, fit_votes
 from model.cisc.students import StudentBatch
 from model.fitting import TrainingStep
 from model.losses import cross_entropy
@@ -248,19 +248,26 @@ def test_votes_fitted_by_several_processes_are_those_of_one(together, config, tm
     """Folds of three images are three batches or one, which not every process has."""
     model = "model={backbone: timm/tf_efficientnet_lite0, output_stride: 32, pretrained: auto}"
     settings = config(model, f"inference.batch_size={size}", "pseudo_label.neighbour_scales=[6]")
-    labeled, teacher = read_splits(settings.dataset).labeled, tmp_path / "teacher"
+    (labeled, unlabeled, *_), teacher = read_splits(settings.dataset), tmp_path / "teacher"
     torch.manual_seed(0)
     weights = network_of(settings.model, 7, pretrained=None).state_dict()
     checkpoint.save(teacher / "checkpoint.pth", {"model": weights, "class_pixels": [1] * 7})
     teachers = [FoldTeacher(teacher, labeled[:3]), FoldTeacher(teacher, labeled[3:])]
+    later, believed = tmp_path / "later", tmp_path / "believed"
+    weights |= {"classifier.weight": 3 * weights["classifier.weight"]}
+    checkpoint.save(later / "checkpoint.pth", {"model": weights, "class_pixels": [1] * 7})
+    write_json(believed / "votes.json", {"factor": 6.0, "teacher": 1.0, "votes": 1.0})
 
     def fit():
         with Run(settings.model_copy(update={"name": f"of{dist.world()}"})) as run:
             folder = run.stage("2_votes", fit_votes, labeled, teachers)
-            return (folder / "votes.json").read_text()
+            inputs = labeled, unlabeled, believed, (teacher, later)
+            left = run.stage("5_votes", discount_votes, *inputs)
+            return [(one / "votes.json").read_text() for one in (folder, left)]
 
     (expected,) = together(1, fit)
-    assert "fit" in json.loads(expected)
+    assert "fit" in json.loads(expected[0])
+    assert 0 <= json.loads(expected[1])["votes"] < 1
     assert together(2, fit) == [expected] * 2
 
 

@@ -121,29 +121,53 @@ def fit_exponents(pixels: HeldOut) -> Fit:
     )
 
 
+def fit_learnt(first: Tensor, votes: Tensor, later: Tensor) -> float:
+    """Fit how much of the votes the teacher of a later stage has learnt.
+
+    Args:
+        first: (N, C) float: log probabilities of the teacher that made labels together with votes.
+        votes: (N, C) float: log likelihood ratios.
+        later: (N, C) float: log probabilities of a teacher that learnt those labels.
+
+    Returns:
+        c >= 0, the votes' exponent with which ``a first + c votes`` explains the later teacher's
+        probabilities best, by cross entropy over a and c.
+    """
+    scores = torch.stack([first, votes]).double()
+    return max(0.0, _minimum(scores, later.double().softmax(dim=1))[1].item())
+
+
 def _pool(scores: Tensor, powers: Tensor) -> Tensor:
     return torch.einsum("k,knc->nc", powers, scores)
 
 
-def _losses(scores: Tensor, label: Tensor, powers: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(_pool(scores, powers), label, reduction="none")
+def _losses(scores: Tensor, target: Tensor, powers: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(_pool(scores, powers), target, reduction="none")
 
 
-def _minimum(scores: Tensor, label: Tensor) -> Tensor:
-    """Minimise the mean cross entropy over the powers of (K, N, C) scores, by Newton's method."""
+def _minimum(scores: Tensor, target: Tensor) -> Tensor:
+    """Minimise the mean cross entropy over the powers of (K, N, C) scores, by Newton's method.
+
+    The target is (N,) class ids, or (N, C) probabilities.
+    """
     powers = scores.new_full((len(scores),), 1 / len(scores))
-    own = scores.gather(2, label.view(1, -1, 1).expand(len(scores), -1, 1)).squeeze(2)
-    loss = _losses(scores, label, powers).mean()
+    if target.dim() == 2:
+        own = (scores * target).sum(dim=2)
+    else:
+        own = scores.gather(2, target.view(1, -1, 1).expand(len(scores), -1, 1)).squeeze(2)
+    loss = _losses(scores, target, powers).mean()
     for _ in range(STEPS):
         probability = _pool(scores, powers).softmax(dim=1)
         mean = torch.einsum("nc,knc->kn", probability, scores)
         gradient = (mean - own).mean(dim=1)
-        second = torch.einsum("nc,knc,lnc->kl", probability, scores, scores) / len(label)
-        curvature = second - mean @ mean.T / len(label)
+        second = torch.einsum("nc,knc,lnc->kl", probability, scores, scores) / len(target)
+        curvature = second - mean @ mean.T / len(target)
         curvature += 1e-9 * torch.eye(len(scores), dtype=scores.dtype)
         step = torch.linalg.solve(curvature, gradient)
-        while (lower := _losses(scores, label, powers - step).mean()) > loss and step.norm() > 1e-9:
+        lower = _losses(scores, target, powers - step).mean()
+        while lower > loss and step.norm() > 1e-9:
             step = step / 2
+            lower = _losses(scores, target, powers - step).mean()
         if loss - lower < 1e-12:
             break
         powers, loss = powers - step, lower

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dataset.lists import Sample
 from dataset.loader import RandomStreams, whole_images
-from model.cisc.calibration import Exponents, Fit, HeldOut, fit_exponents
+from model.cisc.calibration import Exponents, Fit, HeldOut, fit_exponents, fit_learnt
 from model.cisc.votes import PatchVoter, as_prior, cut_patches
 from model.losses import balanced_weights
 from model.networks import load_frozen
@@ -32,7 +32,8 @@ from utils.run.folder import VOTES_FILE, read_votes
 from utils.run.stages import Report, Stage, checkpoint_of
 from utils.scores import group_of
 
-_PIXELS = 4000  # of each labeled image, by which exponents are fitted
+_PIXELS = 4000  # of each image, by which exponents are fitted
+_UNLABELED = 64  # images at most, evenly spaced, that tell what a teacher has learnt of the votes
 # Where they cannot be fitted. Bayes' rule, 1 and 1, counts twice what both know; the votes' fitted
 # exponents were 0.3 to 1 of the teacher's (docs/rectifier.md).
 _UNFITTED = Exponents(teacher=1.0, votes=0.5)
@@ -135,6 +136,59 @@ def _draw_pixels(maps: Sequence[Tensor], group: int, rng: np.random.Generator) -
 
 def _concatenate(parts: Sequence[HeldOut]) -> HeldOut:
     return HeldOut(*map(torch.cat, zip(*parts, strict=True)))
+
+
+@torch.inference_mode()
+def discount_votes(
+    stage: Stage,
+    labeled: Sequence[Sample],
+    unlabeled: Sequence[Sample],
+    votes: Path,
+    teachers: tuple[Path, Path],
+) -> Report:
+    """Take from the votes what a later teacher has learnt of them, and write ``votes.json``.
+
+    A student of labels that votes have corrected repeats the votes; beside it they would count
+    twice.
+
+    Args:
+        stage: where it works.
+        labeled: images that vote.
+        unlabeled: images to be labeled.
+        votes: folder of ``fit_votes``.
+        teachers: folders of the teacher that votes were fitted for, and of the later one.
+
+    Returns:
+        What ``fit_votes`` returned, with the exponent of the votes that is left, and ``learnt``.
+    """
+    config, device, fitted = stage.config, stage.device, read_votes(votes)
+    if fitted["votes"] and unlabeled:
+        (voter,) = cut_patches(config, device, labeled, [fitted["factor"]])
+        voter, prior = voter.project(), prior_of_labels(voter.shares, config.loss)
+        both = [Teacher(config, device, checkpoint_of(folder)) for folder in teachers]
+        shown = unlabeled[:: -(-len(unlabeled) // _UNLABELED)]
+        loader = whole_images(config, shown, both[0].net.preprocessing)
+        streams, pixels = RandomStreams(config.seed, stage.name), []
+        for batch in iterate_batches(loader, device, stage.name):
+            size = tuple(batch.label.shape[-2:])
+            maps = [one.log_posterior(one(batch.image, size), prior) for one in both]
+            maps.append(voter.judge(batch.image, size).log_ratio)
+            rows = torch.stack(maps, dim=1).flatten(3).transpose(2, 3)  # (B, 3, H * W, C)
+            drawn = [
+                image[:, streams.of(index).permutation(image.shape[1])[:_PIXELS]]
+                for index, image in zip(batch.index.tolist(), rows, strict=True)
+            ]
+            pixels.append(torch.cat(drawn, dim=1).cpu())
+        first, later, ratio = torch.cat(gather_list(pixels), dim=1)
+        learnt = fit_learnt(first, ratio, later)
+        left = max(0.0, fitted["votes"] - fitted["teacher"] * learnt)
+        stage.log.say(
+            f"{stage.name}: the teacher has learnt {learnt:.2f} of the votes: "
+            f"their exponent is {left:.2f}, no longer {fitted['votes']:.2f}"
+        )
+        fitted |= {"votes": left, "learnt": learnt}
+    on_rank_zero(write_json)(stage.folder / VOTES_FILE, fitted)
+    return fitted
 
 
 class Teacher:

@@ -16,12 +16,13 @@ from utils.errors import UserError
 from utils.files import read_json, read_records
 
 # 1_fold_1 and 1_fold_2 train teachers that leave a part of the labeled images out, 2_votes fits how
-# far votes are believed; both are there only where labeled patches vote.
+# far votes are believed, 5_votes how far beside the teacher of stage 5; all are there only where
+# labeled patches vote.
 STAGES = (
     *("1_supervised", "1_fold_1", "1_fold_2", "2_votes", "2_pseudo_label"),
-    *("3_select", "4_retrain", "5_relabel", "6_retrain"),
+    *("3_select", "4_retrain", "5_votes", "5_relabel", "6_retrain"),
 )
-VOTES_FILE = "votes.json"  # of 2_votes
+VOTES_FILE = "votes.json"  # of 2_votes and 5_votes
 # What a run makes beside its stages; other names in its folder are the user's.
 _FILES = (
     *("config.yaml", "lists.json", "environment.json", "log.txt", "metrics.jsonl", "results.json"),
