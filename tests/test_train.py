@@ -28,6 +28,7 @@ from utils.config.reading import read_config
 from utils.device import Device
 from utils.errors import UserError
 from utils.evaluation import ConfusionMatrix
+from utils.files import write_json
 from utils.run.folder import STAGES as FOLDERS
 from utils.run.stages import Run
 
@@ -165,6 +166,30 @@ def test_what_judges_a_fold_knows_nothing_of_its_labels(
         run.stage("2_votes", pseudo_labels.fit_votes, labeled, teachers)
     assert [*map(torch.Tensor.tolist, seen)] == [voter.without(labeled[:3]).shares.tolist()]
     assert seen[0].tolist() != voter.shares.tolist()
+
+
+@pytest.mark.slow
+def test_stage_5_labels_with_what_is_left_of_the_votes(
+    demo_root, tmp_path, tiny_settings, monkeypatch
+):
+    believed, labelers = {"factor": 6.0, "teacher": 0.5, "votes": 1.0}, []
+
+    def believe(stage, labeled, teachers):
+        write_json(stage.folder / "votes.json", believed)
+        return believed
+
+    class Spy(pseudo_labels.PseudoLabeler):
+        def __init__(self, config, device, checkpoint, labeled, votes):
+            labelers.append((checkpoint.parent.name, votes.name))
+            super().__init__(config, device, checkpoint, labeled, votes)
+
+    monkeypatch.setattr(train, "fit_votes", believe)
+    monkeypatch.setattr(train, "PseudoLabeler", Spy)
+    monkeypatch.setattr(pseudo_labels, "fit_learnt", lambda first, ratio, later: 0.6)
+    run = start(tiny_settings(demo_root, tmp_path), "left")
+    assert labelers == [("1_supervised", "2_votes"), ("4_retrain", "5_votes")]
+    assert json.loads((run / "5_votes" / "votes.json").read_text())["votes"] == pytest.approx(0.7)
+    assert "learnt 0.60 of the votes: their exponent is 0.70" in (run / "log.txt").read_text()
 
 
 def test_which_patches_vote_does_not_depend_on_the_batch_size(
