@@ -173,11 +173,10 @@ def discount_votes(
             size = tuple(batch.label.shape[-2:])
             maps = [one.log_posterior(one(batch.image, size), prior) for one in both]
             maps.append(voter.judge(batch.image, size).log_ratio)
-            rows = torch.stack(maps, dim=1).flatten(3).transpose(2, 3)  # (B, 3, H * W, C)
-            drawn = [
-                image[:, streams.of(index).permutation(image.shape[1])[:_PIXELS]]
-                for index, image in zip(batch.index.tolist(), rows, strict=True)
-            ]
+            drawn = []
+            for index, *image in zip(batch.index.tolist(), *maps, strict=True):
+                chosen = streams.of(index).permutation(size[0] * size[1])[:_PIXELS]
+                drawn.append(torch.stack([one.flatten(1)[:, chosen].T for one in image]))
             pixels.append(torch.cat(drawn, dim=1).cpu())
         first, later, ratio = torch.cat(gather_list(pixels), dim=1)
         learnt = fit_learnt(first, ratio, later)
