@@ -69,7 +69,6 @@ def test_the_ladder_changes_one_thing_a_row_from_the_paper_to_ours(tmp_path):
         {"retrain.mix"},
         {"pseudo_label.threshold"},
         {"retrain.weight"},
-        {"retrain.views", "retrain.feature_dropout"},
         {"method", "supervised.consistency"},
         {"pseudo_label.neighbours"},
     ]

@@ -56,7 +56,6 @@ LADDER = (
     "retrain.mix=unlabeled",  # CutMix
     "pseudo_label.threshold=0.6",
     "retrain.weight=ones",
-    "retrain.views=2 retrain.feature_dropout=0.5",  # UniMatch's perturbations
 )
 
 
