@@ -76,7 +76,7 @@ def test_without_a_terminal_each_stage_ends_in_a_line(finished):
     _, printed = finished
     assert "\r" not in printed
     ends = [line for line in printed.splitlines() if " done in " in line]
-    assert [line.split()[0][0] for line in ends] == list("111223456")
+    assert [line.split()[0][0] for line in ends] == list("1112234556")
 
 
 @pytest.mark.exhaustive
