@@ -33,7 +33,7 @@ def test_the_table_knows_no_other_key():
         readers("sections.key")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_stages_read_what_the_table_says(monkeypatch, demo_overrides):
     """Six stages, of which every reading of a setting is noted."""
     paths = {type(Config.model_fields[name].default): name for name in Config.model_fields}

@@ -257,7 +257,7 @@ def test_masks_of_unlabeled_images_are_never_opened(finished, demo_root, tmp_pat
     assert same(final, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_index_of_the_paper_names_labeled_images_only(demo_root, tmp_path, tiny_settings):
     words = [*tiny_settings(demo_root, tmp_path), "supervised.epochs=1", "retrain.epochs=1"]
     config = read_config("demo.yaml", [*words, "name=paper"], "cisc")
@@ -274,7 +274,7 @@ def test_the_index_of_the_paper_names_labeled_images_only(demo_root, tmp_path, t
         assert len(images) == -(-len(everything) // 2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_a_method_does_not_use_is_not_there(finished, monkeypatch, demo_root, tiny_settings):
     """Under ``cisc_patch`` nothing is queried, and no labeled image is scored."""
     run, _ = finished
@@ -375,12 +375,12 @@ def test_baselines_are_switches(demo_root, tmp_path, tiny_settings):
     assert "mIoU (best)" in (run / "log.txt").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "model",
     [
-        pytest.param("model.backbone=timm/convnext_tiny", marks=pytest.mark.exhaustive),
-        pytest.param("model.backbone=timm/mobilenetv3_large_100", marks=pytest.mark.exhaustive),
+        "model.backbone=timm/convnext_tiny",
+        "model.backbone=timm/mobilenetv3_large_100",
         "model={name: dpt, backbone: timm/vit_tiny_patch16_224}",
     ],
 )
