@@ -257,7 +257,7 @@ def test_masks_of_unlabeled_images_are_never_opened(finished, demo_root, tmp_pat
     assert same(final, expected)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_the_index_of_the_paper_names_labeled_images_only(demo_root, tmp_path, tiny_settings):
     words = [*tiny_settings(demo_root, tmp_path), "supervised.epochs=1", "retrain.epochs=1"]
     config = read_config("demo.yaml", [*words, "name=paper"], "cisc")

@@ -159,7 +159,13 @@ def discount_votes(
         teachers: folders of the teacher that votes were fitted for, and of the later one.
 
     Returns:
-        What ``fit_votes`` returned, with the exponent of the votes that is left, and ``learnt``.
+        What ``fit_votes`` returned, with the exponent of the votes that is left, and ``learnt``;
+        unchanged where votes are silent or no image is to be labeled.
+
+    Raises:
+        UserError: ``votes.json`` is missing or damaged.
+
+    Source: ours; docs/method.md, section 10.
     """
     config, device, fitted = stage.config, stage.device, read_votes(votes)
     if fitted["votes"] and unlabeled:
